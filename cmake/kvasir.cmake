@@ -1,0 +1,59 @@
+# Helpers of the build: rooms, tests, per-instruction-set files, warnings and sanitizers.
+
+add_library(kvasir_flags INTERFACE)
+target_include_directories(kvasir_flags INTERFACE ${CMAKE_SOURCE_DIR})
+target_compile_definitions(kvasir_flags INTERFACE _GNU_SOURCE KVASIR_VERSION="${PROJECT_VERSION}")
+# -ffp-contract=off: a multiply-add is fused only where the code says so, so that results do not depend on the compiler's mood.
+target_compile_options(kvasir_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:C>:-Wall -Wextra -Wshadow -Wconversion -Wvla -fno-math-errno -ffp-contract=off>
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -fno-rtti>
+  $<$<CONFIG:Release>:-O2 -g -fstack-protector-strong>
+  $<$<CONFIG:Debug>:-O0 -g3>)
+if(KVASIR_WERROR)
+  target_compile_options(kvasir_flags INTERFACE -Werror)
+endif()
+if(KVASIR_SANITIZE)
+  target_compile_options(kvasir_flags INTERFACE -fsanitize=${KVASIR_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(kvasir_flags INTERFACE -fsanitize=${KVASIR_SANITIZE})
+  target_compile_definitions(kvasir_flags INTERFACE KVASIR_SANITIZED=1)
+else()
+  target_compile_definitions(kvasir_flags INTERFACE $<$<CONFIG:Release>:_FORTIFY_SOURCE=2>)
+endif()
+if(KVASIR_FUZZ)
+  target_compile_options(kvasir_flags INTERFACE -fsanitize=fuzzer-no-link)
+endif()
+# Release keeps CHECK() and drops nothing else that tests rely on: no -DNDEBUG effects in our code.
+
+# kvasir_room(name ROOMS a b PACKAGES p q): library of every source below the folder, linked to these rooms only.
+function(kvasir_room name)
+  cmake_parse_arguments(R "" "" "ROOMS;PACKAGES" ${ARGN})
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/${name}/*.c ${CMAKE_SOURCE_DIR}/${name}/*.cpp)
+  list(REMOVE_ITEM sources ${CMAKE_SOURCE_DIR}/cli/main.c)
+  list(TRANSFORM R_ROOMS PREPEND kvasir_)
+  if(sources)
+    add_library(kvasir_${name} STATIC ${sources})
+    target_link_libraries(kvasir_${name} PUBLIC kvasir_flags ${R_ROOMS} PRIVATE ${R_PACKAGES})
+    target_link_libraries(kvasir_${name} PUBLIC Threads::Threads m)
+    foreach(source ${sources})
+      kvasir_instruction_set(${source})
+    endforeach()
+  else()
+    add_library(kvasir_${name} INTERFACE)
+    target_link_libraries(kvasir_${name} INTERFACE kvasir_flags ${R_ROOMS})
+  endif()
+endfunction()
+
+# One translation unit an instruction set, by the file's suffix: *_avx2.c, *_avxvnni.c, *_avx512.c (AVX-512 VNNI), *_avx512bf16.c.
+function(kvasir_instruction_set source)
+  set(avx2 "-mavx2;-mfma;-mf16c")
+  set(avx512 "${avx2};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni")
+  if(source MATCHES "_avx2\\.c$")
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${avx2};-O3")
+  elseif(source MATCHES "_avxvnni\\.c$")
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${avx2};-mavxvnni;-O3")
+  elseif(source MATCHES "_avx512\\.c$")
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${avx512};-O3")
+  elseif(source MATCHES "_avx512bf16\\.c$")
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${avx512};-mavx512bf16;-O3")
+  endif()
+endfunction()

@@ -1,0 +1,119 @@
+/* The engine thread: everything below HTTP and JSON. Requests go in, events come out, through two single-producer single-consumer mailboxes; no locks on the token path.
+ *
+ * Threads: engine_start, engine_stop: any one thread, not concurrently. engine_submit, engine_abort, engine_poll: the loop thread. engine_stats, engine_alive: any.
+ * wake(context) is called on the engine thread, at most once a step, when events wait; it must only signal (uv_async_send).
+ *
+ * One step: drain inbox -> plan -> block copies -> submit -> sync -> commit -> post. Idle, the thread sleeps until the inbox is written.
+ *
+ * Ownership: a struct request belongs to the loop until engine_submit returned true, then to the engine until the loop took the terminal event of its last choice, then to the
+ * loop again, which frees it. Every choice gets exactly one terminal event (finish != FINISH_NONE), aborted ones too. */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "base/error.h"
+#include "config/config.h"
+#include "kernels/backend.h"
+#include "kernels/sample.h"
+#include "model/model.h"
+
+struct engine;
+
+enum finish {
+    FINISH_NONE,
+    FINISH_STOP,    /* EOS or a stop token; that token is in the event */
+    FINISH_LENGTH,  /* max_new reached */
+    FINISH_ABORTED, /* engine_abort; no token in the event */
+    FINISH_ERROR,   /* the backend failed; no token */
+};
+
+struct request {
+    /* Written by the loop before submit, const afterwards. */
+    uint64_t id;              /* 64-bit, never reused */
+    uint32_t n_candidates;    /* >= 1 */
+    uint32_t n_prompt, max_new;
+    uint32_t min_new;         /* stop tokens are banned before that many generated tokens */
+    int32_t **tokens;         /* [n_candidates], each with room for n_prompt + max_new ids; the prompt in [0]. The engine writes, nobody reads before the end */
+    struct sampling sampling; /* .banned = the stop tokens, for min_new */
+    uint32_t n_stop_tokens;
+    const int32_t *stop_tokens; /* EOS among them unless ignore_eos */
+    int32_t priority;
+    uint64_t arrival_ns;
+    uint64_t cache_scope;
+    /* echo with logprobs: [n_prompt]; entry i is written with the log-probability of prompt token i given those before it (entry 0 is left alone) before the first event. NULL: not asked */
+    struct sample_result *prompt_results;
+    void *owner;              /* the loop's own; the engine only hands it back */
+
+    /* The engine's own. */
+    struct request_state *state;
+};
+
+struct event {
+    uint64_t id;
+    void *owner;
+    uint32_t choice;
+    enum finish finish;
+    bool has_token;
+    struct sample_result sample;
+    /* With a choice's first event: */
+    uint32_t cached_tokens;
+    /* With the terminal event: */
+    uint32_t preemptions;     /* of this choice */
+    uint64_t scheduled_ns;    /* clock at the request's first step; 0 if it never ran */
+    char error[96];           /* FINISH_ERROR */
+};
+
+struct engine_stats {
+    uint32_t running, waiting; /* choices */
+    uint64_t blocks_total, blocks_used, blocks_cached;
+    uint64_t block_bytes;
+    uint64_t steps, preemptions, forks, blocks_copied, chunks;
+    uint64_t prefix_queries, prefix_hits, prefix_partial_hits, prefix_evictions; /* tokens, tokens, admissions, entries */
+    uint64_t prompt_tokens, generation_tokens; /* computed prompt rows (cached ones not counted); sampled tokens */
+    uint64_t step_rows_bucket[14];             /* histogram le 1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf (not cumulative) */
+    uint64_t step_rows_sum;
+    uint64_t busy_ns, schedule_ns;             /* in steps; in scheduler and batch building */
+};
+
+/* What everything large will take, from config, model, free memory and the cgroup limit. Printed at start; each line count x bytes. */
+struct memory_plan {
+    uint32_t max_model_len, max_sequences, max_rows, max_choices;
+    uint32_t n_blocks, extent_blocks;
+    size_t block_bytes;
+    enum kv_dtype kv_dtype;
+    uint32_t n_lines;
+    struct memory_line lines[24];
+    uint64_t total_bytes, available_bytes;
+    uint64_t kv_tokens;       /* slots of the pool / lanes */
+    char lowered[160];        /* what was lowered to make it fit; empty: nothing */
+};
+enum status engine_plan_memory(const struct config *config, const struct model *model, struct memory_plan *plan, struct error *error);
+void memory_plan_print(const struct memory_plan *plan, FILE *out);
+
+struct engine_hooks {
+    void (*wake)(void *context);
+    void *context;
+    void (*progress)(void *context, double fraction); /* during start; NULL: none */
+    void *progress_context;
+};
+
+/* Allocates everything, repacks the weights, fits the step cost, starts the thread. `model` must outlive the engine. */
+enum status engine_start(const struct config *config, const struct model *model, const struct engine_hooks *hooks, struct engine **engine, struct error *error);
+/* Aborts what lives (each choice still gets its terminal event, to be polled before), joins the thread, frees. NULL is fine. */
+void engine_stop(struct engine *engine);
+
+/* false: no room in the queue ("not now"); the request stays the loop's. Prompt + max_new must be <= max_model_len and fit the pool (engine_limits): CHECKed. */
+bool engine_submit(struct engine *engine, struct request *request);
+#define ENGINE_ALL_CHOICES UINT32_MAX
+/* Always accepted. Unknown or ended: ignored. */
+void engine_abort(struct engine *engine, uint64_t id, uint32_t choice);
+/* false: nothing there. */
+bool engine_poll(struct engine *engine, struct event *event);
+
+void engine_stats(const struct engine *engine, struct engine_stats *stats);
+const struct memory_plan *engine_limits(const struct engine *engine);
+const char *engine_describe(const struct engine *engine); /* backend, threads, kv dtype */
+/* The proof of life behind /health and the watchdog: true if the engine is idle, or finished a step within `stall_ns`. Asleep with a full inbox is not idle. */
+bool engine_alive(const struct engine *engine, uint64_t now_ns, uint64_t stall_ns);

@@ -1,0 +1,99 @@
+/* The one interface of everything that computes. A backend owns the weights in its own layout, the KV pool with its slot metadata, and scratch; all of it is
+ * allocated in prepare. Numbers at addresses: it knows rows, lanes and blocks, never requests, policies or the scheduler.
+ *
+ * Threads: prepare, submit, sync, the KV services and close are called by one thread (the engine's). Workers a backend starts are its own.
+ * Row contract (design 11): a row's results depend on that row and its context alone, bit for bit on `reference` and on each `cpu` instruction set.
+ *
+ * KV pool: block b holds BLOCK_TOKENS slots of K and V of one lane. The layout inside is the backend's. Each slot also carries the sequence position
+ * of the token that filled it (int32). */
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/error.h"
+#include "kernels/program.h"
+#include "kernels/sample.h"
+
+#define BLOCK_TOKENS 32
+
+enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
+const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
+bool kv_dtype_parse(const char *name, enum kv_dtype *dtype);
+
+struct backend_limits {
+    enum kv_dtype kv_dtype;
+    uint32_t n_blocks;       /* of the pool */
+    uint32_t max_rows;       /* rows of one batch */
+    uint32_t max_sequences;  /* sequences of one batch */
+    uint32_t max_samples;    /* samples of one batch */
+    uint32_t threads;        /* compute workers, the engine thread among them; 0: one a physical core within the affinity mask and the cgroup's quota */
+    const char *instruction_set; /* cpu: "generic", "avx2", "avxvnni", "avx512", "avx512bf16"; NULL: the best this machine has */
+    bool drop_source_pages;  /* weights are a file mapping: give pages back (madvise) once repacked */
+    double mock_tokens_per_second; /* mock only: rate of each step's rows; 0: as fast as it goes */
+    void (*progress)(void *context, double fraction); /* during prepare; may be NULL */
+    void *progress_context;
+};
+
+/* One sequence's part of a batch. Its rows are contiguous, positions ascending. */
+struct batch_sequence {
+    uint32_t first_row, n_rows;
+    const uint32_t *lane_first;   /* [n_lanes]: index in batch.block_ids of the lane's first block id */
+    const uint32_t *lane_tokens;  /* [n_lanes]: slots filled BEFORE this step; this step appends n_rows more to every lane. Blocks for them are in the table */
+};
+
+struct batch {
+    uint32_t n_rows, n_sequences, n_samples;
+    const int32_t *tokens;     /* [n_rows] 0 <= token < n_vocab (checked by the engine) */
+    const int32_t *positions;  /* [n_rows] sequence position, for RoPE */
+    const struct batch_sequence *sequences;
+    const uint32_t *block_ids; /* the table arena */
+    const struct sample *samples; /* ascending row */
+};
+
+struct memory_line {
+    const char *what; /* "weights", "KV block", "scratch" */
+    uint64_t count, bytes_each;
+};
+
+struct backend; /* each backend's own struct begins with this: */
+
+/* Every entry is present in every backend. */
+struct backend_ops {
+    const char *name; /* "cpu", "reference", "mock" */
+
+    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included. */
+    size_t (*block_bytes)(const struct program *program, enum kv_dtype dtype);
+    /* What prepare will allocate beside the pool, line by line; returns the number of lines (<= max). limits->n_blocks is not read. */
+    uint32_t (*memory_plan)(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max);
+
+    enum status (*prepare)(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error);
+    void (*close)(struct backend *backend); /* NULL is fine */
+    /* One line for the log and `bench`: "cpu avx512bf16, 2 threads". Valid while the backend lives. */
+    const char *(*describe)(const struct backend *backend);
+
+    /* Runs one step. The arrays of `batch` must stay until sync returns. */
+    enum status (*submit)(struct backend *backend, const struct batch *batch, struct error *error);
+    /* Waits for the step; results[i] answers batch.samples[i]. */
+    enum status (*sync)(struct backend *backend, struct sample_result *results, struct error *error);
+
+    /* KV services, between steps. */
+    /* Whole blocks: block destination[i] becomes a copy of block source[i] (K, V, metadata). */
+    void (*copy_blocks)(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
+    /* Slot `slot` of `block`, widened: k and v [head_dim] (keys as cached: rotated). For tests and eval. */
+    void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
+    /* The logits of the last batch's sampled rows are not kept, except here: copies row-chunked logits of sample i of the NEXT submit into
+     * destination[i * n_vocab] (NULL: stop). For tests, golden gates and eval. */
+    void (*tap_logits)(struct backend *backend, float *destination);
+};
+
+struct backend {
+    const struct backend_ops *ops;
+};
+
+/* NULL-terminated. A build without CUDA is a full build. */
+extern const struct backend_ops *const backends[];
+const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best present on this machine */
+
+extern const struct backend_ops backend_cpu, backend_reference, backend_mock;
