@@ -24,7 +24,10 @@ enum status error_prefix(struct error *error, const char *format, ...) {
     int written = vsnprintf(text, sizeof text, format, args);
     va_end(args);
     size_t used = written < 0 ? 0 : (size_t)written;
-    if (used < sizeof text) (void)snprintf(text + used, sizeof text - used, ": %s", error->text);
+    const char *parts[] = {": ", error->text};
+    for (int i = 0; i < 2; i++)
+        for (const char *from = parts[i]; *from && used + 1 < sizeof text; from++) text[used++] = *from;
+    text[used < sizeof text ? used : sizeof text - 1] = '\0';
     memcpy(error->text, text, sizeof text);
     return error->status;
 }
