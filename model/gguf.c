@@ -150,6 +150,10 @@ enum status gguf_get_bool(const struct gguf *gguf, const char *key, enum gguf_pr
     return status;
 }
 
+enum status gguf_get_u16(const struct gguf *gguf, const char *key, enum gguf_presence presence, uint16_t *value, struct error *error) {
+    return get_scalar(gguf, key, presence, GGUF_U16, value, sizeof *value, error);
+}
+
 enum status gguf_get_u32(const struct gguf *gguf, const char *key, enum gguf_presence presence, uint32_t *value, struct error *error) {
     return get_scalar(gguf, key, presence, GGUF_U32, value, sizeof *value, error);
 }

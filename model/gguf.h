@@ -3,7 +3,7 @@
  * The file is hostile: every count, offset, type and size is checked against the file's length with overflow-safe arithmetic before it is used, and counts are
  * bounded before anything is allocated for them. What gguf_open returned OK for can be read without further checks; values (hyper-parameters, token ids) are
  * the caller's to judge. Refused: big-endian files, arrays of arrays, duplicate keys and tensor names, tensors outside the file, tensor types not in
- * kernels/tensor.h, sources that are not regular files.
+ * kernels/tensor.h, tensors that share bytes (so that weights never take more memory than the file), files that are not regular.
  * Out of scope: a file that is changed or cut while it is mapped. Reading a page that is gone raises SIGBUS and ends the process; replace model files by rename.
  *
  * Errors: STATUS_IO (open, map), STATUS_INVALID (broken), STATUS_UNSUPPORTED (well-formed, not served here); the text names path and key or tensor.
@@ -75,6 +75,7 @@ const struct gguf_tensor *gguf_tensor_find(const struct gguf *gguf, const char *
 enum gguf_presence { GGUF_OPTIONAL, GGUF_REQUIRED };
 bool gguf_has(const struct gguf *gguf, const char *key);
 enum status gguf_get_bool(const struct gguf *gguf, const char *key, enum gguf_presence presence, bool *value, struct error *error);
+enum status gguf_get_u16(const struct gguf *gguf, const char *key, enum gguf_presence presence, uint16_t *value, struct error *error);
 enum status gguf_get_u32(const struct gguf *gguf, const char *key, enum gguf_presence presence, uint32_t *value, struct error *error);
 enum status gguf_get_i32(const struct gguf *gguf, const char *key, enum gguf_presence presence, int32_t *value, struct error *error);
 enum status gguf_get_u64(const struct gguf *gguf, const char *key, enum gguf_presence presence, uint64_t *value, struct error *error);

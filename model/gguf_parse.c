@@ -224,9 +224,29 @@ static enum status place_tensor(const struct gguf *gguf, size_t data_start, uint
     return STATUS_OK;
 }
 
+static int order_data(const void *a, const void *b) {
+    const uint8_t *first = (*(const struct gguf_tensor *const *)a)->data, *second = (*(const struct gguf_tensor *const *)b)->data;
+    return (first > second) - (first < second);
+}
+
+/* Weights that share bytes would let a small file describe a model of any size. */
+static enum status check_disjoint(struct gguf *gguf, struct error *error) {
+    qsort(gguf->by_name, gguf->n_tensors, sizeof *gguf->by_name, order_data);
+    for (size_t i = 1; i < gguf->n_tensors; i++) {
+        const struct gguf_tensor *before = gguf->by_name[i - 1], *tensor = gguf->by_name[i];
+        char name[GGUF_TENSOR_NAME_MAX + 4], other[GGUF_TENSOR_NAME_MAX + 4];
+        if ((const uint8_t *)tensor->data - (const uint8_t *)before->data < (ptrdiff_t)before->bytes)
+            return error_set(error, STATUS_INVALID, "%s: tensor %s: its data overlaps that of tensor %s", gguf->path,
+                             gguf_printable(tensor->name, name, sizeof name), gguf_printable(before->name, other, sizeof other));
+    }
+    return STATUS_OK;
+}
+
 static enum status index_tensors(struct gguf *gguf, struct error *error) {
     gguf->by_name = check_calloc(gguf->n_tensors ? gguf->n_tensors : 1, sizeof *gguf->by_name);
     for (size_t i = 0; i < gguf->n_tensors; i++) gguf->by_name[i] = &gguf->tensors[i];
+    enum status status = check_disjoint(gguf, error);
+    if (status != STATUS_OK) return status;
     qsort(gguf->by_name, gguf->n_tensors, sizeof *gguf->by_name, order_tensors);
     for (size_t i = 1; i < gguf->n_tensors; i++) {
         char name[GGUF_TENSOR_NAME_MAX + 4];
