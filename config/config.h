@@ -3,68 +3,85 @@
 #pragma once
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 
 #include "base/error.h"
 
 #define CONFIG_TEXT 512
+#define CONFIG_OPTIONS_MAX 96
+
+/* Where a value came from, in rising order of precedence. */
+enum config_source { CONFIG_SOURCE_DEFAULT, CONFIG_SOURCE_FILE, CONFIG_SOURCE_ENVIRONMENT, CONFIG_SOURCE_FLAG };
 
 struct config {
     /* model */
-    char model[CONFIG_TEXT];          /* -m, --model: path of a GGUF file */
-    char served_name[CONFIG_TEXT];    /* default: the file's name */
+    char model[CONFIG_TEXT];       /* -m, --model: path of a GGUF file */
+    char served_name[CONFIG_TEXT]; /* default: the file's name */
     char chat_template[CONFIG_TEXT];
 
     /* [server] */
-    char host[CONFIG_TEXT];           /* 127.0.0.1 */
-    uint16_t port;                    /* 8080; 0: any free one, printed */
-    char api_key_file[CONFIG_TEXT];   /* one key a line; '#' comments. Empty: no keys (loopback only) */
-    bool insecure_public;             /* allow a public bind without keys */
-    char allowed_hosts[CONFIG_TEXT];  /* comma list accepted in Host beside localhost, 127.0.0.1, [::1] and the bind address */
+    char host[CONFIG_TEXT];          /* 127.0.0.1 */
+    uint16_t port;                   /* 8080; 0: any free one, printed */
+    char api_key_file[CONFIG_TEXT];  /* one key a line; '#' comments. Empty: no keys (loopback only) */
+    bool insecure_public;            /* allow a public bind without keys */
+    char allowed_hosts[CONFIG_TEXT]; /* comma list accepted in Host beside localhost, 127.0.0.1, [::1] and the bind address */
     uint32_t max_connections;
-    uint64_t max_body;                /* bytes */
+    uint64_t max_body;                                         /* bytes */
     uint32_t header_timeout_s, body_timeout_s, idle_timeout_s; /* 10, 30, 75 */
-    uint32_t first_byte_timeout_s;    /* 15 */
-    uint32_t stall_timeout_s;         /* 30: slow reader */
-    uint32_t heartbeat_s;             /* 15: SSE comment after silence; 0: off */
-    uint32_t request_timeout_s;       /* 600 */
-    uint32_t drain_timeout_s;         /* 60 */
-    uint32_t max_queue;               /* requests waiting beyond max_sequences: then 503 */
-    uint32_t max_requests_per_key;    /* live requests of one key: then 429; 0: off */
-    uint32_t max_prompts;             /* prompts of one request, 1024 */
-    uint32_t max_choices;             /* prompts x candidates of one request, 128 */
-    uint32_t max_logprobs;            /* 20 */
-    char log_level[16];               /* error, warn, info, debug */
-    bool vllm_names;                  /* metrics.vllm_names */
+    uint32_t first_byte_timeout_s;                             /* 15 */
+    uint32_t stall_timeout_s;                                  /* 30: slow reader */
+    uint32_t heartbeat_s;                                      /* 15: SSE comment after silence; 0: off */
+    uint32_t request_timeout_s;                                /* 600 */
+    uint32_t drain_timeout_s;                                  /* 60 */
+    uint32_t max_queue;                                        /* requests waiting beyond max_sequences: then 503 */
+    uint32_t max_requests_per_key;                             /* live requests of one key: then 429; 0: off */
+    uint32_t max_prompts;                                      /* prompts of one request, 1024 */
+    uint32_t max_choices;                                      /* prompts x candidates of one request, 128 */
+    uint32_t max_logprobs;                                     /* 20 */
+    char log_level[16];                                        /* error, warn, info, debug */
+    bool vllm_names;                                           /* metrics.vllm_names */
 
     /* [engine] */
-    char backend[32];                 /* auto, cpu, reference, mock */
+    char backend[32]; /* auto, cpu, reference, mock */
     uint32_t device;
-    uint32_t threads;                 /* 0: auto */
-    char instruction_set[32];         /* auto */
-    uint32_t max_model_len;           /* 0: what the model was trained for */
-    uint32_t max_sequences;           /* running at once; 0: auto */
-    uint32_t max_stream_tokens;       /* streaming_llm's bound instead of the context */
-    uint64_t kv_memory;               /* bytes; 0: auto */
-    char kv_dtype[16];                /* auto, f32, f16, bf16, q8 */
+    uint32_t threads;           /* 0: auto */
+    char instruction_set[32];   /* auto */
+    uint32_t max_model_len;     /* 0: what the model was trained for */
+    uint32_t max_sequences;     /* running at once; 0: auto */
+    uint32_t max_stream_tokens; /* streaming_llm's bound instead of the context */
+    uint64_t kv_memory;         /* bytes; 0: auto */
+    char kv_dtype[16];          /* auto, f32, f16, bf16, q8 */
     bool prefix_cache;
-    double step_ms;                   /* a step's cost budget while others decode */
-    uint32_t max_rows;                /* rows of one step, 512 */
+    double step_ms;    /* a step's cost budget while others decode */
+    uint32_t max_rows; /* rows of one step, 512 */
     double mock_tokens_per_second;
-    uint64_t seed;                    /* of requests that bring none; 0: from the system */
+    uint64_t seed; /* of requests that bring none; 0: from the system */
+
+    char config_file[CONFIG_TEXT];      /* what --config named; empty: none */
+    uint8_t source[CONFIG_OPTIONS_MAX]; /* enum config_source of each row of the table */
 };
 
 void config_defaults(struct config *config);
 
-/* For one command ("serve", "bench", ...): reads --config FILE, KVASIR_* and the flags of argv[1..]. Positional arguments are left: their count and first index
- * come back. Unknown flag, key, or value out of range: STATUS_INVALID, words with file, line, key, the allowed range and the nearest known key. `help` is set when --help was asked. */
+/* For one command ("serve", "bench", ...; argv[0] is its name): defaults, then --config FILE (or KVASIR_CONFIG), KVASIR_*, and the flags of argv[1..].
+ * Positional arguments are moved behind the flags: they are argv[*first_positional .. argc). Everything after "--" is positional.
+ * Unknown flag, key, or value out of range: STATUS_INVALID, words with file, line, key, the allowed range and the nearest known key. *help is set when --help was
+ * asked (nothing else is looked at then). */
 enum status config_load(struct config *config, int argc, char **argv, int *first_positional, bool *help, struct error *error);
-/* A TOML file alone, on top of what *config holds (SIGHUP; check-config). */
+/* A TOML file alone, on top of what *config holds. Values that came from the environment or a flag stay; what an earlier file set and this one does not goes back to
+ * its default. On failure *config is as it was. */
 enum status config_load_file(struct config *config, const char *path, struct error *error);
+/* SIGHUP: `next` becomes `now` with the file (now->config_file) read again and checked. Only limits, timeouts, keys, hosts and the log level may change while serving: other
+ * changes are left as they were and their keys listed, comma-separated, in `refused` (empty: none). Without a file `next` equals `now`. */
+enum status config_reload(const struct config *now, struct config *next, char *refused, size_t refused_size, struct error *error);
 /* Rules between options: a public bind without keys, timeouts in order, ... */
 enum status config_check(const struct config *config, struct error *error);
+/* Names like KVASIR_PROT that stand in the environment and mean nothing, comma-separated: for a warning. Their count. */
+size_t config_unknown_environment(char *names, size_t size);
 
+/* The options that `command` looks at, with defaults and ranges; for a command that is not known, all of them. */
 void config_print_help(FILE *out, const char *command);
-void config_print_example(FILE *out); /* deploy/kvasir.toml, word for word */
-void config_print(const struct config *config, FILE *out); /* effective values */
+void config_print_example(FILE *out);                      /* deploy/kvasir.toml, word for word */
+void config_print(const struct config *config, FILE *out); /* effective values as TOML, each with where it came from */

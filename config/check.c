@@ -1,0 +1,41 @@
+/* Rules between options, which no single row of the table can say. Pure. */
+#include <arpa/inet.h>
+#include <string.h>
+#include <strings.h>
+
+#include "config/config.h"
+
+/* Names other than localhost may resolve to anything: they count as public. */
+static bool loopback(const char *host) {
+    struct in_addr four;
+    struct in6_addr six;
+    char bare[CONFIG_TEXT];
+    size_t length = strlen(host);
+    bool bracketed = length > 2 && host[0] == '[' && host[length - 1] == ']';
+    memset(bare, 0, sizeof bare);
+    memcpy(bare, host + bracketed, length - 2 * (size_t)bracketed);
+    if (strcasecmp(bare, "localhost") == 0) return true;
+    if (inet_pton(AF_INET, bare, &four) == 1) return (ntohl(four.s_addr) >> 24) == 127;
+    if (inet_pton(AF_INET6, bare, &six) == 1) {
+        if (IN6_IS_ADDR_V4MAPPED(&six)) return six.s6_addr[12] == 127;
+        return IN6_IS_ADDR_LOOPBACK(&six);
+    }
+    return false;
+}
+
+enum status config_check(const struct config *config, struct error *error) {
+    if (!config->host[0]) return error_set(error, STATUS_INVALID, "server.host: empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network");
+    if (!loopback(config->host) && !config->api_key_file[0] && !config->insecure_public)
+        return error_set(error, STATUS_INVALID,
+                         "server.host: %.200s is reachable from other machines and there are no API keys: set server.api_key_file, or "
+                         "server.insecure_public = true "
+                         "if a proxy asks for them",
+                         config->host);
+    if (config->first_byte_timeout_s > config->request_timeout_s)
+        return error_set(error, STATUS_INVALID, "server.first_byte_timeout: %us is longer than server.request_timeout, %us",
+                         config->first_byte_timeout_s, config->request_timeout_s);
+    if (config->header_timeout_s > config->request_timeout_s)
+        return error_set(error, STATUS_INVALID, "server.header_timeout: %us is longer than server.request_timeout, %us", config->header_timeout_s,
+                         config->request_timeout_s);
+    return STATUS_OK;
+}

@@ -1,0 +1,190 @@
+/* See options.h. THE table, and the ways to find a row of it. Owns nothing; any thread. Deliberately parses nothing: value.c does. */
+#include "config/options.h"
+
+#include <ctype.h>
+#include <string.h>
+
+#define FIELD(name) offsetof(struct config, name), sizeof(((struct config *)0)->name)
+#define EVERY (COMMAND_SERVE | COMMAND_BENCH | COMMAND_INSPECT | COMMAND_CHECK)
+#define SERVE (COMMAND_SERVE | COMMAND_CHECK)
+#define RUN (COMMAND_SERVE | COMMAND_BENCH | COMMAND_CHECK)
+#define PLAN (COMMAND_SERVE | COMMAND_INSPECT | COMMAND_CHECK)
+#define TEBIBYTE 1099511627776.0
+
+// clang-format off
+const struct option_info options[] = {
+    {.key = "model", .flag = 'm', .type = OPTION_TEXT, FIELD(model), .initial = "", .argument = "FILE", .commands = RUN,
+     .help = "the model: a GGUF file"},
+    {.key = "served_name", .type = OPTION_TEXT, FIELD(served_name), .initial = "", .argument = "NAME", .commands = SERVE,
+     .help = "the name clients ask for; empty: the file's name without .gguf"},
+    {.key = "chat_template", .type = OPTION_TEXT, FIELD(chat_template), .initial = "", .argument = "FILE", .commands = SERVE,
+     .help = "a chat template to use instead of the model's own"},
+
+    {.key = "server.host", .type = OPTION_TEXT, FIELD(host), .initial = "127.0.0.1", .argument = "ADDRESS", .commands = SERVE,
+     .help = "address to listen on. Other than loopback needs api_key_file"},
+    {.key = "server.port", .type = OPTION_PORT, FIELD(port), .initial = "8080", .min = 0, .max = 65535, .argument = "N", .commands = SERVE,
+     .help = "port to listen on; 0: any free one, which is printed"},
+    {.key = "server.api_key_file", .type = OPTION_TEXT, FIELD(api_key_file), .initial = "", .argument = "FILE", .reload = true, .commands = SERVE,
+     .help = "file with one API key a line, # begins a comment; empty: no keys, loopback only"},
+    {.key = "server.insecure_public", .type = OPTION_BOOL, FIELD(insecure_public), .initial = "false", .commands = SERVE,
+     .help = "allow an address other than loopback without keys (behind a proxy that asks for them)"},
+    {.key = "server.allowed_hosts", .type = OPTION_LIST, FIELD(allowed_hosts), .initial = "", .argument = "NAMES", .reload = true, .commands = SERVE,
+     .help = "names accepted in Host beside localhost, 127.0.0.1, [::1] and the address listened on, comma-separated"},
+    {.key = "server.max_connections", .type = OPTION_COUNT, FIELD(max_connections), .initial = "4096", .min = 8, .max = 100000, .argument = "N", .commands = SERVE,
+     .help = "open connections; more wait in the kernel"},
+    {.key = "server.max_body", .type = OPTION_SIZE, FIELD(max_body), .initial = "8MiB", .min = 1024, .max = 1073741824, .argument = "SIZE", .reload = true, .commands = SERVE,
+     .help = "bytes of one request's body; more: 413"},
+    {.key = "server.header_timeout", .type = OPTION_DURATION, FIELD(header_timeout_s), .initial = "10s", .min = 1, .max = 3600, .argument = "TIME", .reload = true, .commands = SERVE,
+     .help = "time for a request's headers to arrive"},
+    {.key = "server.body_timeout", .type = OPTION_DURATION, FIELD(body_timeout_s), .initial = "30s", .min = 1, .max = 3600, .argument = "TIME", .reload = true, .commands = SERVE,
+     .help = "time for a request's body to arrive"},
+    {.key = "server.idle_timeout", .type = OPTION_DURATION, FIELD(idle_timeout_s), .initial = "75s", .min = 1, .max = 86400, .argument = "TIME", .reload = true, .commands = SERVE,
+     .help = "how long a connection may stay open between requests"},
+    {.key = "server.first_byte_timeout", .type = OPTION_DURATION, FIELD(first_byte_timeout_s), .initial = "15s", .min = 1, .max = 3600, .argument = "TIME", .reload = true, .commands = SERVE,
+     .help = "a stream's 200 goes out with its first token or after this time; before it a failure is an HTTP error"},
+    {.key = "server.stall_timeout", .type = OPTION_DURATION, FIELD(stall_timeout_s), .initial = "30s", .min = 1, .max = 3600, .argument = "TIME", .reload = true, .commands = SERVE,
+     .help = "a client that reads nothing for so long is cut off"},
+    {.key = "server.heartbeat", .type = OPTION_DURATION, FIELD(heartbeat_s), .initial = "15s", .min = 0, .max = 3600, .zero = "off", .argument = "TIME", .reload = true, .commands = SERVE,
+     .help = "a comment is sent in a stream after so much silence, so that proxies notice a client that left"},
+    {.key = "server.request_timeout", .type = OPTION_DURATION, FIELD(request_timeout_s), .initial = "10m", .min = 1, .max = 604800, .argument = "TIME", .reload = true, .commands = SERVE,
+     .help = "a request that lives longer is ended"},
+    {.key = "server.drain_timeout", .type = OPTION_DURATION, FIELD(drain_timeout_s), .initial = "60s", .min = 0, .max = 86400, .argument = "TIME", .reload = true, .commands = SERVE,
+     .help = "after SIGTERM: time for running requests to finish"},
+    {.key = "server.max_queue", .type = OPTION_COUNT, FIELD(max_queue), .initial = "1024", .min = 0, .max = 65536, .argument = "N", .commands = SERVE,
+     .help = "choices waiting beyond max_sequences; more: 503 with Retry-After"},
+    {.key = "server.max_requests_per_key", .type = OPTION_COUNT, FIELD(max_requests_per_key), .initial = "off", .min = 0, .max = 65536, .zero = "off", .argument = "N", .reload = true, .commands = SERVE,
+     .help = "live requests of one API key; more: 429 with Retry-After"},
+    {.key = "server.max_prompts", .type = OPTION_COUNT, FIELD(max_prompts), .initial = "1024", .min = 1, .max = 65536, .argument = "N", .reload = true, .commands = SERVE,
+     .help = "prompts of one request"},
+    {.key = "server.max_choices", .type = OPTION_COUNT, FIELD(max_choices), .initial = "128", .min = 1, .max = 4096, .argument = "N", .commands = SERVE,
+     .help = "prompts x candidates (n, best_of) of one request"},
+    {.key = "server.max_logprobs", .type = OPTION_COUNT, FIELD(max_logprobs), .initial = "20", .min = 0, .max = 20, .argument = "N", .reload = true, .commands = SERVE,
+     .help = "alternatives a request may ask for with each token"},
+    {.key = "server.log_level", .type = OPTION_ENUM, FIELD(log_level), .initial = "info", .choices = "error, warn, info, debug", .argument = "LEVEL", .reload = true, .commands = SERVE,
+     .help = "what is logged. Prompts never are"},
+
+    {.key = "metrics.vllm_names", .type = OPTION_BOOL, FIELD(vllm_names), .initial = "false", .reload = true, .commands = SERVE,
+     .help = "add vLLM's metric names to /metrics, for dashboards and autoscalers that read them"},
+
+    {.key = "engine.backend", .type = OPTION_ENUM, FIELD(backend), .initial = "auto", .choices = "auto, cpu, reference, mock", .argument = "NAME", .commands = EVERY,
+     .help = "what computes. reference is slow and exact; mock invents tokens, for tests"},
+    {.key = "engine.device", .type = OPTION_COUNT, FIELD(device), .initial = "0", .min = 0, .max = 63, .argument = "N", .commands = EVERY,
+     .help = "which accelerator, for backends that have several"},
+    {.key = "engine.threads", .flag = 't', .type = OPTION_COUNT, FIELD(threads), .initial = "auto", .min = 0, .max = 1024, .zero = "auto", .argument = "N", .commands = EVERY,
+     .help = "threads that compute; auto: one a physical core, within the affinity mask and the cgroup's quota"},
+    {.key = "engine.instruction_set", .type = OPTION_ENUM, FIELD(instruction_set), .initial = "auto", .choices = "auto, generic, avx2, avxvnni, avx512, avx512bf16", .argument = "NAME", .commands = EVERY,
+     .help = "instructions the cpu backend uses; auto: the best this machine has"},
+    {.key = "engine.max_model_len", .type = OPTION_COUNT, FIELD(max_model_len), .initial = "auto", .min = 0, .max = 16777216, .zero = "auto", .argument = "TOKENS", .commands = PLAN,
+     .help = "longest prompt + answer; auto: what the model was trained for, less if memory is short"},
+    {.key = "engine.max_sequences", .type = OPTION_COUNT, FIELD(max_sequences), .initial = "auto", .min = 0, .max = 4096, .zero = "auto", .argument = "N", .commands = PLAN,
+     .help = "sequences that run at once"},
+    {.key = "engine.max_stream_tokens", .type = OPTION_COUNT, FIELD(max_stream_tokens), .initial = "1048576", .min = 1, .max = 2147483647, .argument = "TOKENS", .commands = PLAN,
+     .help = "with streaming_llm: bound of prompt + answer in place of max_model_len"},
+    {.key = "engine.kv_memory", .type = OPTION_SIZE, FIELD(kv_memory), .initial = "auto", .min = 0, .max = 1024 * TEBIBYTE, .zero = "auto", .argument = "SIZE", .commands = PLAN,
+     .help = "memory of the KV cache; auto: from what is free and the cgroup's limit"},
+    {.key = "engine.kv_dtype", .type = OPTION_ENUM, FIELD(kv_dtype), .initial = "auto", .choices = "auto, f32, f16, bf16, q8", .argument = "TYPE", .commands = EVERY,
+     .help = "how cached keys and values are stored; auto: bf16 where the CPU computes with it, else f16"},
+    {.key = "engine.prefix_cache", .type = OPTION_BOOL, FIELD(prefix_cache), .initial = "true", .commands = SERVE,
+     .help = "keep the KV blocks of finished prompts for requests that begin alike"},
+    {.key = "engine.step_ms", .type = OPTION_FLOAT, FIELD(step_ms), .initial = "25", .min = 0.1, .max = 60000, .argument = "MS", .commands = SERVE,
+     .help = "cost of one step while others decode, in milliseconds: long prompts are read in chunks that fit"},
+    {.key = "engine.max_rows", .type = OPTION_COUNT, FIELD(max_rows), .initial = "512", .min = 1, .max = 65536, .argument = "N", .commands = EVERY,
+     .help = "rows (tokens) of one step"},
+    {.key = "engine.mock_tokens_per_second", .type = OPTION_FLOAT, FIELD(mock_tokens_per_second), .initial = "0", .min = 0, .max = 1e9, .argument = "RATE", .commands = SERVE,
+     .help = "mock backend: rows a second; 0: as fast as it goes"},
+    {.key = "engine.seed", .type = OPTION_NUMBER, FIELD(seed), .initial = "auto", .min = 0, .max = 9007199254740992.0, .zero = "auto", .argument = "N", .commands = SERVE,
+     .help = "seed of requests that bring none; auto: from the system"},
+};
+// clang-format on
+
+_Static_assert(sizeof options / sizeof *options <= CONFIG_OPTIONS_MAX, "struct config remembers where each value came from");
+
+size_t options_count(void) { return sizeof options / sizeof *options; }
+
+const char *option_leaf(const struct option_info *option) {
+    const char *dot = strrchr(option->key, '.');
+    return dot ? dot + 1 : option->key;
+}
+
+void option_flag_name(const struct option_info *option, char *name, size_t size) {
+    (void)snprintf(name, size, "--%s", option_leaf(option));
+    for (char *c = name; *c; c++)
+        if (*c == '_') *c = '-';
+}
+
+void option_environment_name(const struct option_info *option, char *name, size_t size) {
+    (void)snprintf(name, size, "KVASIR_%s", option_leaf(option));
+    for (char *c = name; *c; c++) *c = (char)toupper((unsigned char)*c);
+}
+
+const struct option_info *option_by_key(const char *key) {
+    for (size_t i = 0; i < options_count(); i++)
+        if (strcmp(options[i].key, key) == 0) return &options[i];
+    return NULL;
+}
+
+const struct option_info *option_by_flag(const char *name, size_t length) {
+    for (size_t i = 0; i < options_count(); i++) {
+        char flag[64];
+        option_flag_name(&options[i], flag, sizeof flag);
+        if (strlen(flag + 2) == length && memcmp(flag + 2, name, length) == 0) return &options[i];
+    }
+    return NULL;
+}
+
+const struct option_info *option_by_letter(char letter) {
+    for (size_t i = 0; i < options_count(); i++)
+        if (letter && options[i].flag == letter) return &options[i];
+    return NULL;
+}
+
+#define WORD_MAX 63
+
+/* Optimal string alignment (Damerau-Levenshtein without overlaps), three rows. */
+unsigned edit_distance(const char *a, const char *b) {
+    size_t n = strlen(a), m = strlen(b);
+    if (n > WORD_MAX || m > WORD_MAX) return (unsigned)(n > m ? n : m);
+    unsigned before[WORD_MAX + 1] = {0}, last[WORD_MAX + 1] = {0}, now[WORD_MAX + 1] = {0};
+    for (size_t j = 0; j <= m; j++) last[j] = (unsigned)j;
+    for (size_t i = 1; i <= n; i++) {
+        now[0] = (unsigned)i;
+        for (size_t j = 1; j <= m; j++) {
+            unsigned best = last[j - 1] + (a[i - 1] != b[j - 1]);
+            if (last[j] + 1 < best) best = last[j] + 1;
+            if (now[j - 1] + 1 < best) best = now[j - 1] + 1;
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] && before[j - 2] + 1 < best) best = before[j - 2] + 1;
+            now[j] = best;
+        }
+        memcpy(before, last, sizeof before);
+        memcpy(last, now, sizeof last);
+    }
+    return last[m];
+}
+
+static void form_name(const struct option_info *option, enum option_form form, char *name, size_t size) {
+    switch (form) {
+    case OPTION_FORM_KEY: (void)snprintf(name, size, "%s", option->key); break;
+    case OPTION_FORM_FLAG: option_flag_name(option, name, size); break;
+    case OPTION_FORM_ENVIRONMENT: option_environment_name(option, name, size); break;
+    }
+}
+
+void option_suggest(const char *name, enum option_form form, char *words, size_t size) {
+    unsigned nearest = UINT32_MAX;
+    char suggestion[64] = "";
+    words[0] = '\0';
+    const char *leaf = strrchr(name, '.');
+    for (size_t i = 0; i < options_count(); i++) {
+        char known[64];
+        form_name(&options[i], form, known, sizeof known);
+        unsigned distance = edit_distance(name, known);
+        /* The right name in the wrong table is the likeliest slip of all. */
+        if (form == OPTION_FORM_KEY && strcmp(option_leaf(&options[i]), leaf ? leaf + 1 : name) == 0) distance = 0;
+        if (distance < nearest) {
+            nearest = distance;
+            memcpy(suggestion, known, sizeof suggestion);
+        }
+    }
+    size_t length = strlen(form == OPTION_FORM_KEY && leaf ? leaf + 1 : name);
+    if (nearest <= 1 + length / 3) (void)snprintf(words, size, " (did you mean \"%s\"?)", suggestion);
+}

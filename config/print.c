@@ -1,0 +1,141 @@
+/* The table in words: --help, the example file, the effective values. Owns nothing; any thread. */
+#include <string.h>
+
+#include "config/options.h"
+
+static const struct {
+    const char *prefix;
+    const char *title;
+} sections[] = {
+    {"", "the model"},
+    {"server", "HTTP, limits, log"},
+    {"metrics", "/metrics"},
+    {"engine", "what computes, and with how much memory"},
+};
+
+#define SECTIONS (sizeof sections / sizeof *sections)
+
+static bool in_section(const struct option_info *option, const char *prefix) {
+    size_t length = strlen(prefix);
+    const char *dot = strchr(option->key, '.');
+    return length == 0 ? dot == NULL : strncmp(option->key, prefix, length) == 0 && option->key[length] == '.';
+}
+
+/* Words wrapped at `width` columns; every line but the first begins with `indent`. */
+static void print_wrapped(FILE *out, const char *words, const char *indent, size_t column, size_t width) {
+    while (*words) {
+        size_t length = strcspn(words, " ");
+        if (column + length + 1 > width && column > strlen(indent)) {
+            fprintf(out, "\n%s", indent);
+            column = strlen(indent);
+        }
+        fprintf(out, "%.*s", (int)length, words);
+        column += length;
+        words += length;
+        while (*words == ' ') words++;
+        if (*words) fputc(' ', out), column++;
+    }
+}
+
+static int command_bit(const char *command) {
+    static const struct {
+        const char *name;
+        int bit;
+    } commands[] = {{"serve", COMMAND_SERVE}, {"bench", COMMAND_BENCH}, {"inspect", COMMAND_INSPECT}, {"check-config", COMMAND_CHECK}};
+    for (size_t i = 0; command && i < sizeof commands / sizeof *commands; i++)
+        if (strcmp(command, commands[i].name) == 0) return commands[i].bit;
+    return ~0;
+}
+
+static void print_option_help(FILE *out, const struct option_info *option) {
+    static const char indent[] = "        ";
+    char flag[64], range[160], words[512];
+    option_flag_name(option, flag, sizeof flag);
+    fprintf(out, "  ");
+    if (option->flag) fprintf(out, "-%c, ", option->flag);
+    if (option->type == OPTION_BOOL && strcmp(option->initial, "true") == 0)
+        fprintf(out, "--no-%s", flag + 2);
+    else
+        fprintf(out, "%s", flag);
+    if (option->argument) fprintf(out, " %s", option->argument);
+    fprintf(out, "\n%s", indent);
+    option_range(option, range, sizeof range);
+    bool ranged = range[0] && option->type != OPTION_BOOL;
+    (void)snprintf(words, sizeof words, "%s%s%s%s%s%s%s", option->help, ranged ? " (" : "", ranged ? range : "", ranged ? ")" : "",
+                   option->initial[0] ? " [" : "", option->initial, option->initial[0] ? "]" : "");
+    print_wrapped(out, words, indent, strlen(indent), 100);
+    fputc('\n', out);
+}
+
+void config_print_help(FILE *out, const char *command) {
+    int bit = command_bit(command);
+    fprintf(out, "  -c, --config FILE\n        read settings from a TOML file; deploy/kvasir.toml shows all of them\n");
+    for (size_t s = 0; s < SECTIONS; s++) {
+        bool titled = false;
+        for (size_t i = 0; i < options_count(); i++) {
+            if (!in_section(&options[i], sections[s].prefix) || !(options[i].commands & bit)) continue;
+            if (!titled)
+                fprintf(out, "\n%s%s%s%s:\n", sections[s].prefix[0] ? "[" : "", sections[s].prefix, sections[s].prefix[0] ? "] " : "",
+                        sections[s].title);
+            titled = true;
+            print_option_help(out, &options[i]);
+        }
+    }
+    fprintf(out, "\nEvery option is also a key of the TOML file (--max-queue is server.max_queue) and an environment name (KVASIR_MAX_QUEUE).\n"
+                 "The flag wins over the environment, that over the file, that over the default in [brackets].\n");
+}
+
+/* A TOML basic string. Values hold no control characters (option_set refuses them). */
+static void print_quoted(FILE *out, const char *text) {
+    fputc('"', out);
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\') fputc('\\', out);
+        fputc(*text, out);
+    }
+    fputc('"', out);
+}
+
+static void print_value(FILE *out, const struct option_info *option, const char *text) {
+    if (option_quoted(option, text))
+        print_quoted(out, text);
+    else
+        fprintf(out, "%s", text);
+}
+
+void config_print_example(FILE *out) {
+    fprintf(out, "# Every setting of kvasir with its default. Take away the # in front of a key to change it.\n"
+                 "# Each is also a flag (server.max_queue: --max-queue) and an environment name (KVASIR_MAX_QUEUE); a flag wins over the "
+                 "environment, that over this file.\n"
+                 "# Sizes: a number of bytes, or \"512M\", \"4GiB\" (1024 each), \"4GB\" (1000 each). Durations: a number of seconds, or \"30s\", "
+                 "\"5m\", \"1h\".\n"
+                 "# \"kvasir check-config FILE\" says what is wrong with a file. Settings marked (reload) are read again on SIGHUP.\n");
+    struct config defaults;
+    config_defaults(&defaults);
+    for (size_t s = 0; s < SECTIONS; s++) {
+        fputc('\n', out);
+        if (sections[s].prefix[0]) fprintf(out, "[%s] # %s\n", sections[s].prefix, sections[s].title);
+        for (size_t i = 0; i < options_count(); i++) {
+            const struct option_info *option = &options[i];
+            if (!in_section(option, sections[s].prefix)) continue;
+            char text[CONFIG_TEXT], range[160];
+            option_text(option, &defaults, text, sizeof text);
+            option_range(option, range, sizeof range);
+            fprintf(out, "\n# %s", option->help);
+            if (range[0]) fprintf(out, " (%s)", range);
+            fprintf(out, "%s\n# %s = ", option->reload ? " (reload)" : "", option_leaf(option));
+            print_value(out, option, text);
+            fputc('\n', out);
+        }
+    }
+}
+
+void config_print(const struct config *config, FILE *out) {
+    static const char *const sources[] = {"default", "file", "environment", "flag"};
+    for (size_t i = 0; i < options_count(); i++) {
+        char text[CONFIG_TEXT];
+        option_text(&options[i], config, text, sizeof text);
+        fprintf(out, "%s = ", options[i].key);
+        print_value(out, &options[i], text);
+        fprintf(out, " # %s\n", sources[config->source[i] <= CONFIG_SOURCE_FLAG ? config->source[i] : 0]);
+    }
+}
