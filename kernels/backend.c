@@ -1,0 +1,32 @@
+/* The list of backends and the names of KV dtypes. Owns nothing; any thread. */
+#include "kernels/backend.h"
+
+#include <string.h>
+
+#include "base/check.h"
+
+/* Best first: "auto" is the first one, which is why a backend that invents its numbers comes last. */
+const struct backend_ops *const backends[] = {NULL};
+
+const struct backend_ops *backend_find(const char *name) {
+    if (strcmp(name, "auto") == 0) return backends[0];
+    for (const struct backend_ops *const *ops = backends; *ops; ops++)
+        if (strcmp((*ops)->name, name) == 0) return *ops;
+    return NULL;
+}
+
+static const char *const kv_dtype_names[KV_DTYPES] = {[KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8"};
+
+const char *kv_dtype_name(enum kv_dtype dtype) {
+    CHECK((unsigned)dtype < KV_DTYPES);
+    return kv_dtype_names[dtype];
+}
+
+bool kv_dtype_parse(const char *name, enum kv_dtype *dtype) {
+    for (int i = 0; i < KV_DTYPES; i++)
+        if (strcmp(name, kv_dtype_names[i]) == 0) {
+            *dtype = (enum kv_dtype)i;
+            return true;
+        }
+    return false;
+}
