@@ -31,6 +31,7 @@ enum score_kind {
 /* One number a slot and query head, or one a slot? */
 static inline bool score_per_query_head(enum score_kind kind) { return kind <= SCORE_EXPECTED; }
 
+/* What a backend's score() is asked: lanes of one sequence. Results: for lane l, at scores + offset[l], lane_tokens[l] floats, for kinds per query head [group][lane_tokens[l]]. */
 struct score_request {
     enum score_kind kind;
     int32_t ring;          /* of the sequence; kinds that look at rows */
@@ -43,3 +44,20 @@ struct score_request {
     const uint32_t *lane_tokens; /* [n_lanes] slots filled */
     const size_t *offset;        /* [n_lanes], indexed as lane_first: where in `scores` the lane's numbers begin */
 };
+
+/* The oracle: one lane from plain arrays, in double. Every backend's score() agrees with it; `reference` calls it. */
+struct score_lane {
+    uint32_t n_slots;
+    const float *k, *v;          /* [n_slots][head_dim], keys as cached */
+    const int32_t *positions;    /* [n_slots] ascending */
+    const uint64_t *accumulated; /* [n_slots] fixed point, SCORE_ACCUMULATED_ONE = 1; NULL: none */
+    const float *q;              /* [n_window][group][head_dim] post-RoPE, of positions last_position - n_window + 1 .. last_position */
+    uint32_t n_window;
+    int32_t last_position;
+    uint32_t ahead;
+};
+struct program;
+void score_lane(const struct program *program, enum score_kind kind, const struct score_lane *lane, float *scores);
+
+/* Accumulated attention is kept in fixed point, so that the order of adding does not matter: each row adds, per slot, the sum over the query heads of llrint(p * ONE). */
+#define SCORE_ACCUMULATED_ONE 4294967296.0
