@@ -34,7 +34,7 @@ static inline bool score_per_query_head(enum score_kind kind) { return kind <= S
 /* What a backend's score() is asked: lanes of one sequence. Results: for lane l, at scores + offset[l], lane_tokens[l] floats, for kinds per query head [group][lane_tokens[l]]. */
 struct score_request {
     enum score_kind kind;
-    int32_t ring;          /* of the sequence; kinds that look at rows */
+    uint32_t ring;         /* 1..n_rings, of the sequence; kinds that look at rows */
     int32_t last_position; /* of the newest row in the ring */
     uint32_t n_window;     /* rows: positions last_position - n_window + 1 .. last_position, all in the ring */
     uint32_t ahead;        /* SCORE_EXPECTED: positions to average over, 512 */
