@@ -35,7 +35,7 @@ static void count_byte(const struct chooser_lane *lane, uint32_t prefix, uint32_
 
 /* The least key at which all lanes together can free `wanted` blocks; counts[l].below: slots of the lane strictly below it. */
 static uint32_t threshold_of(struct chooser *chooser, uint64_t wanted) {
-    uint32_t prefix = 0, mask = 0, size = chooser->request->block_tokens;
+    uint32_t prefix = 0, mask = 0, size = chooser->request.block_tokens;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) chooser->counts[l].below = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
         for (uint32_t l = 0; l < chooser->n_lanes; l++) count_byte(&chooser->lanes[l], prefix, mask, shift, &chooser->counts[l]);
@@ -55,7 +55,7 @@ static uint32_t threshold_of(struct chooser *chooser, uint64_t wanted) {
 
 /* Deals out what is left among the blocks that cost exactly the threshold: j ascending, lanes ascending. chooser->budgets holds blocks to free meanwhile. */
 static void deal(struct chooser *chooser, uint32_t threshold, uint64_t left) {
-    uint32_t size = chooser->request->block_tokens;
+    uint32_t size = chooser->request.block_tokens;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) { /* counts[0]: blocks up to the threshold */
         uint32_t upto = chooser->counts[l].below;
         for (uint32_t i = 0; i < chooser->lanes[l].n_slots; i++) upto += chooser->lanes[l].keys[i] == threshold;
@@ -74,9 +74,10 @@ static void deal(struct chooser *chooser, uint32_t threshold, uint64_t left) {
     }
 }
 
-void chooser_blocks(struct chooser *chooser, struct choose_lane *lanes) {
-    uint32_t size = chooser->request->block_tokens;
-    uint64_t held = 0, possible = 0, target = (uint64_t)((chooser->request->budget + size - 1) / size) * chooser->n_lanes;
+void chooser_blocks(struct chooser *chooser) {
+    struct choose_lane *lanes = chooser->results;
+    uint32_t size = chooser->request.block_tokens;
+    uint64_t held = 0, possible = 0, target = (uint64_t)((chooser->request.budget + size - 1) / size) * chooser->n_lanes;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
         held += (lanes[l].n_slots + size - 1) / size;
         possible += blocks_of(shape_of(&chooser->lanes[l], size), UINT32_MAX);

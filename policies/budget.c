@@ -14,7 +14,7 @@ static uint32_t most_protected(const struct chooser *chooser) {
 /* PyramidKV (arXiv 2406.02069, 3.2; the published code's integer form): with c the average beyond the protected slots, min = c/beta, max = 2c - min, a straight line
  * from max in the first layer down to min in the last. A lane of fewer than 2c evictable slots has nothing to gain from it: uniform. */
 static void ramp(const struct chooser *chooser, uint32_t average, uint32_t n, uint32_t *layer_budget) {
-    const struct choose_request *request = chooser->request;
+    const struct choose_request *request = &chooser->request;
     uint32_t layers = request->n_layers;
     uint32_t min = average / request->options->ramp, max = 2 * average - min;
     bool flat = n < 2 * average || layers < 2;
@@ -29,7 +29,7 @@ static void ramp(const struct chooser *chooser, uint32_t average, uint32_t n, ui
 /* Ada-KV (arXiv 2407.11550, algorithm 1; the safeguard is algorithm 2's alpha): of the layer's best H*b scores a lane holds c_h; it keeps (1 - a) c_h + a b. Equal scores: lanes in order.
  * `base`: what the lane would keep beyond its protected slots under a uniform budget. */
 static void pool_layer(const struct chooser *chooser, uint32_t layer, uint32_t base) {
-    const struct choose_request *request = chooser->request;
+    const struct choose_request *request = &chooser->request;
     uint32_t heads = request->n_kv_heads;
     struct chooser_lane *lanes = chooser->lanes + (size_t)layer * heads;
     uint32_t *budgets = chooser->budgets + (size_t)layer * heads;
@@ -72,7 +72,7 @@ static void pool_layer(const struct chooser *chooser, uint32_t layer, uint32_t b
 }
 
 void chooser_budgets(struct chooser *chooser) {
-    const struct choose_request *request = chooser->request;
+    const struct choose_request *request = &chooser->request;
     enum policy_budget shape = request->policy->budget;
     uint32_t reserved = most_protected(chooser), slots = 0;
     for (uint32_t l = 0; l < chooser->n_lanes; l++)

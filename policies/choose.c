@@ -14,9 +14,9 @@
 static size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 size_t choose_scratch_bytes(uint32_t n_lanes, uint32_t slots_max, size_t slots_total) {
-    return align(slots_total * sizeof(uint32_t)) + align(slots_total * sizeof(float)) + align(n_lanes * sizeof(struct chooser_lane)) +
-           align(n_lanes * sizeof(struct radix_counts)) + 2 * align(slots_max * sizeof(float)) + align(slots_max) +
-           align(n_lanes * sizeof(uint32_t)) + 64;
+    return align(sizeof(struct chooser)) + align(slots_total * sizeof(uint32_t)) + align(slots_total * sizeof(float)) +
+           align(n_lanes * sizeof(struct chooser_lane)) + align(n_lanes * sizeof(struct radix_counts)) + 2 * align(slots_max * sizeof(float)) +
+           align(slots_max) + align(n_lanes * sizeof(uint32_t)) + 64;
 }
 
 static void *carve(char **scratch, size_t bytes) {
@@ -77,7 +77,7 @@ static void reduce(const struct choose_request *request, const struct choose_lan
 }
 
 static void value_factor(const struct choose_request *request, const struct choose_lane *lane, float *score) {
-    if (!lane->value_norms || !(request->options->value_aware || request->policy->always_value)) return;
+    if (!lane->value_norms || request->policy->budget == BUDGET_LADDER || !(request->options->value_aware || request->policy->always_value)) return;
     for (uint32_t i = 0; i < lane->n_slots; i++) {
         float norm = lane->value_norms[i];
         score[i] *= request->policy->kernel == SCORE_SQUARES ? norm * norm : norm;
@@ -120,27 +120,25 @@ static void average_layer(const struct choose_request *request, const struct cho
     }
 }
 
-static void make_keys(struct chooser *chooser, const struct choose_lane *lanes) {
-    const struct choose_request *request = chooser->request;
+void choose_layer(struct chooser *chooser, uint32_t layer) {
+    const struct choose_request *request = &chooser->request;
+    const struct choose_lane *lane = chooser->results + (size_t)layer * request->n_kv_heads;
+    struct chooser_lane *mine = chooser->lanes + (size_t)layer * request->n_kv_heads;
     float *scores[CHOOSER_HEADS_MAX];
-    CHECK(request->n_kv_heads <= CHOOSER_HEADS_MAX);
-    for (uint32_t layer = 0; layer < request->n_layers; layer++) {
-        const struct choose_lane *lane = lanes + (size_t)layer * request->n_kv_heads;
-        struct chooser_lane *mine = chooser->lanes + (size_t)layer * request->n_kv_heads;
-        for (uint32_t h = 0; h < request->n_kv_heads; h++) {
-            scores[h] = mine[h].scores;
-            if (request->policy->scorer == SCORER_KERNEL) {
-                reduce(request, &lane[h], scores[h], chooser->floats[0], chooser->floats[1]);
-                value_factor(request, &lane[h], scores[h]);
-            } else {
-                for (uint32_t i = 0; i < lane[h].n_slots; i++) scores[h][i] = score_without_kernel(request, lane[h].positions[i]);
-            }
+    CHECK(layer < request->n_layers && request->n_kv_heads <= CHOOSER_HEADS_MAX);
+    for (uint32_t h = 0; h < request->n_kv_heads; h++) {
+        scores[h] = mine[h].scores;
+        if (request->policy->scorer == SCORER_KERNEL) {
+            reduce(request, &lane[h], scores[h], chooser->floats[0], chooser->floats[1]);
+            value_factor(request, &lane[h], scores[h]);
+        } else {
+            for (uint32_t i = 0; i < lane[h].n_slots; i++) scores[h][i] = score_without_kernel(request, lane[h].positions[i]);
         }
-        if (request->policy->scorer == SCORER_KERNEL && request->policy->reduce == REDUCE_LAYER) average_layer(request, lane, scores);
-        for (uint32_t h = 0; h < request->n_kv_heads; h++) {
-            for (uint32_t i = 0; i < lane[h].n_slots; i++) mine[h].keys[i] = key_of(scores[h][i]);
-            protect(request, &lane[h], &mine[h]);
-        }
+    }
+    if (request->policy->scorer == SCORER_KERNEL && request->policy->reduce == REDUCE_LAYER) average_layer(request, lane, scores);
+    for (uint32_t h = 0; h < request->n_kv_heads; h++) {
+        for (uint32_t i = 0; i < lane[h].n_slots; i++) mine[h].keys[i] = key_of(scores[h][i]);
+        protect(request, &lane[h], &mine[h]);
     }
 }
 
@@ -206,47 +204,60 @@ static void drop_blocks(const struct choose_request *request, uint32_t budget, s
         if (i < pinned * size || i >= (pinned + dropped) * size) lane->keep[lane->n_keep++] = i;
 }
 
-static void keep_budgets(struct chooser *chooser, struct choose_lane *lanes) {
+static void keep_budgets(struct chooser *chooser) {
+    struct choose_lane *lanes = chooser->results;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
         uint32_t n = lanes[l].n_slots, budget = chooser->budgets[l];
-        if (chooser->request->policy->granularity == GRANULARITY_BLOCK)
-            drop_blocks(chooser->request, budget, &lanes[l]);
+        if (chooser->request.policy->granularity == GRANULARITY_BLOCK)
+            drop_blocks(&chooser->request, budget, &lanes[l]);
         else
             chooser_keep(&chooser->lanes[l], n > budget ? n - budget : 0, &lanes[l]);
     }
 }
 
-void choose(const struct choose_request *request, struct choose_lane *lanes, void *scratch) {
-    struct chooser chooser = {.request = request, .n_lanes = request->n_layers * request->n_kv_heads};
-    uint32_t slots_max = 0;
+bool choose_begin(const struct choose_request *request, struct choose_lane *lanes, void *scratch, struct chooser **result) {
+    uint32_t n_lanes = request->n_layers * request->n_kv_heads, slots_max = 0;
     size_t slots_total = 0;
-    for (uint32_t l = 0; l < chooser.n_lanes; l++) {
+    for (uint32_t l = 0; l < n_lanes; l++) {
         slots_total += lanes[l].n_slots;
         if (lanes[l].n_slots > slots_max) slots_max = lanes[l].n_slots;
     }
     if (request->policy->scorer == SCORER_NONE || (slots_max <= request->budget && request->policy->budget != BUDGET_LADDER)) {
-        for (uint32_t l = 0; l < chooser.n_lanes; l++) keep_all(&lanes[l]);
-        return;
+        for (uint32_t l = 0; l < n_lanes; l++) keep_all(&lanes[l]);
+        return false;
     }
     char *memory = scratch;
+    struct chooser *chooser = carve(&memory, sizeof *chooser);
+    *chooser = (struct chooser){.request = *request, .n_lanes = n_lanes, .results = lanes};
     uint32_t *keys = carve(&memory, slots_total * sizeof *keys);
     float *scores = carve(&memory, slots_total * sizeof *scores);
-    chooser.lanes = carve(&memory, chooser.n_lanes * sizeof *chooser.lanes);
-    chooser.counts = carve(&memory, chooser.n_lanes * sizeof *chooser.counts);
-    for (int i = 0; i < 2; i++) chooser.floats[i] = carve(&memory, slots_max * sizeof(float));
-    chooser.flags = carve(&memory, slots_max);
-    chooser.budgets = carve(&memory, chooser.n_lanes * sizeof *chooser.budgets);
-    for (uint32_t l = 0; l < chooser.n_lanes; l++) {
-        chooser.lanes[l] = (struct chooser_lane){.keys = keys, .scores = scores, .n_slots = lanes[l].n_slots};
+    chooser->lanes = carve(&memory, n_lanes * sizeof *chooser->lanes);
+    chooser->counts = carve(&memory, n_lanes * sizeof *chooser->counts);
+    for (int i = 0; i < 2; i++) chooser->floats[i] = carve(&memory, slots_max * sizeof(float));
+    chooser->flags = carve(&memory, slots_max);
+    chooser->budgets = carve(&memory, n_lanes * sizeof *chooser->budgets);
+    for (uint32_t l = 0; l < n_lanes; l++) {
+        chooser->lanes[l] = (struct chooser_lane){.keys = keys, .scores = scores, .n_slots = lanes[l].n_slots};
         keys += lanes[l].n_slots;
         scores += lanes[l].n_slots;
     }
-    make_keys(&chooser, lanes);
-    switch (request->policy->budget) {
-    case BUDGET_BLOCKS: chooser_blocks(&chooser, lanes); break;
-    case BUDGET_LADDER: chooser_ladder(&chooser, lanes); break;
-    default: chooser_budgets(&chooser); keep_budgets(&chooser, lanes);
+    *result = chooser;
+    return true;
+}
+
+void choose_end(struct chooser *chooser) {
+    switch (chooser->request.policy->budget) {
+    case BUDGET_BLOCKS: chooser_blocks(chooser); return;
+    case BUDGET_LADDER: chooser_ladder(chooser); return;
+    default: chooser_budgets(chooser); keep_budgets(chooser);
     }
+}
+
+void choose(const struct choose_request *request, struct choose_lane *lanes, void *scratch) {
+    struct chooser *chooser;
+    if (!choose_begin(request, lanes, scratch, &chooser)) return;
+    for (uint32_t layer = 0; layer < request->n_layers; layer++) choose_layer(chooser, layer);
+    choose_end(chooser);
 }
 
 void choose_hits(const struct choose_lane *lane, const float *persistence, uint32_t group, double *kept, double *all) {

@@ -35,6 +35,13 @@ size_t choose_scratch_bytes(uint32_t n_lanes, uint32_t slots_max, size_t slots_t
 /* Fills keep and n_keep of every lane. `lanes` [n_layers * n_kv_heads]. A lane that fits its budget keeps all. */
 void choose(const struct choose_request *request, struct choose_lane *lanes, void *scratch);
 
+/* The same in steps, for callers that have the raw scores of some layers at a time: begin, every layer once in any order, end. raw and value_norms of a layer's lanes need to stay
+ * only during its choose_layer. false from choose_begin: everything stays, keep and n_keep are filled, and no more steps are needed. */
+struct chooser;
+bool choose_begin(const struct choose_request *request, struct choose_lane *lanes, void *scratch, struct chooser **chooser);
+void choose_layer(struct chooser *chooser, uint32_t layer);
+void choose_end(struct chooser *chooser);
+
 /* The share of window attention that the choice kept: over (row, key) pairs with attention >= 1/visible keys, those whose key stays. `persistence`: SCORE_PERSISTENCE of
  * the lane, [group][n_slots]. Adds to *kept and *all. */
 void choose_hits(const struct choose_lane *lane, const float *persistence, uint32_t group, double *kept, double *all);

@@ -18,7 +18,8 @@ struct radix_counts {
 };
 
 struct chooser {
-    const struct choose_request *request;
+    struct choose_request request;
+    struct choose_lane *results; /* [n_lanes] the caller's */
     uint32_t n_lanes;
     struct chooser_lane *lanes;
     struct radix_counts *counts; /* [n_lanes] */
@@ -29,6 +30,6 @@ struct chooser {
 
 uint32_t chooser_rank(const uint32_t *keys, uint32_t n, uint32_t rank, uint32_t *below);
 void chooser_keep(const struct chooser_lane *mine, uint32_t evict, struct choose_lane *lane);
-void chooser_budgets(struct chooser *chooser);                           /* budget.c: fills budgets */
-void chooser_blocks(struct chooser *chooser, struct choose_lane *lanes); /* blocks.c */
-void chooser_ladder(struct chooser *chooser, struct choose_lane *lanes); /* ladder.c */
+void chooser_budgets(struct chooser *chooser); /* budget.c: fills budgets */
+void chooser_blocks(struct chooser *chooser);  /* blocks.c */
+void chooser_ladder(struct chooser *chooser);  /* ladder.c */

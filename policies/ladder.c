@@ -15,7 +15,7 @@ struct rungs {
     const struct choose_request *request;
     const struct choose_lane *lane;
     const struct chooser_lane *mine;
-    const float *attention; /* [n_slots] mean over the query heads of the sum over rows */
+    const float *attention; /* [n_slots] mean over the query heads of the sum over rows (scores; the value factor is not for recovery) */
     uint8_t *kept;          /* [n_slots] flags */
 };
 
@@ -62,19 +62,15 @@ static void climb(const struct rungs *rungs) {
     for (uint32_t i = 0; i < rungs->lane->n_slots; i++) rungs->kept[i] = 1;
 }
 
-void chooser_ladder(struct chooser *chooser, struct choose_lane *lanes) {
-    const struct choose_request *request = chooser->request;
-    float *attention = chooser->floats[0];
+void chooser_ladder(struct chooser *chooser) {
+    struct choose_lane *lanes = chooser->results;
+    const struct choose_request *request = &chooser->request;
     uint8_t *kept = chooser->flags;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
         struct choose_lane *lane = &lanes[l];
         struct chooser_lane *mine = &chooser->lanes[l];
         uint32_t n = lane->n_slots;
-        for (uint32_t i = 0; i < n; i++) {
-            attention[i] = 0;
-            for (uint32_t h = 0; h < request->group; h++) attention[i] += lane->raw[(size_t)h * n + i] / (float)request->group;
-        }
-        struct rungs rungs = {.request = request, .lane = lane, .mine = mine, .attention = attention, .kept = kept};
+        struct rungs rungs = {.request = request, .lane = lane, .mine = mine, .attention = mine->scores, .kept = kept};
         climb(&rungs);
         /* What the ladder left out is lowest of all; the budget then takes from the rest. */
         uint32_t n_kept = 0;
