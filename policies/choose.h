@@ -24,7 +24,8 @@ struct choose_request {
     uint32_t budget;        /* tokens per lane on average */
     uint32_t n_window;      /* rows that really scored, <= options->window */
     int32_t last_position;  /* of the newest token */
-    const uint8_t *classes; /* by position: enum token_class; needs_classes only */
+    const int32_t *tokens;  /* by position: needs_classes only */
+    const uint8_t *classes; /* [n_vocab] by token: enum token_class; NULL: all plain */
 };
 
 enum token_class { TOKEN_CLASS_PLAIN, TOKEN_CLASS_SPECIAL, TOKEN_CLASS_PUNCTUATION };

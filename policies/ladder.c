@@ -8,7 +8,7 @@
 #define RUNG_SHARE 0.3
 
 static bool in_class(const struct choose_request *request, int32_t position, enum token_class class) {
-    return request->classes && request->classes[position] == class;
+    return request->classes && request->classes[request->tokens[position]] == class;
 }
 
 struct rungs {

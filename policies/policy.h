@@ -90,6 +90,7 @@ struct policy_options {
     double floor;            /* Ada-KV: share of the uniform budget that each lane keeps */
     double recovery;         /* FastGen: attention to recover */
     uint32_t ramp;           /* PyramidKV: beta */
+    uint32_t ahead;          /* Expected Attention: coming positions to average over */
     bool value_aware;        /* multiply attention scores by the size of the value */
     uint64_t seed;           /* random */
 };

@@ -45,8 +45,15 @@ const char *policy_trigger_name(enum policy_trigger trigger) {
 }
 
 void policy_options_default(struct policy_options *options) {
-    *options = (struct policy_options){
-        .sink_tokens = 4, .recent_tokens = 32, .window = 32, .pooling = POOLING_MAX, .pooling_kernel = 7, .floor = 0.2, .recovery = 0.9, .ramp = 20};
+    *options = (struct policy_options){.sink_tokens = 4,
+                                       .recent_tokens = 32,
+                                       .window = 32,
+                                       .pooling = POOLING_MAX,
+                                       .pooling_kernel = 7,
+                                       .floor = 0.2,
+                                       .recovery = 0.9,
+                                       .ramp = 20,
+                                       .ahead = 512};
 }
 
 uint32_t policy_target_tokens(const struct policy_target *target, uint32_t seen) {

@@ -123,7 +123,7 @@ static void check_policy(struct golden *g, const char *name) {
     options.value_aware = strchr(name, '+') != NULL;
     double frequency[64];
     struct program program = program_of(g, frequency);
-    int32_t *positions = check_calloc(g->n, sizeof *positions);
+    int32_t *positions = check_calloc(g->n, sizeof *positions); /* token i stands at position i, and has class i */
     for (uint32_t i = 0; i < g->n; i++) positions[i] = (int32_t)i;
     struct choose_lane lanes[LANES_MAX];
     for (uint32_t l = 0; l < n_lanes; l++) {
@@ -146,6 +146,7 @@ static void check_policy(struct golden *g, const char *name) {
                                      .budget = g->budget,
                                      .n_window = options.window,
                                      .last_position = (int32_t)g->n - 1,
+                                     .tokens = positions,
                                      .classes = g->classes};
     void *scratch = check_calloc(1, choose_scratch_bytes(n_lanes, g->n, (size_t)n_lanes * g->n));
     choose(&request, lanes, scratch);

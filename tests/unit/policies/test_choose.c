@@ -26,6 +26,7 @@ struct scenario {
     float norms[LANES_MAX][SLOTS_MAX];
     uint32_t keep[LANES_MAX][SLOTS_MAX];
     uint8_t classes[4 * SLOTS_MAX];
+    int32_t tokens[4 * SLOTS_MAX];
     void *scratch;
 };
 
@@ -63,8 +64,12 @@ static void scenario_draw(struct scenario *s, uint64_t seed, const char *policy,
                                          .budget = 1 + random_below(&random, longest + 10),
                                          .n_window = s->options.window,
                                          .last_position = (int32_t)last,
+                                         .tokens = s->tokens,
                                          .classes = s->classes};
-    for (size_t i = 0; i < sizeof s->classes; i++) s->classes[i] = (uint8_t)random_below(&random, 3);
+    for (size_t i = 0; i < sizeof s->classes; i++) {
+        s->tokens[i] = (int32_t)i;
+        s->classes[i] = (uint8_t)random_below(&random, 3);
+    }
     uint32_t levels = random_below(&random, 3) == 0 ? 3 : 1000; /* few distinct scores: ties everywhere */
     for (uint32_t l = 0; l < s->n_lanes; l++) {
         uint32_t n = same_lengths ? longest : 1 + random_below(&random, longest);
