@@ -280,6 +280,41 @@ static void mock_copy_blocks(struct backend *backend, uint32_t count, const uint
     }
 }
 
+/* A lane's slots must be what one sequence put there, survivors move forward, and no block that is written belongs to two items. */
+static void mock_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
+    struct mock *mock = (struct mock *)(void *)backend;
+    mock->step++;
+    for (uint32_t n = 0; n < count; n++)
+        for (uint32_t j = 0; j * BLOCK_TOKENS < items[n].n_keep; j++) {
+            CHECK(items[n].destination[j] < mock->limits.n_blocks);
+            struct block *block = &mock->blocks[items[n].destination[j]];
+            CHECK(block->writer_step != mock->step);
+            block->writer_step = mock->step;
+            block->writer = n;
+        }
+    for (uint32_t n = 0; n < count; n++) {
+        const struct compaction *item = &items[n];
+        for (uint32_t j = 0; j * BLOCK_TOKENS < item->n_slots; j++) {
+            CHECK(item->source[j] < mock->limits.n_blocks);
+            const struct block *block = &mock->blocks[item->source[j]];
+            uint32_t filled = item->n_slots - j * BLOCK_TOKENS < BLOCK_TOKENS ? item->n_slots - j * BLOCK_TOKENS : BLOCK_TOKENS;
+            CHECK(block->filled == filled);
+            CHECK(block->writer_step != mock->step ||
+                  (block->writer == n && j * BLOCK_TOKENS < item->n_keep && item->destination[j] == item->source[j]));
+            if (j > 0) check_order(&mock->blocks[item->source[j - 1]].slots[BLOCK_TOKENS - 1], &block->slots[0]);
+        }
+        for (uint32_t i = 0; i < item->n_keep; i++) {
+            uint32_t from = item->keep[i];
+            CHECK(from < item->n_slots && (i == 0 || from > item->keep[i - 1]));
+            struct block *to = &mock->blocks[item->destination[i / BLOCK_TOKENS]];
+            to->slots[i % BLOCK_TOKENS] = mock->blocks[item->source[from / BLOCK_TOKENS]].slots[from % BLOCK_TOKENS];
+        }
+        for (uint32_t j = 0; j * BLOCK_TOKENS < item->n_keep; j++)
+            mock->blocks[item->destination[j]].filled =
+                item->n_keep - j * BLOCK_TOKENS < BLOCK_TOKENS ? item->n_keep - j * BLOCK_TOKENS : BLOCK_TOKENS;
+    }
+}
+
 /* K is the token and V the position, in every dim. */
 static void mock_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position) {
     const struct mock *mock = (const struct mock *)(void *)backend;
@@ -304,6 +339,7 @@ const struct backend_ops backend_mock = {
     .submit = mock_submit,
     .sync = mock_sync,
     .copy_blocks = mock_copy_blocks,
+    .compact = mock_compact,
     .read_f32 = mock_read_f32,
     .tap_logits = mock_tap_logits,
 };
