@@ -74,6 +74,17 @@ struct memory_line {
     uint64_t count, bytes_each;
 };
 
+/* Compaction of one lane: the slots `keep` names move forward, in order, with K, V and position. Slot keep[i] of the source becomes slot i of the destination.
+ * destination[j] is source[j] (in place) or a block that is no source of this call; what it holds past n_keep is unspecified. Source blocks that are not
+ * destinations are left as they are: they may be shared. */
+struct compaction {
+    const uint32_t *source; /* [blocks of n_slots] the lane's block ids, in order */
+    uint32_t n_slots;
+    const uint32_t *keep;   /* [n_keep] ascending, < n_slots */
+    uint32_t n_keep;
+    const uint32_t *destination; /* [blocks of n_keep] */
+};
+
 struct backend; /* each backend's own struct begins with this: */
 
 /* Every entry is present in every backend. */
@@ -98,6 +109,8 @@ struct backend_ops {
     /* KV services, between steps. */
     /* Whole blocks: block destination[i] becomes a copy of block source[i] (K, V, metadata). */
     void (*copy_blocks)(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
+    /* Each item is one lane; no item's destination is another item's source or destination. */
+    void (*compact)(struct backend *backend, uint32_t count, const struct compaction *items);
     /* Slot `slot` of `block`, widened: k and v [head_dim] (keys as cached: rotated). For tests and eval. */
     void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
     /* Scores of cached slots (kernels/score.h). Bit-identical whatever the chunks and batches in which the rows ran. */
