@@ -10,6 +10,7 @@
 #include "base/error.h"
 
 #define CONFIG_TEXT 512
+#define CONFIG_WORDS 128
 #define CONFIG_OPTIONS_MAX 96
 
 /* Where a value came from, in rising order of precedence. */
@@ -75,6 +76,16 @@ struct config {
     uint32_t min_budget;                /* of requests; 0: sink_tokens + recent_tokens */
     bool may_disable;                   /* requests may ask for none */
 
+    /* flags of one command alone, neither in the file nor in the environment */
+    struct {
+        char prompts[CONFIG_WORDS]; /* "512,2048" */
+        char batches[CONFIG_WORDS];
+        uint32_t generate, context, rounds;
+        bool json, phases;
+        char dummy[CONFIG_WORDS]; /* shape of random weights in place of a model; empty: none */
+    } bench;
+    bool print_example, print_manual; /* check-config */
+
     char config_file[CONFIG_TEXT];      /* what --config named; empty: none */
     uint8_t source[CONFIG_OPTIONS_MAX]; /* enum config_source of each row of the table */
 };
@@ -100,4 +111,5 @@ size_t config_unknown_environment(char *names, size_t size);
 /* The options that `command` looks at, with defaults and ranges; for a command that is not known, all of them. */
 void config_print_help(FILE *out, const char *command);
 void config_print_example(FILE *out);                      /* deploy/kvasir.toml, word for word */
+void config_print_manual(FILE *out);                       /* the OPTIONS section of the manual page, for man */
 void config_print(const struct config *config, FILE *out); /* effective values as TOML, each with where it came from */

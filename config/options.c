@@ -140,6 +140,50 @@ _Static_assert(sizeof options / sizeof *options <= CONFIG_OPTIONS_MAX, "struct c
 
 size_t options_count(void) { return sizeof options / sizeof *options; }
 
+// clang-format off
+const struct option_info command_options[] = {
+    {.key = "bench.prompt", .flag = 'p', .type = OPTION_LIST, FIELD(bench.prompts), .initial = "512,2048", .argument = "TOKENS,...", .commands = COMMAND_BENCH,
+     .help = "lengths of prompts to read; 0: none"},
+    {.key = "bench.generate", .flag = 'n', .type = OPTION_COUNT, FIELD(bench.generate), .initial = "128", .min = 0, .max = 1048576, .argument = "TOKENS", .commands = COMMAND_BENCH,
+     .help = "tokens to generate in each sequence; 0: none"},
+    {.key = "bench.batch", .flag = 'b', .type = OPTION_LIST, FIELD(bench.batches), .initial = "1,2,4,8,16,32,64", .argument = "N,...", .commands = COMMAND_BENCH,
+     .help = "sequences that generate at once"},
+    {.key = "bench.context", .flag = 'd', .type = OPTION_COUNT, FIELD(bench.context), .initial = "128", .min = 0, .max = 16777216, .argument = "TOKENS", .commands = COMMAND_BENCH,
+     .help = "tokens in each sequence's cache when generation starts"},
+    {.key = "bench.rounds", .flag = 'r', .type = OPTION_COUNT, FIELD(bench.rounds), .initial = "5", .min = 1, .max = 1000, .argument = "N", .commands = COMMAND_BENCH,
+     .help = "times each row is measured, after one that is not; the median is shown"},
+    {.key = "bench.json", .type = OPTION_BOOL, FIELD(bench.json), .initial = "false", .commands = COMMAND_BENCH,
+     .help = "print one JSON object and nothing else"},
+    {.key = "bench.phases", .type = OPTION_BOOL, FIELD(bench.phases), .initial = "false", .commands = COMMAND_BENCH,
+     .help = "measure the phases of the forward pass one by one, against what memory and cores can do at most"},
+    {.key = "bench.dummy", .type = OPTION_TEXT, FIELD(bench.dummy), .initial = "", .argument = "SHAPE", .commands = COMMAND_BENCH,
+     .help = "random weights of this shape in place of a model"},
+    {.key = "check-config.print_example", .type = OPTION_BOOL, FIELD(print_example), .initial = "false", .commands = COMMAND_CHECK,
+     .help = "print a file with every setting and its default, and check nothing"},
+    {.key = "check-config.print_manual", .type = OPTION_BOOL, FIELD(print_manual), .initial = "false", .commands = COMMAND_CHECK,
+     .help = "print the manual page, and check nothing"},
+};
+// clang-format on
+
+size_t command_options_count(void) { return sizeof command_options / sizeof *command_options; }
+
+int option_command(const char *name) {
+    static const struct {
+        const char *name;
+        int bit;
+    } commands[] = {{"serve", COMMAND_SERVE}, {"bench", COMMAND_BENCH}, {"inspect", COMMAND_INSPECT}, {"check-config", COMMAND_CHECK}};
+    for (size_t i = 0; name && i < sizeof commands / sizeof *commands; i++)
+        if (strcmp(name, commands[i].name) == 0) return commands[i].bit;
+    return ~0;
+}
+
+/* Both tables, one after the other; NULL at the end. */
+static const struct option_info *option_at(size_t index) {
+    if (index < options_count()) return &options[index];
+    index -= options_count();
+    return index < command_options_count() ? &command_options[index] : NULL;
+}
+
 const char *option_leaf(const struct option_info *option) {
     const char *dot = strrchr(option->key, '.');
     return dot ? dot + 1 : option->key;
@@ -163,17 +207,19 @@ const struct option_info *option_by_key(const char *key) {
 }
 
 const struct option_info *option_by_flag(const char *name, size_t length) {
-    for (size_t i = 0; i < options_count(); i++) {
+    const struct option_info *option;
+    for (size_t i = 0; (option = option_at(i)) != NULL; i++) {
         char flag[64];
-        option_flag_name(&options[i], flag, sizeof flag);
-        if (strlen(flag + 2) == length && memcmp(flag + 2, name, length) == 0) return &options[i];
+        option_flag_name(option, flag, sizeof flag);
+        if (strlen(flag + 2) == length && memcmp(flag + 2, name, length) == 0) return option;
     }
     return NULL;
 }
 
 const struct option_info *option_by_letter(char letter) {
-    for (size_t i = 0; i < options_count(); i++)
-        if (letter && options[i].flag == letter) return &options[i];
+    const struct option_info *option;
+    for (size_t i = 0; (option = option_at(i)) != NULL; i++)
+        if (letter && option->flag == letter) return option;
     return NULL;
 }
 
@@ -213,12 +259,14 @@ void option_suggest(const char *name, enum option_form form, char *words, size_t
     char suggestion[64] = "";
     words[0] = '\0';
     const char *leaf = strrchr(name, '.');
-    for (size_t i = 0; i < options_count(); i++) {
+    const struct option_info *option;
+    size_t count = options_count() + (form == OPTION_FORM_FLAG ? command_options_count() : 0);
+    for (size_t i = 0; i < count && (option = option_at(i)) != NULL; i++) {
         char known[64];
-        form_name(&options[i], form, known, sizeof known);
+        form_name(option, form, known, sizeof known);
         unsigned distance = edit_distance(name, known);
         /* The right name in the wrong table is the likeliest slip of all. */
-        if (form == OPTION_FORM_KEY && strcmp(option_leaf(&options[i]), leaf ? leaf + 1 : name) == 0) distance = 0;
+        if (form == OPTION_FORM_KEY && strcmp(option_leaf(option), leaf ? leaf + 1 : name) == 0) distance = 0;
         if (distance < nearest) {
             nearest = distance;
             memcpy(suggestion, known, sizeof suggestion);
