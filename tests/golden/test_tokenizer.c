@@ -1,5 +1,5 @@
 /* Tokenizers against llama.cpp, Hugging Face's tokenizers and sentencepiece: the files under tests/golden/tokenizer, made by the script beside them.
- * Needs the sample model: KVASIR_TEST_MODEL, else ${XDG_CACHE_HOME:-~/.cache}/kvasir/SmolLM2-135M-Instruct.Q4_1.gguf. */
+ * Needs the sample model (tests/support/sample_model.h). */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -15,21 +14,10 @@
 #include "base/random.h"
 #include "model/pre_tokenizer.h"
 #include "model/tokenizer_load.h"
+#include "tests/support/sample_model.h"
 
 #define FOLDER KVASIR_SOURCE_DIR "/tests/golden/tokenizer/"
 #define LINE_MAX_BYTES 131072
-
-static const char *sample_path(char *path, size_t size) {
-    const char *named = getenv("KVASIR_TEST_MODEL"), *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
-    if (named && *named)
-        (void)snprintf(path, size, "%s", named);
-    else if (cache && *cache)
-        (void)snprintf(path, size, "%s/kvasir/SmolLM2-135M-Instruct.Q4_1.gguf", cache);
-    else
-        (void)snprintf(path, size, "%s/.cache/kvasir/SmolLM2-135M-Instruct.Q4_1.gguf", home ? home : "");
-    if (access(path, R_OK) != 0) fail_msg("the sample model is not at %s: run tests/run, which fetches it, or set KVASIR_TEST_MODEL", path);
-    return path;
-}
 
 static struct tokenizer *open_tokenizer(const char *path) {
     struct error error = {0};
@@ -103,7 +91,8 @@ static int check_file(const char *name, const struct tokenizer *tokenizer) {
 static void test_sample_model(void **state) {
     (void)state;
     char path[4096];
-    struct tokenizer *tokenizer = open_tokenizer(sample_path(path, sizeof path));
+    assert_non_null(sample_model_path(path, sizeof path));
+    struct tokenizer *tokenizer = open_tokenizer(path);
     assert_int_equal(tokenizer_vocabulary(tokenizer), 49152);
     assert_string_equal(tokenizer_kind(tokenizer), "bpe");
     assert_string_equal(tokenizer_pre_tokenizer(tokenizer), "smollm");
