@@ -34,7 +34,7 @@ static enum status add_length(void *context, const char *word, size_t length) {
 }
 
 static void check_words(const char *text, size_t length) {
-    static const char *const names[] = {"default", "gpt-2", "smollm", "qwen2", "llama-bpe"};
+    static const char *const names[] = {"default", "gpt-2", "smollm", "qwen2", "llama-bpe", "tekken"};
     static struct pre_tokenizer *pre_tokenizers[sizeof names / sizeof *names];
     size_t valid = utf8_valid_run(text, length);
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
