@@ -198,3 +198,35 @@ void gguf_writer_tiny_model(struct gguf_writer *writer, const char *architecture
         gguf_writer_matrix(writer, "blk.0.attn_k_norm.weight", 4, 0);
     }
 }
+
+void gguf_writer_spm_vocabulary(struct gguf_writer *writer) {
+    static const char *const pieces[] = {"\xe2\x96\x81",
+                                         "a",
+                                         "b",
+                                         "ab",
+                                         "\xe2\x96\x81"
+                                         "a",
+                                         "<",
+                                         "s",
+                                         ">",
+                                         "<turn>"};
+    static const float piece_scores[] = {-10, -11, -12, -1, -2, -13, -14, -15, 0};
+    static char byte_texts[256][7];
+    const char *tokens[SPM_TOKENS] = {"<unk>", "<s>", "</s>"};
+    int32_t types[SPM_TOKENS] = {2, 3, 3};
+    float scores[SPM_TOKENS] = {0};
+    for (uint32_t i = 0; i < 256; i++) {
+        (void)snprintf(byte_texts[i], sizeof byte_texts[i], "<0x%02X>", i);
+        tokens[SPM_BYTES + i] = byte_texts[i];
+        types[SPM_BYTES + i] = 6;
+    }
+    for (uint32_t i = 0; i < SPM_TOKENS - SPM_SPACE; i++) {
+        tokens[SPM_SPACE + i] = pieces[i];
+        types[SPM_SPACE + i] = i == 8 ? 4 : 1;
+        scores[SPM_SPACE + i] = piece_scores[i];
+    }
+    gguf_writer_string(writer, "tokenizer.ggml.model", "llama");
+    gguf_writer_strings(writer, "tokenizer.ggml.tokens", tokens, SPM_TOKENS);
+    gguf_writer_numbers(writer, "tokenizer.ggml.token_type", GGUF_I32, types, SPM_TOKENS);
+    gguf_writer_numbers(writer, "tokenizer.ggml.scores", GGUF_F32, scores, SPM_TOKENS);
+}

@@ -47,3 +47,7 @@ void gguf_writer_finish(const struct gguf_writer *writer, struct buffer *file);
  * the 256 bytes' characters in order of bytes, "he", "<|end|>" (control, EOS). */
 #define TINY_MODEL_VOCABULARY 258u
 void gguf_writer_tiny_model(struct gguf_writer *writer, const char *architecture);
+
+/* The keys of a small SPM vocabulary: <unk> <s> </s>, the 256 byte tokens from SPM_BYTES on, then these pieces; "ab" scores above " a", "<turn>" is user-defined. */
+enum { SPM_BYTES = 3, SPM_SPACE = 259, SPM_A, SPM_B, SPM_AB, SPM_SPACE_A, SPM_LESS, SPM_S, SPM_GREATER, SPM_TURN, SPM_TOKENS };
+void gguf_writer_spm_vocabulary(struct gguf_writer *writer);
