@@ -342,8 +342,7 @@ static void find_ends(struct tokenizer *tokenizer) {
                                         "<eos>",
                                         "<|end_of_text|>",
                                         "<end_of_utterance>",
-                                        "<\xef\xbd\x9c"
-                                        "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>",
+                                        "<｜end▁of▁sentence｜>",
                                         "<|fim_pad|>",
                                         "<|repo_name|>",
                                         "<reponame>",
