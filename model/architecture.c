@@ -166,7 +166,7 @@ static void read_rope(struct keys *keys, struct hyper_parameters *p) {
     /* Halves of a part of the head would pair other dimensions than kernels/program.h says. */
     bool whole = p->architecture->rope_pairs == ROPE_PAIRS_HALVES;
     if (rope->dims % 2 != 0 || rope->dims > p->head_dim || (whole && rope->dims != p->head_dim)) {
-        char words[160];
+        char words[256];
         (void)snprintf(words, sizeof words, "key %s is %" PRIu32 "; supported: %s the head dimension %" PRIu32, key_of(keys, "rope.dimension_count"),
                        rope->dims, whole ? "exactly" : "even and at most", p->head_dim);
         refuse(keys, words);
@@ -179,7 +179,7 @@ static void read_vocabulary(struct keys *keys, struct hyper_parameters *p) {
     if (keys->status != STATUS_OK) return;
     keys->status = gguf_get_array(keys->gguf, "tokenizer.ggml.tokens", GGUF_REQUIRED, GGUF_STRING, &tokens, keys->error);
     if (keys->status != STATUS_OK) return;
-    char words[160];
+    char words[256];
     if (tokens.count < 1 || tokens.count > MODEL_VOCAB_MAX) {
         (void)snprintf(words, sizeof words, "key tokenizer.ggml.tokens has %zu tokens; supported: 1 to %u", tokens.count, MODEL_VOCAB_MAX);
         refuse(keys, words);
