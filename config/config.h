@@ -59,6 +59,22 @@ struct config {
     double mock_tokens_per_second;
     uint64_t seed; /* of requests that bring none; 0: from the system */
 
+    /* [compression] */
+    char compression_policy[32];       /* none; a name of policies/ (checked by the engine, which knows them) */
+    char compression_triggers[64];     /* comma list of prompt_end, budget, pressure; empty: the policy's own */
+    double keep_ratio;                 /* of the tokens seen, when budget_tokens is 0 */
+    uint32_t budget_tokens;            /* a lane, on average; 0: by keep_ratio */
+    uint32_t sink_tokens, recent_tokens, window;
+    char pooling[16];                  /* max, average, none */
+    uint32_t pooling_kernel;           /* odd */
+    uint32_t interval;                 /* tokens between two compressions of a growing sequence */
+    double floor, recovery;
+    bool value_aware, compress_while_reading;
+    double pressure_high, pressure_low; /* of the pool */
+    char allowed_policies[CONFIG_TEXT]; /* that requests may ask for; empty: all */
+    uint32_t min_budget;                /* of requests; 0: sink_tokens + recent_tokens */
+    bool may_disable;                   /* requests may ask for none */
+
     char config_file[CONFIG_TEXT];      /* what --config named; empty: none */
     uint8_t source[CONFIG_OPTIONS_MAX]; /* enum config_source of each row of the table */
 };

@@ -11,6 +11,7 @@ static const struct {
     {"server", "HTTP, limits, log"},
     {"metrics", "/metrics"},
     {"engine", "what computes, and with how much memory"},
+    {"compression", "what the KV cache forgets"},
 };
 
 #define SECTIONS (sizeof sections / sizeof *sections)
