@@ -3,12 +3,14 @@
  * A unit is one KV head of one sequence and a tile of at most ATTEND_QUERIES of its query vectors (rows x heads of the group, row by row).
  * Where every sequence is a single tile, its unit appends its own rows first; else appending is a phase of its own, with a barrier behind it. */
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
+#include "base/half.h"
 #include "kernels/cpu/cpu.h"
 
-/* Norm (if any), rotation, scale of one head's vector; `out` [dims] is padded with zeros. */
-static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, const float *weight, float scale, float *out) {
+/* Norm (if any) and rotation of one head's vector; `out` [dims] is padded with zeros. */
+static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, const float *weight, float *out) {
     const struct program *p = cpu->program;
     const uint32_t d = p->head_dim, pairs = p->rope_dims / 2;
     const float *rope = cpu->rope + (size_t)row * p->rope_dims;
@@ -21,7 +23,6 @@ static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, co
         *a = x0 * c - x1 * s;
         *b = x0 * s + x1 * c;
     }
-    for (uint32_t i = 0; i < d; i++) out[i] *= scale;
     for (uint32_t i = d; i < cpu->kv.dims; i++) out[i] = 0;
 }
 
@@ -36,9 +37,36 @@ static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_seque
     const float *k = cpu->qkv + row * cpu->qkv_stride + (size_t)(p->n_heads + head) * p->head_dim;
     const float *v = k + (size_t)p->n_kv_heads * p->head_dim;
     const uint32_t block = table_of(cpu, sequence, lane)[slot / BLOCK_TOKENS];
-    prepare_head(cpu, row, k, cpu->layers[layer].k_norm, 1, scratch);
+    prepare_head(cpu, row, k, cpu->layers[layer].k_norm, scratch);
     cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot % BLOCK_TOKENS, scratch, v);
     cpu->positions[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = cpu->batch->positions[row];
+    if (cpu->limits.accumulators) cpu->accumulated[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = 0;
+}
+
+/* The rotated query of a row that is among the last of its sequence, for scores to come. */
+static void keep_query(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t row, uint32_t query_head, const float *q) {
+    const struct program *p = cpu->program;
+    if (sequence->ring == 0 || sequence->first_row + sequence->n_rows - row > cpu->limits.ring_rows) return;
+    size_t at = ((size_t)(sequence->ring - 1) * p->n_layers + layer) * cpu->limits.ring_rows + (uint32_t)cpu->batch->positions[row] % cpu->limits.ring_rows;
+    at = (at * p->n_heads + query_head) * p->head_dim;
+    for (uint32_t i = 0; i < p->head_dim; i++) {
+        if (cpu->narrow_rings) ((uint16_t *)cpu->ring_queries)[at + i] = f16_from_float(q[i]);
+        else ((float *)cpu->ring_queries)[at + i] = q[i];
+    }
+}
+
+/* Each row's attention onto the slots it saw. Sums are whole numbers: order and company do not matter. */
+static void accumulate(struct cpu *cpu, const struct attend *attend, uint32_t n_splits, const float *states, size_t stride) {
+    for (uint32_t split = 0; split < n_splits; split++) {
+        const float *weights = cpu->isa->weights(attend, split, states, stride);
+        uint32_t first = split * SPLIT_SLOTS, last = attend->visible[attend->n_queries - 1];
+        for (uint32_t i = 0; i < SPLIT_SLOTS && first + i < last; i++) {
+            uint64_t sum = 0;
+            for (uint32_t q = 0; q < attend->n_queries; q++) sum += (uint64_t)llrint((double)weights[(size_t)q * SPLIT_SLOTS + i] * SCORE_ACCUMULATED_ONE);
+            size_t at = (size_t)attend->blocks[(first + i) / BLOCK_TOKENS] * BLOCK_TOKENS + (first + i) % BLOCK_TOKENS;
+            atomic_fetch_add_explicit(&cpu->accumulated[at], sum, memory_order_relaxed);
+        }
+    }
 }
 
 static void append_all(struct cpu *cpu, uint32_t layer, uint32_t worker) {
@@ -75,7 +103,9 @@ static void attend_tile(struct cpu *cpu, uint32_t layer, uint32_t index, uint32_
     for (uint32_t q = 0; q < attend.n_queries; q++) {
         uint32_t i = (first + q) / group, query_head = head * group + (first + q) % group, row = sequence->first_row + i;
         float *query = own->queries + (size_t)q * cpu->kv.dims;
-        prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, p->attention_scale, query);
+        prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, query);
+        keep_query(cpu, layer, sequence, row, query_head, query);
+        for (uint32_t d = 0; d < p->head_dim; d++) query[d] *= p->attention_scale;
         attend.query[q] = query;
         attend.visible[q] = sequence->lane_tokens[lane] + i + 1;
         float *state = own->states + (size_t)q * stride;
@@ -84,6 +114,7 @@ static void attend_tile(struct cpu *cpu, uint32_t layer, uint32_t index, uint32_
     }
     uint32_t n_splits = (attend.visible[attend.n_queries - 1] + SPLIT_SLOTS - 1) / SPLIT_SLOTS;
     cpu->isa->attend(&attend, 0, n_splits, own->states, stride);
+    if (sequence->accumulate) accumulate(cpu, &attend, n_splits, own->states, stride);
     for (uint32_t q = 0; q < attend.n_queries; q++) {
         uint32_t i = (first + q) / group, query_head = head * group + (first + q) % group;
         put_output(cpu, sequence->first_row + i, query_head, own->states + (size_t)q * stride, own->row);

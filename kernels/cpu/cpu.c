@@ -177,6 +177,22 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     }
 }
 
+static void lay_out_pool(struct cpu *cpu, struct arena *arena) {
+    size_t slots = (size_t)cpu->limits.n_blocks * BLOCK_TOKENS;
+    cpu->pool = take(arena, cpu->limits.n_blocks, cpu->kv.bytes);
+    cpu->positions = take(arena, slots, sizeof *cpu->positions);
+    cpu->accumulated = take(arena, slots, sizeof *cpu->accumulated);
+}
+
+static void lay_out_rings(struct cpu *cpu, struct arena *arena) {
+    const struct program *p = cpu->program;
+    const struct backend_limits *limits = &cpu->limits;
+    cpu->narrow_rings = limits->kv_dtype != KV_F32;
+    size_t rows = (size_t)limits->n_rings * p->n_layers * limits->ring_rows, sinks = (size_t)limits->n_rings * program_lanes(p) * limits->sink_slots;
+    cpu->ring_queries = take(arena, rows * p->n_heads * p->head_dim, cpu->narrow_rings ? sizeof(uint16_t) : sizeof(float));
+    cpu->ring_sinks = take(arena, sinks * p->head_dim, sizeof(float));
+}
+
 static uint32_t count_of_workers(const struct backend_limits *limits) {
     uint32_t n = limits->threads ? limits->threads : workers_default_count();
     return n < WORKERS_MAX ? n : WORKERS_MAX;
@@ -190,14 +206,16 @@ static void begin(struct cpu *cpu, const struct program *program, const struct b
 
 static uint32_t cpu_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
     struct cpu cpu;
-    struct arena weights = {0}, scratch = {0};
+    struct arena weights = {0}, rings = {0}, scratch = {0};
     begin(&cpu, program, limits);
     lay_out_weights(&cpu, &weights);
     lay_out_scratch(&cpu, &scratch, count_of_workers(limits));
+    lay_out_rings(&cpu, &rings);
     free(cpu.layers);
     uint32_t n = 0;
     if (n < max) lines[n++] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = weights.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "scratch", .count = 1, .bytes_each = scratch.used};
+    if (n < max) lines[n++] = (struct memory_line){.what = "query rings", .count = 1, .bytes_each = rings.used};
     return n;
 }
 
@@ -258,6 +276,7 @@ static void cpu_close(struct backend *backend) {
     workers_stop(cpu->workers);
     arena_close(&cpu->weights);
     arena_close(&cpu->pool_arena);
+    arena_close(&cpu->rings);
     arena_close(&cpu->scratch);
     free(cpu->workers_scratch);
     free(cpu->layers);
@@ -271,14 +290,17 @@ static enum status open_memory(struct cpu *cpu, uint32_t n_workers, struct error
     if (status) return status;
     lay_out_weights(cpu, &cpu->weights);
 
-    size_t slots = (size_t)cpu->limits.n_blocks * BLOCK_TOKENS;
     count = (struct arena){0};
-    (void)take(&count, cpu->limits.n_blocks, cpu->kv.bytes);
-    (void)take(&count, slots, sizeof(int32_t));
+    lay_out_pool(cpu, &count);
     status = arena_open(&cpu->pool_arena, count.used, "KV pool", error);
     if (status) return status;
-    cpu->pool = take(&cpu->pool_arena, cpu->limits.n_blocks, cpu->kv.bytes);
-    cpu->positions = take(&cpu->pool_arena, slots, sizeof(int32_t));
+    lay_out_pool(cpu, &cpu->pool_arena);
+
+    count = (struct arena){0};
+    lay_out_rings(cpu, &count);
+    status = arena_open(&cpu->rings, count.used, "query rings", error);
+    if (status) return status;
+    lay_out_rings(cpu, &cpu->rings);
 
     count = (struct arena){0};
     lay_out_scratch(cpu, &count, n_workers);
@@ -374,6 +396,10 @@ const struct backend_ops backend_cpu = {
     .submit = cpu_submit,
     .sync = cpu_sync,
     .copy_blocks = cpu_copy_blocks,
+    .compact = cpu_compact,
     .read_f32 = cpu_read_f32,
+    .score = cpu_score,
+    .read_positions = cpu_read_positions,
+    .shift_sinks = cpu_shift_sinks,
     .tap_logits = cpu_tap_logits,
 };

@@ -43,7 +43,7 @@ struct cpu {
     struct workers *workers;
     char description[96];
 
-    struct arena weights, pool_arena, scratch;
+    struct arena weights, pool_arena, rings, scratch;
     struct layer *layers;
     const float *head_norm;
     struct panel head;
@@ -52,6 +52,11 @@ struct cpu {
     struct kv_shape kv;
     uint8_t *pool;      /* [n_blocks] blocks */
     int32_t *positions; /* [n_blocks][BLOCK_TOKENS] */
+    _Atomic uint64_t *accumulated; /* [n_blocks][BLOCK_TOKENS]: fixed point (kernels/score.h) */
+    /* Of each ring: queries of the last rows, position p at p % ring_rows, rotated, not scaled; unrotated keys of the sinks. f16 beside a pool of narrow types. */
+    bool narrow_rings;
+    void *ring_queries; /* [n_rings][n_layers][ring_rows][n_heads * head_dim], f16 or f32 */
+    float *ring_sinks;  /* [n_rings][n_lanes][sink_slots][head_dim] */
 
     /* Activations of a step */
     float *x;     /* [max_rows][n_embd]: the residual stream */
@@ -82,6 +87,11 @@ struct kv_shape kv_shape_of(const struct program *program, enum kv_dtype dtype);
 void cpu_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
 void cpu_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
 size_t cpu_block_bytes(const struct program *program, enum kv_dtype dtype);
+void cpu_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
+void cpu_compact(struct backend *backend, uint32_t count, const struct compaction *items);
+void cpu_shift_sinks(struct backend *backend, const struct shift_request *request);
+/* score.c */
+void cpu_score(struct backend *backend, const struct score_request *request, float *scores);
 
 /* attend.c, phases.c */
 void phase_attention(struct cpu *cpu, uint32_t layer, uint32_t worker);

@@ -20,6 +20,7 @@ struct attend {
     const float *query[ATTEND_QUERIES]; /* [dims], scaled */
     uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
     uint8_t *scratch;       /* attend_scratch_bytes */
+    bool sums_only;         /* maxima and sums, no output */
 };
 
 struct cpu_isa {
@@ -32,10 +33,13 @@ struct cpu_isa {
     void (*quantize)(const float *x, uint32_t n_blocks, struct act_block *blocks);
     /* out = silu(gate) * up */
     void (*silu)(const float *gate, const float *up, uint32_t n, float *out);
-    /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless. */
+    /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless.
+     * v NULL: the key alone. */
     void (*append)(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v);
     /* Splits [first, end) of 256 slots, folded into the states in ascending order. A state begins as {-inf, 0, 0...}. */
     void (*attend)(const struct attend *attend, uint32_t first_split, uint32_t end_split, float *state, size_t state_stride);
+    /* After attend: the weights exp(score - maximum) / sum of one split, [n_queries][SPLIT_SLOTS], 0 where a query does not see. Points into the scratch. */
+    const float *(*weights)(const struct attend *attend, uint32_t split, const float *state, size_t state_stride);
     /* Folds the state of the next split(s) into `state`. */
     void (*merge)(float *state, const float *next, uint32_t dims);
     /* Highest value and its lowest index; NaN counts as -inf. */
