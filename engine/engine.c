@@ -213,10 +213,8 @@ static void fail_step(struct engine *engine, const struct plan *plan, const char
     scheduler_drop_prefix_cache(engine->scheduler);
 }
 
-/* Copies of forks, then the rows. */
-static enum status run(struct engine *engine, const struct plan *plan, struct error *error) {
+static enum status run(struct engine *engine, struct error *error) {
     struct backend *backend = engine->backend;
-    if (plan->n_copies > 0) backend->ops->copy_blocks(backend, plan->n_copies, plan->copy_source, plan->copy_destination);
     enum status status = backend->ops->submit(backend, &engine->builder.batch, error);
     return status == STATUS_OK ? backend->ops->sync(backend, engine->builder.results, error) : status;
 }
@@ -225,6 +223,7 @@ static enum status run(struct engine *engine, const struct plan *plan, struct er
 static bool step(struct engine *engine) {
     uint64_t start = clock_now_ns();
     const struct plan *plan = scheduler_plan(engine->scheduler, start);
+    if (plan->n_copies > 0) engine->backend->ops->copy_blocks(engine->backend, plan->n_copies, plan->copy_source, plan->copy_destination);
     if (plan->n_entries == 0) return false;
     note_entries(engine, plan, start);
     batch_build(&engine->builder, &engine->requests, plan);
@@ -232,7 +231,7 @@ static bool step(struct engine *engine) {
     uint64_t built = clock_now_ns();
 
     struct error error = {.text = ""};
-    enum status status = run(engine, plan, &error);
+    enum status status = run(engine, &error);
     uint64_t synced = clock_now_ns();
 
     if (status == STATUS_OK) {

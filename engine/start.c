@@ -11,6 +11,7 @@
 
 #include "base/check.h"
 #include "base/clock.h"
+#include "engine/compression.h"
 #include "engine/internal.h"
 #include "engine/step_cost.h"
 #include "engine/system_memory.h"
@@ -110,7 +111,9 @@ static void free_engine(struct engine *engine) {
 enum status engine_start_on(const struct backend_ops *ops, const struct config *config, const struct model *model, const struct engine_hooks *hooks,
                             struct engine **result, struct error *error) {
     struct memory_plan plan;
-    enum status status = engine_plan_memory_on(ops, config, model, system_memory_available(""), &plan, error);
+    enum status status = compression_check(config, error);
+    if (status != STATUS_OK) return status;
+    status = engine_plan_memory_on(ops, config, model, system_memory_available(""), &plan, error);
     if (status != STATUS_OK) return status;
     struct engine *engine = aligned_alloc(64, (sizeof *engine + 63) / 64 * 64);
     CHECK(engine);

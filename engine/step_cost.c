@@ -86,7 +86,7 @@ struct step_cost step_cost_solve(const struct step_time *times, uint32_t n_times
     struct step_cost cost = {.per_row_context_us = slope};
     double chunk = mean_us - slope * rows * mean_context, one = times[0].us - slope * times[0].context;
     cost.per_row_us = rows > 1 ? (chunk - one) / (rows - 1) : chunk;
-    double least = mean_us / rows / 100; /* noise made more rows cheaper than one: rows are never free */
+    double least = mean_us / rows / 10000; /* noise made more rows cheaper than one: rows are never free */
     if (!(cost.per_row_us > least)) cost.per_row_us = least > 0 ? least : 1e-3;
     cost.fixed_us = one - cost.per_row_us;
     if (!(cost.fixed_us > 0)) cost.fixed_us = 0;
