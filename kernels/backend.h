@@ -131,5 +131,7 @@ struct backend {
 /* NULL-terminated. A build without CUDA is a full build. */
 extern const struct backend_ops *const backends[];
 const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best present on this machine */
+/* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
+enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
 
 extern const struct backend_ops backend_cpu, backend_reference, backend_mock;
