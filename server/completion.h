@@ -9,24 +9,12 @@
 #include "base/buffer.h"
 #include "kernels/sample.h"
 #include "model/tokenizer.h"
+#include "server/api_error.h"
 #include "server/stop.h"
 
 #define COMPLETION_STOP_TOKENS_MAX 128
 #define COMPLETION_BIAS_MAX 1024
 #define COMPLETION_TOKENS_MAX (4u << 20) /* choices x (prompt + answer) of one request, unless a single sequence is longer */
-
-/* An answer other than 200: OpenAI's error object and its HTTP status. */
-struct api_error {
-    int status;       /* 0: none */
-    const char *type; /* static */
-    const char *code; /* static; NULL: null */
-    char param[64];   /* empty: null */
-    char message[400];
-    unsigned retry_after_s; /* 0: no such header */
-    bool no_retry;          /* x-should-retry: false */
-};
-void api_error_set(struct api_error *error, int status, const char *type, const char *code, const char *param, const char *format, ...)
-    __attribute__((format(printf, 6, 7)));
 
 /* What the parser needs to know of the world; copied, so that a reload changes nothing under a worker. */
 struct completion_limits {

@@ -331,6 +331,10 @@ enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const
     }
     if (exchange->state == EXCHANGE_ANSWER || exchange->state == EXCHANGE_STREAM) return queue_answer(exchange);
     CHECK(exchange->owner); /* whoever does not answer has taken it over */
+    if (exchange->connection->half_closed) { /* nobody is left to wait for a late answer */
+        exchange_gone(exchange);
+        return MHD_NO;
+    }
     exchange->suspended = true;
     MHD_suspend_connection(mhd);
     return MHD_YES;

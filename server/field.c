@@ -10,15 +10,6 @@
 
 #include "base/check.h"
 
-void api_error_set(struct api_error *error, int status, const char *type, const char *code, const char *param, const char *format, ...) {
-    va_list args;
-    *error = (struct api_error){.status = status, .type = type, .code = code};
-    (void)snprintf(error->param, sizeof error->param, "%s", param ? param : "");
-    va_start(args, format);
-    (void)vsnprintf(error->message, sizeof error->message, format, args);
-    va_end(args);
-}
-
 bool fields_read(struct fields *fields, const char *body, size_t length, struct api_error *error) {
     struct json_failure failure;
     *fields = (struct fields){.error = error};

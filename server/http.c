@@ -81,6 +81,7 @@ static void on_disconnect(uv_poll_t *watcher, int status, int events) {
     connection->watching = false;
     struct http *http = connection->http;
     /* A request that came together with the end of the stream, and can be answered at once, is: half of all shell one-liners do that. */
+    connection->half_closed = true;
     if (status >= 0 && !connection->exchange) {
         connection->deadline_ns = clock_now_ns(); /* the next tick cuts what is left of it */
         http_pump(http);
@@ -209,7 +210,7 @@ static void on_mhd_log(void *context, const char *format, va_list args) {
 enum status http_start(struct http **result, uv_loop_t *loop, const char *host, uint16_t port, const struct http_limits *limits, const struct http_hooks *hooks,
                        struct error *error) {
     struct http *http = check_calloc(1, sizeof *http);
-    int listener;
+    int listener = -1;
     http->loop = loop;
     http->limits = *limits;
     http->hooks = *hooks;

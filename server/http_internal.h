@@ -18,7 +18,8 @@ struct connection {
     int socket;
     uint64_t deadline_ns; /* 0: none */
     uv_poll_t watcher;
-    bool watching, gone; /* gone: the peer left or a deadline passed */
+    bool half_closed;    /* the peer has sent its last byte */
+    bool watching, gone; /* gone: the peer left, or a deadline passed */
 };
 
 enum exchange_state {

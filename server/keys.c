@@ -91,8 +91,8 @@ static enum status parse(const char *path, const char *text, size_t length, stru
 enum status keys_load(struct keys *keys, const char *path, struct error *error) {
     struct keys found = {0};
     if (*path) {
-        char *text;
-        size_t length;
+        char *text = NULL;
+        size_t length = 0;
         enum status status = read_file(path, &text, &length, error);
         if (status != STATUS_OK) return status;
         status = parse(path, text, length, &found, error);

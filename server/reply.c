@@ -1,10 +1,19 @@
 /* See reply.h. */
 #include "server/reply.h"
 
+#include <stdarg.h>
 #include <stdio.h>
-#include <string.h>
 
 #include "base/json_writer.h"
+
+void api_error_set(struct api_error *error, int status, const char *type, const char *code, const char *param, const char *format, ...) {
+    va_list args;
+    *error = (struct api_error){.status = status, .type = type, .code = code};
+    (void)snprintf(error->param, sizeof error->param, "%s", param ? param : "");
+    va_start(args, format);
+    (void)vsnprintf(error->message, sizeof error->message, format, args);
+    va_end(args);
+}
 
 void write_error(struct buffer *out, const struct api_error *error) {
     struct json_writer json;
@@ -44,6 +53,6 @@ void reply_error(struct exchange *exchange, const struct api_error *error) {
 }
 
 void reply_json(struct exchange *exchange, int status, struct buffer *body) {
-    if (strcmp(exchange_method(exchange), "HEAD") != 0) buffer_append_byte(body, '\n');
+    buffer_append_byte(body, '\n');
     exchange_reply(exchange, status, "application/json", body);
 }

@@ -1,7 +1,7 @@
 /* Whole answers in OpenAI's forms. Loop thread. */
 #pragma once
 
-#include "server/completion.h"
+#include "server/api_error.h"
 #include "server/http.h"
 
 /* {"error":{message,type,param,code}} with its status and headers. */
