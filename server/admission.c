@@ -14,8 +14,9 @@
 
 static void parse(struct serving *serving) {
     struct completion *completion = &serving->completion;
-    serving->parsed = completion_parse(completion, serving->body.bytes ? serving->body.bytes : "", serving->body.length, &serving->limits, &serving->error) &&
-                      completion_tokenize(completion, &serving->limits, &serving->error);
+    serving->parsed =
+        completion_parse(completion, serving->body.bytes ? serving->body.bytes : "", serving->body.length, &serving->limits, &serving->error) &&
+        completion_tokenize(completion, &serving->limits, &serving->error);
     buffer_done(&serving->body);
 }
 
@@ -187,8 +188,8 @@ static bool count_key(struct server *server, struct serving *serving, struct api
     struct key *key = &server->keys.keys[serving->key];
     if (server->config.max_requests_per_key && key->live >= server->config.max_requests_per_key) {
         server->metrics.rejected_key++;
-        api_error_set(error, 429, "rate_limit_error", "rate_limit_exceeded", NULL, "This key has %u requests in flight; at most %u are allowed.", key->live,
-                      server->config.max_requests_per_key);
+        api_error_set(error, 429, "rate_limit_error", "rate_limit_exceeded", NULL, "This key has %u requests in flight; at most %u are allowed.",
+                      key->live, server->config.max_requests_per_key);
         error->retry_after_s = 1;
         return false;
     }

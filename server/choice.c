@@ -28,11 +28,8 @@ void piece_done(struct piece *piece) {
 }
 
 static void append_record(struct buffer *records, const struct sample_result *sample, bool no_logprob, uint64_t offset) {
-    struct record record = {.token = sample->token,
-                            .logprob = sample->logprob,
-                            .n_top = no_logprob ? 0 : sample->n_top,
-                            .no_logprob = no_logprob,
-                            .offset = offset};
+    struct record record = {
+        .token = sample->token, .logprob = sample->logprob, .n_top = no_logprob ? 0 : sample->n_top, .no_logprob = no_logprob, .offset = offset};
     buffer_append(records, &record, sizeof record);
     for (int32_t i = 0; i < record.n_top; i++) {
         struct record_top top = {sample->top[i].token, sample->top[i].logprob};
@@ -49,8 +46,7 @@ const struct record *piece_next(const struct buffer *records, size_t *at) {
 }
 
 void choice_init(struct choice *choice, const struct completion *completion, const struct tokenizer *tokenizer, uint32_t prompt, uint32_t candidate) {
-    *choice = (struct choice){
-        .completion = completion, .tokenizer = tokenizer, .prompt = prompt, .candidate = candidate, .stop_token = TOKEN_NONE};
+    *choice = (struct choice){.completion = completion, .tokenizer = tokenizer, .prompt = prompt, .candidate = candidate, .stop_token = TOKEN_NONE};
     stop_match_init(&choice->stop, completion->stops, completion->n_stops, completion->keep_stop);
 }
 
@@ -91,7 +87,8 @@ void choice_echo(struct choice *choice, const struct sample_result *results, str
     uint64_t characters = 0;
     for (size_t i = 0; i < prompt->tokens.count; i++) {
         int32_t token = prompt->tokens.tokens[i];
-        bool added = i == 0 && prompt->is_text && completion->add_special && token == tokenizer_bos(choice->tokenizer) && tokenizer_adds_bos(choice->tokenizer);
+        bool added = i == 0 && prompt->is_text && completion->add_special && token == tokenizer_bos(choice->tokenizer) &&
+                     tokenizer_adds_bos(choice->tokenizer);
         if (completion->logprobs >= 0) {
             struct sample_result none = {.token = token, .n_top = 0};
             append_record(&piece->records, results && i > 0 ? &results[i] : &none, !results || i == 0, characters);

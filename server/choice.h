@@ -10,9 +10,9 @@
 struct record {
     int32_t token;
     float logprob;
-    int32_t n_top;   /* -1: no logprobs */
+    int32_t n_top;       /* -1: no logprobs */
     uint32_t no_logprob; /* the first token of an echoed prompt: null */
-    uint64_t offset; /* characters of the returned text before it */
+    uint64_t offset;     /* characters of the returned text before it */
 };
 struct record_top {
     int32_t token;
@@ -37,19 +37,19 @@ struct choice {
     /* Engine's side. */
     struct buffer records;
     size_t record_at;
-    bool seen, ended;        /* an event came; its terminal event was taken */
+    bool seen, ended; /* an event came; its terminal event was taken */
     enum finish finish;
     uint32_t cached, preemptions, n_events; /* n_events: tokens that came */
     uint64_t scheduled_ns, first_ns, last_ns;
     /* Client's side. */
     struct detokenizer detokenizer;
     struct stop_match stop;
-    bool echoed, closed;     /* closed: the client has seen, or is about to see, its end */
+    bool echoed, closed;       /* closed: the client has seen, or is about to see, its end */
     const char *finish_reason; /* "stop", "length"; once closed */
-    int32_t stop_token;      /* the stop_token_ids entry that ended it, or TOKEN_NONE */
-    uint32_t n_tokens;       /* counted: up to the one that completed a stop string */
+    int32_t stop_token;        /* the stop_token_ids entry that ended it, or TOKEN_NONE */
+    uint32_t n_tokens;         /* counted: up to the one that completed a stop string */
     double logprob_sum;
-    uint64_t characters;     /* of the returned text so far */
+    uint64_t characters; /* of the returned text so far */
 };
 
 void choice_init(struct choice *choice, const struct completion *completion, const struct tokenizer *tokenizer, uint32_t prompt, uint32_t candidate);

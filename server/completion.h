@@ -55,7 +55,8 @@ struct completion {
 };
 
 /* false: *error holds a 4xx. completion_done is needed in either case. */
-bool completion_parse(struct completion *completion, const char *body, size_t length, const struct completion_limits *limits, struct api_error *error);
+bool completion_parse(struct completion *completion, const char *body, size_t length, const struct completion_limits *limits,
+                      struct api_error *error);
 /* Prompts to token ids, truncation, and the check against the context. After it every prompt has 1 <= count and count + max_tokens <= max_model_len. */
 bool completion_tokenize(struct completion *completion, const struct completion_limits *limits, struct api_error *error);
 void completion_done(struct completion *completion);
@@ -66,7 +67,8 @@ struct tokenize_request {
     struct token_list tokens; /* of /detokenize */
     bool add_special, parse_special, pieces;
 };
-bool tokenize_parse(struct tokenize_request *request, const char *body, size_t length, const struct completion_limits *limits, struct api_error *error);
+bool tokenize_parse(struct tokenize_request *request, const char *body, size_t length, const struct completion_limits *limits,
+                    struct api_error *error);
 bool detokenize_parse(struct tokenize_request *request, const char *body, size_t length, const struct completion_limits *limits,
                       struct api_error *error);
 void tokenize_request_done(struct tokenize_request *request);

@@ -37,8 +37,9 @@ static bool read_model(struct parse *parse, const char *name, uint32_t node) {
     if (!json_string_equals(&parse->fields.document, node, parse->limits->served_name)) {
         struct buffer asked = {0};
         json_string_append(&parse->fields.document, node, &asked);
-        api_error_set(parse->fields.error, 404, "invalid_request_error", "model_not_found", name, "The model '%.*s' does not exist; this server has '%s'.",
-                      asked.length < 80 ? (int)asked.length : 80, asked.length ? asked.bytes : "", parse->limits->served_name);
+        api_error_set(parse->fields.error, 404, "invalid_request_error", "model_not_found", name,
+                      "The model '%.*s' does not exist; this server has '%s'.", asked.length < 80 ? (int)asked.length : 80,
+                      asked.length ? asked.bytes : "", parse->limits->served_name);
         buffer_done(&asked);
         parse->model_unknown = true; /* said only if nothing else is wrong */
     }
@@ -114,7 +115,8 @@ static bool read_stop(struct parse *parse, const char *name, uint32_t node) {
     const struct json_node *json = node_at(parse, node);
     if (json->type == JSON_NULL) return true;
     if (json->type == JSON_STRING) return add_stop(parse, name, node);
-    if (json->type != JSON_ARRAY) return field_fail(&parse->fields, name, "stop must be a string or an array of strings, not %s.", field_type_name(json));
+    if (json->type != JSON_ARRAY)
+        return field_fail(&parse->fields, name, "stop must be a string or an array of strings, not %s.", field_type_name(json));
     if (json->length > STOP_STRINGS_MAX)
         return field_fail(&parse->fields, name, "stop has %u strings; at most %d are allowed.", json->length, STOP_STRINGS_MAX);
     for (uint32_t child = node + 1; child < json->next; child = node_at(parse, child)->next)
@@ -147,7 +149,8 @@ static bool read_stop_tokens(struct parse *parse, const char *name, uint32_t nod
     const struct json_node *json = node_at(parse, node);
     struct completion *completion = parse->completion;
     if (json->type == JSON_NULL) return true;
-    if (json->type != JSON_ARRAY) return field_fail(&parse->fields, name, "stop_token_ids must be an array of token ids, not %s.", field_type_name(json));
+    if (json->type != JSON_ARRAY)
+        return field_fail(&parse->fields, name, "stop_token_ids must be an array of token ids, not %s.", field_type_name(json));
     if (json->length > COMPLETION_STOP_TOKENS_MAX)
         return field_fail(&parse->fields, name, "stop_token_ids has %u ids; at most %d are allowed.", json->length, COMPLETION_STOP_TOKENS_MAX);
     for (uint32_t child = node + 1; child < json->next; child = node_at(parse, child)->next)
@@ -165,7 +168,8 @@ static bool add_bias(struct parse *parse, const char *name, int64_t token, uint3
     if (token < 0 || token >= n_vocab)
         return field_fail(&parse->fields, name, "logit_bias: token id %" PRId64 " is outside the vocabulary (0 to %u).", token, n_vocab - 1);
     for (uint32_t i = 0; i < completion->sampling.n_bias; i++)
-        if (completion->bias[i].token == (int32_t)token) return field_fail(&parse->fields, name, "logit_bias: token id %" PRId64 " stands twice.", token);
+        if (completion->bias[i].token == (int32_t)token)
+            return field_fail(&parse->fields, name, "logit_bias: token id %" PRId64 " stands twice.", token);
     bias->token = (int32_t)token;
     if (value->type == JSON_FALSE) /* llama.cpp: never */
         bias->bias = -INFINITY;
@@ -361,7 +365,8 @@ static void note_ignored(struct completion *completion, const char *key, size_t 
     char name[33];
     size_t n = 0;
     for (size_t i = 0; i < length && n < sizeof name - 1; i++)
-        name[n++] = (key[i] >= '0' && key[i] <= '9') || (key[i] >= 'a' && key[i] <= 'z') || (key[i] >= 'A' && key[i] <= 'Z') || key[i] == '_' ? key[i] : '?';
+        name[n++] =
+            (key[i] >= '0' && key[i] <= '9') || (key[i] >= 'a' && key[i] <= 'z') || (key[i] >= 'A' && key[i] <= 'Z') || key[i] == '_' ? key[i] : '?';
     name[n] = '\0';
     (void)snprintf(completion->ignored + used, sizeof completion->ignored - used, "%s%s", used ? "," : "", name);
 }
@@ -397,15 +402,17 @@ static bool check_together(struct parse *parse) {
         return field_fail(read, "min_tokens", "min_tokens (%u) must be at most max_tokens (%u).", completion->min_tokens, completion->max_tokens);
     uint64_t choices = (uint64_t)completion->n_prompts * completion->best_of;
     if (choices > parse->limits->max_choices)
-        return field_fail(read, completion->best_of > 1 ? "n" : "prompt", "%u prompts x %u candidates are %" PRIu64 " choices; at most %u are allowed.",
-                          completion->n_prompts, completion->best_of, choices, parse->limits->max_choices);
+        return field_fail(read, completion->best_of > 1 ? "n" : "prompt",
+                          "%u prompts x %u candidates are %" PRIu64 " choices; at most %u are allowed.", completion->n_prompts, completion->best_of,
+                          choices, parse->limits->max_choices);
     if (completion->max_tokens_given && completion->max_tokens <= parse->limits->max_model_len && choices * completion->max_tokens > limit)
-        return field_fail(read, "max_tokens", "%" PRIu64 " choices x %u tokens are more than the %" PRIu64 " tokens one request may ask for.", choices,
-                          completion->max_tokens, limit);
+        return field_fail(read, "max_tokens", "%" PRIu64 " choices x %u tokens are more than the %" PRIu64 " tokens one request may ask for.",
+                          choices, completion->max_tokens, limit);
     return true;
 }
 
-bool completion_parse(struct completion *completion, const char *body, size_t length, const struct completion_limits *limits, struct api_error *error) {
+bool completion_parse(struct completion *completion, const char *body, size_t length, const struct completion_limits *limits,
+                      struct api_error *error) {
     *completion = (struct completion){.n = 1,
                                       .max_tokens = 16,
                                       .logprobs = -1,
@@ -441,10 +448,11 @@ void completion_done(struct completion *completion) {
 /* ---- prompts ---- */
 
 static bool too_long(const struct completion *completion, size_t n_prompt, const struct completion_limits *limits, struct api_error *error) {
-    api_error_set(error, 400, "invalid_request_error", "context_length_exceeded", "prompt",
-                  "This model's maximum context length is %u tokens. However, you requested %zu tokens (%zu in the prompt, %u for the completion). Please "
-                  "shorten the prompt or the completion.",
-                  limits->max_model_len, n_prompt + completion->max_tokens, n_prompt, completion->max_tokens);
+    api_error_set(
+        error, 400, "invalid_request_error", "context_length_exceeded", "prompt",
+        "This model's maximum context length is %u tokens. However, you requested %zu tokens (%zu in the prompt, %u for the completion). Please "
+        "shorten the prompt or the completion.",
+        limits->max_model_len, n_prompt + completion->max_tokens, n_prompt, completion->max_tokens);
     return false;
 }
 
@@ -454,10 +462,11 @@ static void truncate_front(struct token_list *tokens, size_t keep) {
     tokens->count = keep;
 }
 
-static bool tokenize_one(struct completion *completion, struct completion_prompt *prompt, const struct completion_limits *limits, struct api_error *error) {
+static bool tokenize_one(struct completion *completion, struct completion_prompt *prompt, const struct completion_limits *limits,
+                         struct api_error *error) {
     struct error why;
-    if (prompt->is_text && tokenizer_encode(limits->tokenizer, completion->texts.bytes + prompt->text, prompt->text_length, completion->add_special, true, 0,
-                                            &prompt->tokens, &why) != STATUS_OK) {
+    if (prompt->is_text && tokenizer_encode(limits->tokenizer, completion->texts.bytes + prompt->text, prompt->text_length, completion->add_special,
+                                            true, 0, &prompt->tokens, &why) != STATUS_OK) {
         api_error_set(error, 400, "invalid_request_error", NULL, "prompt", "The prompt cannot be tokenized: %s.", why.text);
         return false;
     }

@@ -135,7 +135,8 @@ static void stop_reason(struct json_writer *json, const struct choice *choice) {
 }
 
 /* Ids of the answer's own tokens: behind those of an echoed prompt, of which there are n_prompt if it was echoed with logprobs. */
-static void token_ids(struct json_writer *json, const struct answer_head *head, const struct choice *choice, const struct piece *piece, bool with_prompt) {
+static void token_ids(struct json_writer *json, const struct answer_head *head, const struct choice *choice, const struct piece *piece,
+                      bool with_prompt) {
     const struct token_list *prompt = &head->completion->prompts[choice->prompt].tokens;
     const struct record *record;
     size_t skip = with_prompt && head->completion->echo && head->completion->logprobs >= 0 ? prompt->count : 0;
@@ -151,8 +152,8 @@ static void token_ids(struct json_writer *json, const struct answer_head *head, 
     json_array_end(json);
 }
 
-static void write_choice(struct json_writer *json, const struct answer_head *head, uint32_t index, const struct choice *choice, const struct piece *piece,
-                         bool first) {
+static void write_choice(struct json_writer *json, const struct answer_head *head, uint32_t index, const struct choice *choice,
+                         const struct piece *piece, bool first) {
     json_object(json);
     json_key(json, "index");
     json_unsigned(json, index);
@@ -184,7 +185,8 @@ void write_answer_begin(struct json_writer *json, const struct answer_head *head
     json_array(json);
 }
 
-void write_answer_choice(struct json_writer *json, const struct answer_head *head, uint32_t index, const struct choice *choice, const struct piece *piece) {
+void write_answer_choice(struct json_writer *json, const struct answer_head *head, uint32_t index, const struct choice *choice,
+                         const struct piece *piece) {
     write_choice(json, head, index, choice, piece, true);
 }
 
@@ -201,8 +203,8 @@ void write_answer_end(struct json_writer *json, const struct answer_head *head, 
 
 /* ---- SSE ---- */
 
-void write_chunk(struct buffer *out, const struct answer_head *head, uint32_t index, const struct choice *choice, const struct piece *piece, bool first,
-                 const struct usage *usage) {
+void write_chunk(struct buffer *out, const struct answer_head *head, uint32_t index, const struct choice *choice, const struct piece *piece,
+                 bool first, const struct usage *usage) {
     struct json_writer json;
     buffer_append_text(out, "data: ");
     write_answer_begin(&json, head, out);

@@ -19,7 +19,9 @@
 const char *exchange_method(const struct exchange *exchange) { return exchange->method; }
 const char *exchange_path(const struct exchange *exchange) { return exchange->path; }
 const char *exchange_request_id(const struct exchange *exchange) { return exchange->id; }
-struct buffer *exchange_body(struct exchange *exchange) { return &exchange->body; }
+struct buffer *exchange_body(struct exchange *exchange) {
+    return &exchange->body;
+}
 uint64_t exchange_started_ns(const struct exchange *exchange) { return exchange->started_ns; }
 int exchange_status(const struct exchange *exchange) { return exchange->status; }
 uint64_t exchange_bytes_out(const struct exchange *exchange) { return exchange->bytes_out; }
@@ -180,8 +182,7 @@ static ssize_t read_answer(void *context, uint64_t position, char *bytes, size_t
 static void common_headers(struct exchange *exchange, struct MHD_Response *response) {
     if (exchange->content_type) (void)MHD_add_response_header(response, "Content-Type", exchange->content_type);
     (void)MHD_add_response_header(response, "x-request-id", exchange->id);
-    for (uint32_t i = 0; i < exchange->n_headers; i++)
-        (void)MHD_add_response_header(response, exchange->headers[i].name, exchange->headers[i].value);
+    for (uint32_t i = 0; i < exchange->n_headers; i++) (void)MHD_add_response_header(response, exchange->headers[i].name, exchange->headers[i].value);
     if (exchange->close || exchange->connection->http->draining) (void)MHD_add_response_header(response, "Connection", "close");
 }
 
@@ -218,7 +219,8 @@ static void choose_id(struct exchange *exchange, const char *given) {
     if (n == 0) (void)snprintf(exchange->id, sizeof exchange->id, "%s%08" PRIx64, http->id_prefix, http->next_id++);
 }
 
-static enum MHD_Result visit_field(void *context, enum MHD_ValueKind kind, const char *name, size_t name_length, const char *value, size_t value_length) {
+static enum MHD_Result visit_field(void *context, enum MHD_ValueKind kind, const char *name, size_t name_length, const char *value,
+                                   size_t value_length) {
     (void)kind;
     guard_field(context, name, name_length, value, value_length);
     return MHD_YES;
@@ -243,15 +245,16 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
     if ((host && !guard_host_allowed(host, limits->bound_host, limits->allowed_hosts)) ||
         (origin && !guard_origin_allowed(origin, limits->bound_host, limits->allowed_hosts))) {
         api_error_set(&error, 403, "permission_error", "host_not_allowed", NULL,
-                      "This %s is not one this server answers to (server.allowed_hosts lists the others).", host && !origin ? "Host" : "Host or Origin");
+                      "This %s is not one this server answers to (server.allowed_hosts lists the others).",
+                      host && !origin ? "Host" : "Host or Origin");
         reply_error(exchange, &error);
         return true;
     }
     const char *length = exchange_header(exchange, "Content-Length");
     unsigned long long declared = length ? strtoull(length, NULL, 10) : 0;
     if (declared > limits->max_body) {
-        api_error_set(&error, 413, "invalid_request_error", "body_too_large", NULL, "The body has %llu bytes; at most %" PRIu64 " are allowed.", declared,
-                      limits->max_body);
+        api_error_set(&error, 413, "invalid_request_error", "body_too_large", NULL, "The body has %llu bytes; at most %" PRIu64 " are allowed.",
+                      declared, limits->max_body);
         /* A little too long is read and dropped, so that the client sees the answer; a client that waits for 100 Continue sees it at once. */
         if (declared > 2 * limits->max_body || exchange_header(exchange, "Expect")) exchange->close = exchange->finished_body = true;
         reply_error(exchange, &error);
@@ -295,7 +298,8 @@ static enum MHD_Result take_body(struct exchange *exchange, const char *bytes, s
     if (exchange->discard) /* bounded: somebody who goes on for ever is cut off */
         return exchange->body_seen > 2 * http->limits.max_body + 65536 ? MHD_NO : MHD_YES;
     if (exchange->body_seen > http->limits.max_body) {
-        api_error_set(&error, 413, "invalid_request_error", "body_too_large", NULL, "The body has more than %" PRIu64 " bytes.", http->limits.max_body);
+        api_error_set(&error, 413, "invalid_request_error", "body_too_large", NULL, "The body has more than %" PRIu64 " bytes.",
+                      http->limits.max_body);
         exchange->close = true;
     } else if (http->body_bytes + n > HTTP_BODIES_MAX * http->limits.max_body) {
         api_error_set(&error, 503, "server_error", "overloaded", NULL, "Too many large requests at once.");
@@ -314,8 +318,8 @@ static enum MHD_Result take_body(struct exchange *exchange, const char *bytes, s
     return MHD_YES;
 }
 
-enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const char *url, const char *method, const char *version, const char *upload,
-                                size_t *upload_length, void **slot) {
+enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const char *url, const char *method, const char *version,
+                                const char *upload, size_t *upload_length, void **slot) {
     struct http *http = context;
     struct exchange *exchange = *slot;
     if (!exchange) return begin(http, mhd, url, method, version, slot);
@@ -330,7 +334,7 @@ enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const
             http->hooks.request(http->hooks.context, exchange);
     }
     if (exchange->state == EXCHANGE_ANSWER || exchange->state == EXCHANGE_STREAM) return queue_answer(exchange);
-    CHECK(exchange->owner); /* whoever does not answer has taken it over */
+    CHECK(exchange->owner);                  /* whoever does not answer has taken it over */
     if (exchange->connection->half_closed) { /* nobody is left to wait for a late answer */
         exchange_gone(exchange);
         return MHD_NO;

@@ -85,7 +85,8 @@ bool field_number(struct fields *fields, const char *name, uint32_t node, double
     if (json->type != JSON_NUMBER) return field_fail(fields, name, "%s must be a number, not %s.", name, field_type_name(json));
     if (!json_number(&fields->document, node, &number) || number < min || number > max) {
         const char *text = fields->document.text + json->start;
-        return field_fail(fields, name, "%s must be a number from %g to %g, not %.*s.", name, min, max, json->length < 40 ? (int)json->length : 40, text);
+        return field_fail(fields, name, "%s must be a number from %g to %g, not %.*s.", name, min, max, json->length < 40 ? (int)json->length : 40,
+                          text);
     }
     *value = (float)number;
     return true;

@@ -207,8 +207,8 @@ static void on_mhd_log(void *context, const char *format, va_list args) {
     log_debug("http: %s", line);
 }
 
-enum status http_start(struct http **result, uv_loop_t *loop, const char *host, uint16_t port, const struct http_limits *limits, const struct http_hooks *hooks,
-                       struct error *error) {
+enum status http_start(struct http **result, uv_loop_t *loop, const char *host, uint16_t port, const struct http_limits *limits,
+                       const struct http_hooks *hooks, struct error *error) {
     struct http *http = check_calloc(1, sizeof *http);
     int listener = -1;
     http->loop = loop;

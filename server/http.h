@@ -55,8 +55,8 @@ struct exchange_owner {
     void (*complete)(void *owner);
 };
 
-enum status http_start(struct http **http, uv_loop_t *loop, const char *host, uint16_t port, const struct http_limits *limits, const struct http_hooks *hooks,
-                       struct error *error);
+enum status http_start(struct http **http, uv_loop_t *loop, const char *host, uint16_t port, const struct http_limits *limits,
+                       const struct http_hooks *hooks, struct error *error);
 void http_set_limits(struct http *http, const struct http_limits *limits);
 const char *http_url(const struct http *http); /* "http://127.0.0.1:8080" */
 /* No new connections; idle ones are closed, the others after the answer they wait for. */
@@ -79,9 +79,9 @@ const char *exchange_header(const struct exchange *exchange, const char *name); 
 /* The body; buffer_append and such are not for the caller, but it may take the buffer over (and leave an empty one). */
 struct buffer *exchange_body(struct exchange *exchange);
 uint64_t exchange_started_ns(const struct exchange *exchange);
-int exchange_status(const struct exchange *exchange);       /* 0: none yet */
+int exchange_status(const struct exchange *exchange); /* 0: none yet */
 uint64_t exchange_bytes_out(const struct exchange *exchange);
-bool exchange_aborted(const struct exchange *exchange);     /* ended before its answer was complete */
+bool exchange_aborted(const struct exchange *exchange); /* ended before its answer was complete */
 /* Two words for the hooks: which route, whose key. */
 void exchange_set_tag(struct exchange *exchange, uint32_t route, uint32_t key);
 uint32_t exchange_route(const struct exchange *exchange);

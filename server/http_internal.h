@@ -6,7 +6,7 @@
 #include "server/http.h"
 
 #define HTTP_TICK_MS 250
-#define HTTP_RESERVE 32 /* connections beyond max_connections that are still accepted, so that /health answers when all others are taken */
+#define HTTP_RESERVE 32    /* connections beyond max_connections that are still accepted, so that /health answers when all others are taken */
 #define HTTP_BODIES_MAX 32 /* memory of all bodies together: so many times max_body */
 #define EXCHANGE_HEADERS_MAX 6
 
@@ -23,11 +23,11 @@ struct connection {
 };
 
 enum exchange_state {
-    EXCHANGE_BODY,      /* reading */
-    EXCHANGE_ASKED,     /* the request is in; suspended until somebody answers */
-    EXCHANGE_ANSWER,    /* a whole answer waits to be queued */
-    EXCHANGE_STREAM,    /* a stream waits to be queued */
-    EXCHANGE_QUEUED,    /* libmicrohttpd has it */
+    EXCHANGE_BODY,   /* reading */
+    EXCHANGE_ASKED,  /* the request is in; suspended until somebody answers */
+    EXCHANGE_ANSWER, /* a whole answer waits to be queued */
+    EXCHANGE_STREAM, /* a stream waits to be queued */
+    EXCHANGE_QUEUED, /* libmicrohttpd has it */
 };
 
 struct exchange {
@@ -69,8 +69,8 @@ struct http {
 };
 
 /* exchange.c */
-enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const char *url, const char *method, const char *version, const char *upload,
-                                size_t *upload_length, void **slot);
+enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const char *url, const char *method, const char *version,
+                                const char *upload, size_t *upload_length, void **slot);
 void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, enum MHD_RequestTerminationCode why);
 void exchange_gone(struct exchange *exchange);
 /* http.c */

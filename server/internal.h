@@ -15,8 +15,8 @@
 
 enum server_phase { SERVER_LOADING, SERVER_SERVING, SERVER_DRAINING };
 
-#define ENGINE_STALL_NS 10000000000ull      /* no step for so long: /health says so, the watchdog starves */
-#define WORKER_BYTES 16384                  /* longer bodies are parsed and tokenized off the loop */
+#define ENGINE_STALL_NS 10000000000ull       /* no step for so long: /health says so, the watchdog starves */
+#define WORKER_BYTES 16384                   /* longer bodies are parsed and tokenized off the loop */
 #define PROMPT_RESULT_BYTES_MAX (256u << 20) /* echo with logprobs: of all requests together */
 
 struct serving;

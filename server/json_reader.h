@@ -20,7 +20,7 @@ struct json_node {
     uint32_t start, length; /* number: its text; string: between the quotes, still escaped; array: length = elements; object: length = members */
     uint32_t next;          /* first node behind this one and all below it */
     uint8_t type;
-    bool escaped;           /* string: has backslashes */
+    bool escaped; /* string: has backslashes */
 };
 
 struct json_document {
@@ -32,8 +32,8 @@ struct json_document {
 
 struct json_failure {
     size_t offset;
-    const char *what;    /* "a comma or ] was expected" */
-    char key[64];        /* member of the outermost object in which it happened; empty: none */
+    const char *what; /* "a comma or ] was expected" */
+    char key[64];     /* member of the outermost object in which it happened; empty: none */
 };
 
 /* false: *failure says why, and the document holds nothing. */

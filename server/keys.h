@@ -15,8 +15,8 @@
 
 struct key {
     uint8_t digest[SHA256_BYTES];
-    bool valid;       /* in the file as last read; an old key stays while its requests live */
-    uint32_t live;    /* requests */
+    bool valid;    /* in the file as last read; an old key stays while its requests live */
+    uint32_t live; /* requests */
 };
 
 struct keys {

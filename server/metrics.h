@@ -61,6 +61,6 @@ struct metrics_view {
     uint32_t block_tokens;
     uint64_t parameters;
     struct engine_stats engine; /* zero while loading */
-    double start_time; /* unix seconds */
+    double start_time;          /* unix seconds */
 };
 void metrics_page(struct buffer *out, const struct metrics *metrics, const struct metrics_view *view);

@@ -122,8 +122,8 @@ static void successes(struct page *page, const char *name, const struct metrics 
 static void info(struct page *page, const char *name, const struct metrics_view *view) {
     char labels[256];
     head(page, name, "gauge", "The KV cache: tokens a block of one head, blocks of the pool.");
-    (void)snprintf(labels, sizeof labels, ",block_size=\"%u\",num_gpu_blocks=\"%" PRIu64 "\",cache_dtype=\"%s\",enable_prefix_caching=\"%s\"", view->block_tokens,
-                   view->engine.blocks_total, view->kv_dtype, view->prefix_cache ? "True" : "False");
+    (void)snprintf(labels, sizeof labels, ",block_size=\"%u\",num_gpu_blocks=\"%" PRIu64 "\",cache_dtype=\"%s\",enable_prefix_caching=\"%s\"",
+                   view->block_tokens, view->engine.blocks_total, view->kv_dtype, view->prefix_cache ? "True" : "False");
     sample(page, name, labels, 1);
 }
 
@@ -140,9 +140,11 @@ static void engine_metrics(struct page *page, const struct metrics_view *view) {
     info(page, "kvasir_cache_config_info", view);
     single(page, "kvasir_prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache.", (double)engine->prefix_queries);
     single(page, "kvasir_prefix_cache_hits_total", "counter", "Prompt tokens found in the prefix cache.", (double)engine->prefix_hits);
-    single(page, "kvasir_prefix_cache_partial_hits_total", "counter", "Admissions that found a part of their prompt.", (double)engine->prefix_partial_hits);
+    single(page, "kvasir_prefix_cache_partial_hits_total", "counter", "Admissions that found a part of their prompt.",
+           (double)engine->prefix_partial_hits);
     single(page, "kvasir_prefix_cache_evictions_total", "counter", "Entries that left the prefix cache for room.", (double)engine->prefix_evictions);
-    single(page, "kvasir_preemptions_total", "counter", "Times a running choice gave its blocks back and was computed again.", (double)engine->preemptions);
+    single(page, "kvasir_preemptions_total", "counter", "Times a running choice gave its blocks back and was computed again.",
+           (double)engine->preemptions);
     single(page, "kvasir_forks_total", "counter", "Candidates that shared the blocks of their prompt's first.", (double)engine->forks);
     single(page, "kvasir_blocks_copied_total", "counter", "Blocks copied for a fork.", (double)engine->blocks_copied);
     single(page, "kvasir_prompt_chunks_total", "counter", "Chunks in which prompts were read.", (double)engine->chunks);
@@ -196,10 +198,13 @@ static void process_metrics(struct page *page, const struct metrics_view *view) 
     sample(page, "kvasir_model_info", labels, 1);
     single(page, "kvasir_ready", "gauge", "1 while requests are taken; 0 while loading and draining.", view->ready);
     single(page, "kvasir_connections", "gauge", "Open HTTP connections.", view->connections);
-    buffer_append_text(page->out, "# HELP process_resident_memory_bytes Resident memory.\n# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes ");
+    buffer_append_text(
+        page->out,
+        "# HELP process_resident_memory_bytes Resident memory.\n# TYPE process_resident_memory_bytes gauge\nprocess_resident_memory_bytes ");
     number(page->out, (double)pages * (double)sysconf(_SC_PAGESIZE));
-    buffer_append_text(page->out, "\n# HELP process_start_time_seconds When the process started, in unix seconds.\n# TYPE process_start_time_seconds gauge\n"
-                                  "process_start_time_seconds ");
+    buffer_append_text(page->out,
+                       "\n# HELP process_start_time_seconds When the process started, in unix seconds.\n# TYPE process_start_time_seconds gauge\n"
+                       "process_start_time_seconds ");
     number(page->out, view->start_time);
     buffer_append_byte(page->out, '\n');
 }
@@ -221,7 +226,8 @@ static void vllm_metrics(struct page *page, const struct metrics *metrics, const
     single(page, "vllm:gpu_prefix_cache_hits_total", "counter", "The name before vLLM 0.11.", (double)view->engine.prefix_hits);
     successes(page, "vllm:request_success_total", metrics);
     all_histograms(page, "vllm:", metrics, view);
-    histogram(page, "vllm:request_max_num_generation_tokens", "Tokens generated for a choice, at most.", &metrics->histograms[METRIC_GENERATION_TOKENS]);
+    histogram(page, "vllm:request_max_num_generation_tokens", "Tokens generated for a choice, at most.",
+              &metrics->histograms[METRIC_GENERATION_TOKENS]);
     page->labels[used] = '\0';
 }
 

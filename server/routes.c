@@ -28,7 +28,8 @@ static const struct route routes[] = {
 #define ROUTES (sizeof routes / sizeof *routes)
 _Static_assert(ROUTES < METRIC_ROUTES, "the last row of the counters is for paths without a route");
 
-const char *const route_names[] = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/tokenize", "/detokenize", "/health", "/version", "/metrics", "other"};
+const char *const route_names[] = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/tokenize", "/detokenize",
+                                   "/health",         "/version",   "/metrics",        "other"};
 _Static_assert(sizeof route_names / sizeof *route_names == ROUTES + 1, "one name a route");
 uint32_t route_count(void) { return (uint32_t)ROUTES; }
 
@@ -123,8 +124,8 @@ void route_finished(void *context, struct exchange *exchange) {
     n = 0;
     for (const char *c = exchange_method(exchange); *c && n < sizeof method - 1; c++) method[n++] = *c > 0x20 && *c < 0x7f ? *c : '?';
     method[n] = '\0';
-    log_write(quiet ? LOG_LEVEL_DEBUG : LOG_LEVEL_INFO, "request id=%s method=%s path=%s status=%d ms=%.1f bytes=%llu%s%s%s", exchange_request_id(exchange), method,
-              path, exchange_status(exchange), (double)(clock_now_ns() - exchange_started_ns(exchange)) / 1e6,
-              (unsigned long long)exchange_bytes_out(exchange), exchange_aborted(exchange) ? " client=gone" : "", exchange_notes(exchange)[0] ? " " : "",
-              exchange_notes(exchange));
+    log_write(quiet ? LOG_LEVEL_DEBUG : LOG_LEVEL_INFO, "request id=%s method=%s path=%s status=%d ms=%.1f bytes=%llu%s%s%s",
+              exchange_request_id(exchange), method, path, exchange_status(exchange), (double)(clock_now_ns() - exchange_started_ns(exchange)) / 1e6,
+              (unsigned long long)exchange_bytes_out(exchange), exchange_aborted(exchange) ? " client=gone" : "",
+              exchange_notes(exchange)[0] ? " " : "", exchange_notes(exchange));
 }

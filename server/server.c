@@ -97,7 +97,8 @@ static void on_loaded(uv_async_t *async) {
     /* The same model on the same kernels with the same cache gives the same tokens for a seed. */
     (void)snprintf(words, sizeof words, "%s|%s|%s|%llu", KVASIR_VERSION, describe, server->model.root, (unsigned long long)server->model.parameters);
     sha256(words, strlen(words), digest);
-    (void)snprintf(server->fingerprint, sizeof server->fingerprint, "kvasir-%02x%02x%02x%02x%02x", digest[0], digest[1], digest[2], digest[3], digest[4]);
+    (void)snprintf(server->fingerprint, sizeof server->fingerprint, "kvasir-%02x%02x%02x%02x%02x", digest[0], digest[1], digest[2], digest[3],
+                   digest[4]);
     metrics_set_context(&server->metrics, engine_limits(server->model.engine)->max_model_len);
     if (server->phase != SERVER_LOADING) return;
     server->phase = SERVER_SERVING;
@@ -139,8 +140,8 @@ static void on_terminate(uv_signal_t *handle, int number) {
 
 static void log_changes(const struct config *before, const struct config *after, const struct keys *keys) {
     (void)before;
-    log_info("configuration read again: log_level=%s max_body=%llu max_requests_per_key=%u keys=%u", after->log_level, (unsigned long long)after->max_body,
-             after->max_requests_per_key, keys->n_valid);
+    log_info("configuration read again: log_level=%s max_body=%llu max_requests_per_key=%u keys=%u", after->log_level,
+             (unsigned long long)after->max_body, after->max_requests_per_key, keys->n_valid);
 }
 
 static enum log_level level_of(const char *name) {
@@ -158,7 +159,8 @@ static void on_reload(uv_signal_t *handle, int number) {
     (void)number;
     struct timespec now;
     (void)clock_gettime(CLOCK_MONOTONIC, &now);
-    notify_send(&server->notify, "RELOADING=1\nMONOTONIC_USEC=%llu", (unsigned long long)now.tv_sec * 1000000ull + (unsigned long long)now.tv_nsec / 1000);
+    notify_send(&server->notify, "RELOADING=1\nMONOTONIC_USEC=%llu",
+                (unsigned long long)now.tv_sec * 1000000ull + (unsigned long long)now.tv_nsec / 1000);
     /* All or nothing: keys that cannot be read leave the limits as they were, too. */
     if (config_reload(&server->config, next, refused, sizeof refused, &error) != STATUS_OK ||
         keys_load(&server->keys, next->api_key_file, &error) != STATUS_OK) {
@@ -278,7 +280,8 @@ static enum status start_all(struct server *server, struct error *error) {
     if (status != STATUS_OK) return status;
     if (server->setup->listening) server->setup->listening(server->setup->context, http_url(server->http));
     notify_send(&server->notify, "STATUS=loading 0 %%\nEXTEND_TIMEOUT_USEC=60000000");
-    if (pthread_create(&server->loader, NULL, load, server) != 0) return error_set(error, STATUS_NO_MEMORY, "cannot start a thread: %s", strerror(errno));
+    if (pthread_create(&server->loader, NULL, load, server) != 0)
+        return error_set(error, STATUS_NO_MEMORY, "cannot start a thread: %s", strerror(errno));
     return STATUS_OK;
 }
 

@@ -92,12 +92,16 @@ static void note(struct serving *serving) {
         generated += choice->n_events;
         preemptions += choice->preemptions;
         if (choice->candidate == 0) cached += choice->cached;
-        (void)snprintf(finish, sizeof finish, "%s", choice->finish_reason ? choice->finish_reason : choice->finish == FINISH_ERROR ? "error" : "abort");
+        (void)snprintf(finish, sizeof finish, "%s",
+                       choice->finish_reason            ? choice->finish_reason
+                       : choice->finish == FINISH_ERROR ? "error"
+                                                        : "abort");
     }
     uint64_t now = clock_now_ns();
     double first = serving->first_token_ns ? (double)(serving->first_token_ns - serving->started_ns) / 1e6 : 0;
     double decode = serving->first_token_ns ? (double)(now - serving->first_token_ns) / 1e9 : 0;
-    (void)snprintf(words, sizeof words, "prompt=%" PRIu64 " cached=%" PRIu64 " tokens=%" PRIu64 " choices=%u ttft_ms=%.1f tok_s=%.1f preemptions=%" PRIu64 " finish=%s",
+    (void)snprintf(words, sizeof words,
+                   "prompt=%" PRIu64 " cached=%" PRIu64 " tokens=%" PRIu64 " choices=%u ttft_ms=%.1f tok_s=%.1f preemptions=%" PRIu64 " finish=%s",
                    prompt, cached, generated, serving->n_choices, first, decode > 0 ? (double)generated / decode : 0.0, preemptions, finish);
     exchange_note(serving->exchange, words);
 }
@@ -347,7 +351,8 @@ void serving_poll(struct server *server) {
 static void timed_out(struct serving *serving) {
     struct api_error error;
     serving->server->metrics.timeouts++;
-    api_error_set(&error, 504, "server_error", "request_timeout", NULL, "The request lived longer than %u s.", serving->server->config.request_timeout_s);
+    api_error_set(&error, 504, "server_error", "request_timeout", NULL, "The request lived longer than %u s.",
+                  serving->server->config.request_timeout_s);
     error.no_retry = true;
     serving_fail(serving, &error);
 }

@@ -23,13 +23,13 @@ struct serving {
     bool answered; /* a status has been decided */
     bool ended;    /* so has everything that follows it */
     bool failed, done_sent, heartbeat;
-    bool dirty;    /* events came in this batch */
+    bool dirty; /* events came in this batch */
     struct completion_limits limits;
     struct completion completion;
     struct api_error error;
     struct job *jobs;       /* [n_prompts] */
     struct choice *choices; /* [n_prompts * best_of] */
-    struct piece *pieces;   /* whole answers: [n_choices], rendered as tokens come, since a stop string must be seen at once; streams: [1], the chunk */
+    struct piece *pieces; /* whole answers: [n_choices], rendered as tokens come, since a stop string must be seen at once; streams: [1], the chunk */
     int32_t *stop_tokens;
     uint32_t n_stop_tokens, n_unended, n_unclosed, n_choices, next_choice;
     size_t result_bytes;

@@ -20,8 +20,8 @@ struct stop_string {
 struct stop_match {
     const struct stop_string *strings;
     uint32_t n_strings;
-    bool keep;         /* include_stop_str_in_output */
-    int matched;       /* index of the string that ended the text; -1: none yet */
+    bool keep;   /* include_stop_str_in_output */
+    int matched; /* index of the string that ended the text; -1: none yet */
     struct buffer held;
 };
 

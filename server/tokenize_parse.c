@@ -11,7 +11,8 @@ static bool read_text(struct fields *fields, const char *name, uint32_t node, st
     return true;
 }
 
-bool tokenize_parse(struct tokenize_request *request, const char *body, size_t length, const struct completion_limits *limits, struct api_error *error) {
+bool tokenize_parse(struct tokenize_request *request, const char *body, size_t length, const struct completion_limits *limits,
+                    struct api_error *error) {
     (void)limits;
     struct fields fields;
     *request = (struct tokenize_request){.add_special = true, .parse_special = true};

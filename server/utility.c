@@ -97,8 +97,8 @@ void utility_model(struct server *server, struct exchange *exchange) {
     struct json_writer json;
     if (strcmp(asked, server->model.served_name) != 0) {
         struct api_error error;
-        api_error_set(&error, 404, "invalid_request_error", "model_not_found", "model", "The model '%.80s' does not exist; this server has '%s'.", asked,
-                      server->model.served_name);
+        api_error_set(&error, 404, "invalid_request_error", "model_not_found", "model", "The model '%.80s' does not exist; this server has '%s'.",
+                      asked, server->model.served_name);
         reply_error(exchange, &error);
         return;
     }
