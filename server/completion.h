@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #include "base/buffer.h"
-#include "kernels/sample.h"
+#include "engine/engine.h"
 #include "model/tokenizer.h"
 #include "server/api_error.h"
 #include "server/stop.h"
