@@ -36,6 +36,8 @@ struct http_hooks {
     void (*answered)(void *context, struct exchange *exchange);
     /* Over, the connection may be gone: the last chance to look at it (access log). */
     void (*finished)(void *context, struct exchange *exchange);
+    /* Refused on the wire, without an exchange. */
+    void (*refused)(void *context, int status, const char *why);
     void *context;
 };
 
@@ -64,7 +66,7 @@ void http_drain(struct http *http);
 uint32_t http_connections(const struct http *http);
 /* Requests whose answer is not complete. */
 uint32_t http_exchanges(const struct http *http);
-/* Lets libmicrohttpd run. Needed after exchange_wake or a late answer that did not happen inside one of the hooks; once for many. */
+/* libmicrohttpd is to run, in this turn of the loop. Needed after exchange_wake or a late answer that did not happen inside one of the hooks; cheap to say often. */
 void http_pump(struct http *http);
 /* Ends every exchange (owners are told) and closes every socket. The loop must run once more to free the handles, then http_free. */
 void http_stop(struct http *http);

@@ -76,7 +76,7 @@ static void progress(void *context, double fraction) {
 static void *load(void *context) {
     struct server *server = context;
     struct engine_hooks hooks = {.wake = wake, .context = server, .progress = progress, .progress_context = server};
-    server->load_status = server->setup->start(server->setup->context, &hooks, &server->model, &server->load_error);
+    server->load_status = server->setup->start(server->setup->context, &hooks, &server->loading_model, &server->load_error);
     (void)uv_async_send(&server->loaded);
     return NULL;
 }
@@ -87,10 +87,10 @@ static void on_loaded(uv_async_t *async) {
     CHECK(pthread_join(server->loader, NULL) == 0);
     server->loader_joined = true;
     if (server->load_status != STATUS_OK) {
-        server->model.engine = NULL;
         uv_stop(&server->loop);
         return;
     }
+    server->model = server->loading_model;
     const char *describe = engine_describe(server->model.engine);
     uint8_t digest[SHA256_BYTES];
     char words[CONFIG_TEXT + 256];
@@ -274,7 +274,7 @@ static void stop_all(struct server *server) {
 static enum status start_all(struct server *server, struct error *error) {
     const struct config *config = &server->config;
     struct http_limits limits = http_limits_of(config);
-    struct http_hooks hooks = {route_headers, route_request, route_answered, route_finished, server};
+    struct http_hooks hooks = {route_headers, route_request, route_answered, route_finished, route_refused, server};
     enum status status = keys_load(&server->keys, config->api_key_file, error);
     if (status == STATUS_OK) status = http_start(&server->http, &server->loop, config->host, config->port, &limits, &hooks, error);
     if (status != STATUS_OK) return status;
