@@ -125,7 +125,10 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
     struct exchange *exchange = *slot;
     struct connection *connection = connection_of(mhd);
     *slot = NULL;
-    if (connection && !connection->gone) connection_deadline(connection, http->limits.idle_timeout_s);
+    if (connection && !connection->gone) {
+        connection_deadline(connection, http->limits.idle_timeout_s);
+        if (connection->half_closed) connection->deadline_ns = clock_now_ns(); /* nothing more can come: the next tick ends it */
+    }
     if (!exchange) return;
     if (why != MHD_REQUEST_TERMINATED_COMPLETED_OK) exchange->aborted = true;
     exchange->suspended = false; /* a connection that ends is not to be resumed */
