@@ -119,7 +119,7 @@ static void read_heads(struct keys *keys, struct hyper_parameters *p) {
 /* As converters write it: a type, a factor; without a type the factor means linear. */
 static void read_scaling(struct keys *keys, struct rope_parameters *rope) {
     struct gguf_string type = {"linear", 6};
-    char found[32], words[160];
+    char found[32], words[256];
     read_f32(keys, "rope.scale_linear", GGUF_OPTIONAL, 0, 1e6, &rope->factor); /* the older name */
     read_f32(keys, "rope.scaling.factor", GGUF_OPTIONAL, 0, 1e6, &rope->factor);
     if (keys->status == STATUS_OK) keys->status = gguf_get_string(keys->gguf, key_of(keys, "rope.scaling.type"), GGUF_OPTIONAL, &type, keys->error);
