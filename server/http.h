@@ -61,7 +61,7 @@ enum status http_start(struct http **http, uv_loop_t *loop, const char *host, ui
                        const struct http_hooks *hooks, struct error *error);
 void http_set_limits(struct http *http, const struct http_limits *limits);
 const char *http_url(const struct http *http); /* "http://127.0.0.1:8080" */
-/* No new connections; idle ones are closed, the others after the answer they wait for. */
+/* No new connections; those there are end with their next answer. */
 void http_drain(struct http *http);
 uint32_t http_connections(const struct http *http);
 /* Requests whose answer is not complete. */

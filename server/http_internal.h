@@ -11,6 +11,7 @@
 #define HTTP_BODIES_MAX 32 /* memory of all bodies together: so many times max_body */
 #define EXCHANGE_HEADERS_MAX 6
 #define HTTP_LOOK_BYTES 32768
+#define HTTP_SEND_BYTES 65536 /* of a socket's buffer */
 
 struct connection {
     struct connection *next, *previous;

@@ -13,6 +13,7 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "config/options.h"
 #include "server/internal.h"
 
 #define TICK_MS 250
@@ -138,10 +139,18 @@ static void on_terminate(uv_signal_t *handle, int number) {
 
 /* ---- reload ---- */
 
-static void log_changes(const struct config *before, const struct config *after, const struct keys *keys) {
-    (void)before;
-    log_info("configuration read again: log_level=%s max_body=%llu max_requests_per_key=%u keys=%u", after->log_level,
-             (unsigned long long)after->max_body, after->max_requests_per_key, keys->n_valid);
+/* Each option that is another now, by the table. No option holds a secret: keys stand in a file of their own. */
+static void log_changes(const struct config *before, const struct config *after) {
+    unsigned changes = 0;
+    for (size_t i = 0; i < options_count(); i++) {
+        char was[CONFIG_TEXT], is[CONFIG_TEXT];
+        option_text(&options[i], before, was, sizeof was);
+        option_text(&options[i], after, is, sizeof is);
+        if (strcmp(was, is) == 0) continue;
+        log_info("reload: %s: %s -> %s", options[i].key, was, is);
+        changes++;
+    }
+    if (changes == 0) log_info("reload: no option changed");
 }
 
 static enum log_level level_of(const char *name) {
@@ -167,7 +176,8 @@ static void on_reload(uv_signal_t *handle, int number) {
         log_error("reload: %s; nothing was changed", error.text);
     } else {
         struct http_limits limits = http_limits_of(next);
-        log_changes(&server->config, next, &server->keys);
+        log_changes(&server->config, next);
+        if (server->keys.required) log_info("reload: %u keys", server->keys.n_valid);
         server->config = *next;
         http_set_limits(server->http, &limits);
         log_set_level(level_of(next->log_level));
