@@ -12,12 +12,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/block.h"
 #include "base/error.h"
 #include "kernels/program.h"
 #include "kernels/sample.h"
 #include "kernels/score.h"
-
-#define BLOCK_TOKENS 32
 
 enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
 const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
@@ -132,5 +131,7 @@ struct backend {
 /* NULL-terminated. A build without CUDA is a full build. */
 extern const struct backend_ops *const backends[];
 const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best present on this machine */
+/* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
+enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
 
 extern const struct backend_ops backend_cpu, backend_reference, backend_mock;
