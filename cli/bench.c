@@ -44,7 +44,7 @@ static enum status read_options(struct bench *bench, struct error *error) {
     enum status status = bench_list_parse(config->bench.prompts, "--prompt", 0, 1u << 24, &bench->prompts, error);
     if (status == STATUS_OK) status = bench_list_parse(config->bench.batches, "--batch", 1, 4096, &bench->batches, error);
     if (status != STATUS_OK) return status;
-    for (uint32_t i = 0; i < bench->batches.count; i++)
+    for (uint32_t i = 0; config->bench.generate > 0 && i < bench->batches.count; i++)
         if (bench->batches.values[i] > config->max_rows)
             return error_set(error, STATUS_INVALID, "--batch: %" PRIu32 " sequences need as many rows in a step; --max-rows is %" PRIu32,
                              bench->batches.values[i], config->max_rows);

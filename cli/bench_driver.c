@@ -2,6 +2,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/check.h"
 #include "base/random.h"
@@ -79,9 +80,10 @@ enum status bench_driver_open(const struct config *config, const struct model *m
     uint64_t blocks = ((uint64_t)size->max_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     blocks = (blocks + extent - 1) / extent * extent;
     uint64_t total = blocks * size->max_sequences * program_lanes(program);
-    if (total > UINT32_MAX / 2)
-        return error_set(error, STATUS_NO_MEMORY, "bench: %" PRIu32 " sequences of %" PRIu32 " tokens are too many", size->max_sequences,
-                         size->max_tokens);
+    uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    if (total > UINT32_MAX / 2 || total * block_bytes > memory)
+        return error_set(error, STATUS_NO_MEMORY, "bench: %" PRIu32 " sequences of %" PRIu32 " tokens do not fit this machine's memory",
+                         size->max_sequences, size->max_tokens);
     struct backend_limits limits = {
         .kv_dtype = dtype,
         .n_blocks = (uint32_t)total,
@@ -161,6 +163,8 @@ static enum status step(struct bench_driver *driver, const struct batch *batch, 
 
 enum status bench_driver_prompt(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens, uint64_t seed, struct error *error) {
     enum status status = STATUS_OK;
+    driver->next[sequence] =
+        (int32_t)(random_at(seed, sequence, n_tokens, 0) % driver->program->n_vocab); /* where there is no prompt to sample after */
     for (uint32_t done = 0; done < n_tokens && status == STATUS_OK;) {
         uint32_t n_rows = n_tokens - done < driver->size.max_rows ? n_tokens - done : driver->size.max_rows;
         struct batch batch = empty_batch(driver);
