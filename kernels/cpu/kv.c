@@ -1,0 +1,118 @@
+/* The KV pool of the cpu backend: its layout (layout.h) and the services between steps. The engine's thread. */
+#include <math.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "base/half.h"
+#include "kernels/cpu/cpu.h"
+
+struct kv_shape kv_shape_of(const struct program *program, enum kv_dtype dtype) {
+    struct kv_shape shape = {.dtype = dtype, .head_dim = program->head_dim, .dims = (program->head_dim + KV_PAD - 1) / KV_PAD * KV_PAD};
+    size_t element = dtype == KV_F32 ? 4 : dtype == KV_Q8 ? 1 : 2;
+    shape.v_offset = (size_t)BLOCK_TOKENS * shape.dims * element;
+    shape.scale_offset = 2 * shape.v_offset;
+    shape.bytes = shape.scale_offset + (dtype == KV_Q8 ? 2 * BLOCK_TOKENS * sizeof(float) : 0);
+    return shape;
+}
+
+size_t cpu_block_bytes(const struct program *program, enum kv_dtype dtype) {
+    return kv_shape_of(program, dtype).bytes + BLOCK_TOKENS * (sizeof(int32_t) + sizeof(uint64_t));
+}
+
+void cpu_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination) {
+    struct cpu *cpu = (struct cpu *)backend;
+    for (uint32_t i = 0; i < count; i++) {
+        CHECK(source[i] < cpu->limits.n_blocks && destination[i] < cpu->limits.n_blocks);
+        if (source[i] == destination[i]) continue;
+        memcpy(cpu->pool + destination[i] * cpu->kv.bytes, cpu->pool + source[i] * cpu->kv.bytes, cpu->kv.bytes);
+        for (size_t slot = 0; slot < BLOCK_TOKENS; slot++)
+            cpu->accumulated[(size_t)destination[i] * BLOCK_TOKENS + slot] = cpu->accumulated[(size_t)source[i] * BLOCK_TOKENS + slot];
+        memcpy(cpu->positions + (size_t)destination[i] * BLOCK_TOKENS, cpu->positions + (size_t)source[i] * BLOCK_TOKENS, BLOCK_TOKENS * sizeof(int32_t));
+    }
+}
+
+static float element(enum kv_dtype dtype, const uint8_t *base, size_t at) {
+    if (dtype == KV_F32) {
+        float x;
+        memcpy(&x, base + at * 4, sizeof x);
+        return x;
+    }
+    uint16_t half;
+    memcpy(&half, base + at * 2, sizeof half);
+    return dtype == KV_F16 ? float_from_f16(half) : float_from_bf16(half);
+}
+
+void cpu_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position) {
+    struct cpu *cpu = (struct cpu *)backend;
+    CHECK(block < cpu->limits.n_blocks && slot < BLOCK_TOKENS);
+    const struct kv_shape *shape = &cpu->kv;
+    const uint8_t *bytes = cpu->pool + block * shape->bytes, *values = bytes + shape->v_offset;
+    const float *scales = (const float *)(const void *)(bytes + shape->scale_offset);
+    for (uint32_t i = 0; i < shape->head_dim; i++) {
+        if (shape->dtype == KV_Q8) {
+            k[i] = scales[slot] * (float)(bytes[(size_t)(i / 4) * 128 + slot * 4 + i % 4] - 128);
+            v[i] = scales[BLOCK_TOKENS + slot] * (float)(int8_t)values[(size_t)slot * shape->dims + i];
+        } else {
+            k[i] = element(shape->dtype, bytes, (size_t)(i / 2) * 64 + slot * 2 + i % 2);
+            v[i] = element(shape->dtype, values, ((size_t)(slot / 2) * shape->dims + i) * 2 + slot % 2);
+        }
+    }
+    *position = cpu->positions[(size_t)block * BLOCK_TOKENS + slot];
+}
+
+void cpu_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions) {
+    const struct cpu *cpu = (const struct cpu *)backend;
+    for (uint32_t i = 0; i < count; i++) {
+        CHECK(blocks[i] < cpu->limits.n_blocks);
+        memcpy(positions + (size_t)i * BLOCK_TOKENS, cpu->positions + (size_t)blocks[i] * BLOCK_TOKENS, BLOCK_TOKENS * sizeof *positions);
+    }
+}
+
+/* The rotation alone: what rope_magnitude did to the key when it was cached stays in it. */
+static void rotate(const struct program *p, double positions, float *x) {
+    uint32_t half = p->rope_dims / 2;
+    bool halves = p->rope_pairs == ROPE_PAIRS_HALVES;
+    for (uint32_t i = 0; i < half; i++) {
+        double c = cos(positions * p->rope_frequency[i]), s = sin(positions * p->rope_frequency[i]);
+        float *first = &x[halves ? i : 2 * i], *second = &x[halves ? i + half : 2 * i + 1];
+        double a = (double)*first, b = (double)*second;
+        *first = (float)(a * c - b * s);
+        *second = (float)(a * s + b * c);
+    }
+}
+
+struct shift {
+    struct cpu *cpu;
+    const struct shift_request *request;
+};
+
+static void shift_lane(struct cpu *cpu, const struct shift_request *request, uint32_t lane, struct worker_scratch *own) {
+    const struct program *p = cpu->program;
+    const uint32_t d = p->head_dim;
+    float *sinks = cpu->ring_sinks + ((size_t)(request->ring - 1) * program_lanes(p) + lane) * cpu->limits.sink_slots * d;
+    for (uint32_t i = 0; i < request->n_slots; i++, sinks += d) {
+        uint32_t block = request->block_ids[request->lane_first[lane] + i / BLOCK_TOKENS], slot = i % BLOCK_TOKENS;
+        int32_t position;
+        if (request->first) {
+            cpu_read_f32(&cpu->backend, block, slot, sinks, own->row, &position);
+            rotate(p, -(double)position, sinks);
+        } else {
+            position = cpu->positions[(size_t)block * BLOCK_TOKENS + slot];
+        }
+        memcpy(own->queries, sinks, d * sizeof *sinks);
+        rotate(p, (double)position + request->shift, own->queries);
+        cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot, own->queries, NULL);
+    }
+}
+
+static void shift_share(void *context, uint32_t worker) {
+    const struct shift *shift = context;
+    struct share share = share_of(shift->cpu, program_lanes(shift->cpu->program), false, worker);
+    for (uint32_t lane; share_next(shift->cpu, &share, &lane);) shift_lane(shift->cpu, shift->request, lane, &shift->cpu->workers_scratch[worker]);
+}
+
+void cpu_shift_sinks(struct backend *backend, const struct shift_request *request) {
+    struct cpu *cpu = (struct cpu *)backend;
+    CHECK(request->ring >= 1 && request->ring <= cpu->limits.n_rings && request->n_slots <= cpu->limits.sink_slots);
+    workers_run(cpu->workers, shift_share, &(struct shift){cpu, request});
+}
