@@ -40,6 +40,24 @@ class Bench(Case):
                 result, _ = self.rows(path, "--backend", backend, "--kv-dtype", dtype, "-p", "4", "-n", "2", "-b", "1", "-d", "4")
                 self.assertEqual((result["model"], result["kv_dtype"]), ("tiny", dtype))
 
+    def test_phases(self):
+        printed = self.works("bench", "--json", "--phases", "--dummy", "tiny", "--backend", "reference", "-p", "40", "-n", "6", "-b", "1,2", "-d", "8", "-r", "2", "--max-rows", "32")
+        result = json.loads(printed)
+        self.assertGreater(result["ceilings"]["gmac_s"], 0)
+        self.assertGreater(result["ceilings"]["gb_s"], 0)
+        names = ["EMBED", "ATTN_IN", "ATTN", "ATTN_OUT", "MLP_IN", "MLP_OUT", "HEAD"]
+        self.assertEqual([(row["test"], row["batch"], row["phase"]) for row in result["phases"]],
+                         [(*test, name) for test in (("pp", 1), ("tg", 1), ("tg", 2)) for name in names])
+        for row in result["phases"]:
+            self.assertGreater(row["us"], 0, row)
+            self.assertGreater(row["gb_s"], 0, row)
+        # tiny: 2 layers, 64 wide, 4 heads on 2 KV heads, feed forward 128. MLP_IN of 40 rows is 2 * 40 * 2 * 64 * 128 multiply-adds.
+        mlp = result["phases"][4]
+        self.assertAlmostEqual(mlp["gmac_s"] * mlp["us"] * 1e3, 2 * 40 * 2 * 64 * 128, delta=1)
+        # Attention of a prompt of 40: each row sees itself and those before it; 2 * 4 heads * 16 dimensions a slot, 2 layers.
+        attention = result["phases"][2]
+        self.assertAlmostEqual(attention["gmac_s"] * attention["us"] * 1e3, 2 * 2 * 4 * 16 * 40 * 41 / 2, delta=1)
+
     def test_table(self):
         printed = self.works("bench", "--dummy", "tiny", "-p", "8", "-n", "4", "-b", "2", "-r", "2", "-d", "16")
         self.assertRegex(printed, r"\| tiny +\| +[0-9.]+ MiB \| +[0-9.]+ M \| +1 \| pp8 +\|")
