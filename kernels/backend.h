@@ -12,12 +12,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/block.h"
 #include "base/error.h"
 #include "kernels/program.h"
 #include "kernels/sample.h"
 #include "kernels/score.h"
-
-#define BLOCK_TOKENS 32
 
 enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
 const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
