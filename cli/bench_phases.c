@@ -49,7 +49,8 @@ static void take_medians(struct bench_phases *phases, const uint64_t *ns, uint32
     for (int kind = 0; kind < PHASE_KINDS; kind++) {
         for (uint32_t r = 0; r < rounds; r++) column[r] = ns[r * PHASE_KINDS + (uint32_t)kind];
         qsort(column, rounds, sizeof *column, ascending);
-        phases->rows[kind].us = (double)column[rounds / 2] / 1e3 / steps;
+        size_t middle = rounds / 2;
+        phases->rows[kind].us = (double)column[middle] / 1e3 / steps;
     }
     free(column);
 }
