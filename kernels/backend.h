@@ -38,6 +38,8 @@ struct backend_limits {
     double mock_tokens_per_second; /* mock only: rate of each step's rows; 0: as fast as it goes */
     void (*progress)(void *context, double fraction); /* during prepare; may be NULL */
     void *progress_context;
+    uint64_t *phase_ns;      /* [PHASE_KINDS]: each step adds the nanoseconds from the end of the phase before to the end of this one, as the engine thread sees them.
+                                NULL: the clock is not read. For `bench --phases` */
 };
 
 /* One sequence's part of a batch. Its rows are contiguous, positions ascending. */

@@ -8,7 +8,6 @@
 struct compacting {
     struct cpu *cpu;
     const struct compaction *items;
-    uint32_t count;
 };
 
 /* Up to 32 kept slots of one source block, as far as they go into one destination block: slot from[i] becomes to + i. */
@@ -91,13 +90,14 @@ static void compact_lane(struct cpu *cpu, const struct compaction *item) {
     }
 }
 
-static void compact_share(void *context, uint32_t worker) {
+static void stage_compact(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)stage, (void)worker;
     const struct compacting *compacting = context;
-    struct share share = share_of(compacting->cpu, compacting->count, true, worker);
-    for (uint32_t i; share_next(compacting->cpu, &share, &i);) compact_lane(compacting->cpu, &compacting->items[i]);
+    for (uint32_t i = first; i < end; i++) compact_lane(compacting->cpu, &compacting->items[i]);
 }
 
 void cpu_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     struct cpu *cpu = (struct cpu *)backend;
-    if (count > 0) workers_run(cpu->workers, compact_share, &(struct compacting){cpu, items, count});
+    struct compacting compacting = {cpu, items};
+    workers_run(cpu->workers, &compacting, &(struct stage){.run = stage_compact, .n_units = count}, 1);
 }

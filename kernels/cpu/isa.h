@@ -23,6 +23,16 @@ struct attend {
     bool sums_only;         /* maxima and sums, no output */
 };
 
+/* Highest logit of each row of the strips seen, and in which strip. */
+struct best_logits {
+    float value[STRIP_ROWS];
+    uint32_t strip[STRIP_ROWS];
+};
+
+static inline void best_logits_clear(struct best_logits *best) {
+    for (int i = 0; i < STRIP_ROWS; i++) best->value[i] = -__builtin_inff(), best->strip[i] = 0;
+}
+
 struct cpu_isa {
     const char *name;
     const char *text; /* what the CPU must have, for messages */
@@ -42,8 +52,8 @@ struct cpu_isa {
     const float *(*weights)(const struct attend *attend, uint32_t split, const float *state, size_t state_stride);
     /* Folds the state of the next split(s) into `state`. */
     void (*merge)(float *state, const float *next, uint32_t dims);
-    /* Highest value and its lowest index; NaN counts as -inf. */
-    void (*argmax)(const float *x, uint32_t n, float *value, uint32_t *index);
+    /* Takes the logits of one more strip into the running maximum; the earlier strip stays where they are equal, NaN is passed over. */
+    void (*track)(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best);
 };
 
 /* Scores and weights of a split, one output and one quantised query each. */

@@ -105,14 +105,15 @@ static void shift_lane(struct cpu *cpu, const struct shift_request *request, uin
     }
 }
 
-static void shift_share(void *context, uint32_t worker) {
+static void stage_shift(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)stage;
     const struct shift *shift = context;
-    struct share share = share_of(shift->cpu, program_lanes(shift->cpu->program), false, worker);
-    for (uint32_t lane; share_next(shift->cpu, &share, &lane);) shift_lane(shift->cpu, shift->request, lane, &shift->cpu->workers_scratch[worker]);
+    for (uint32_t lane = first; lane < end; lane++) shift_lane(shift->cpu, shift->request, lane, &shift->cpu->workers_scratch[worker]);
 }
 
 void cpu_shift_sinks(struct backend *backend, const struct shift_request *request) {
     struct cpu *cpu = (struct cpu *)backend;
     CHECK(request->ring >= 1 && request->ring <= cpu->limits.n_rings && request->n_slots <= cpu->limits.sink_slots);
-    workers_run(cpu->workers, shift_share, &(struct shift){cpu, request});
+    struct shift shift = {cpu, request};
+    workers_run(cpu->workers, &shift, &(struct stage){.run = stage_shift, .n_units = program_lanes(cpu->program)}, 1);
 }

@@ -102,13 +102,12 @@ static void score_plain(struct cpu *cpu, const struct score_request *request, ui
     free(accumulated);
 }
 
-static void score_share(void *context, uint32_t worker) {
+static void stage_score(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)stage;
     const struct scoring *scoring = context;
     struct cpu *cpu = scoring->cpu;
     const struct score_request *request = scoring->request;
-    struct share share = share_of(cpu, request->n_lanes, true, worker);
-    for (uint32_t i; share_next(cpu, &share, &i);) {
-        uint32_t lane = request->first_lane + i;
+    for (uint32_t lane = request->first_lane + first; lane < request->first_lane + end; lane++) {
         float *scores = scoring->scores + request->offset[lane];
         if (request->kind <= SCORE_PERSISTENCE) score_window(cpu, request, lane, &cpu->workers_scratch[worker], scores);
         else score_plain(cpu, request, lane, scores);
@@ -123,5 +122,6 @@ void cpu_score(struct backend *backend, const struct score_request *request, flo
         CHECK(request->ring >= 1 && request->ring <= cpu->limits.n_rings && request->n_window <= cpu->limits.ring_rows);
         CHECK((int64_t)request->last_position + 1 >= (int64_t)request->n_window);
     }
-    workers_run(cpu->workers, score_share, &(struct scoring){cpu, request, scores});
+    struct scoring scoring = {cpu, request, scores};
+    workers_run(cpu->workers, &scoring, &(struct stage){.run = stage_score, .n_units = request->n_lanes}, 1);
 }

@@ -52,7 +52,7 @@ struct sim_request {
 };
 
 struct counters {
-    uint64_t steps, requests, aborts[6], aborts_preempted, pool_full, prompts_chunked;
+    uint64_t steps, requests, aborts[5], pool_full;
     struct scheduler_stats sum;
 };
 
@@ -181,28 +181,34 @@ static void know_lanes(struct sim *sim, struct sim_request *request, uint32_t in
     }
 }
 
+enum abort_kind { ABORT_WAITING, ABORT_READING, ABORT_DECODING, ABORT_UNFORKED, ABORT_PREEMPTED, ABORT_KINDS };
+
+static enum abort_kind kind_of(const struct choice *inner) {
+    if (inner->state == CHOICE_WAITING) return inner->preempted ? ABORT_PREEMPTED : ABORT_WAITING;
+    if (inner->state == CHOICE_RUNNING) return inner->n_computed + 1 < inner->n_tokens ? ABORT_READING : ABORT_DECODING;
+    return ABORT_UNFORKED;
+}
+
+/* Aborts a choice in the state that was asked for, if one is found at the first tries. */
 static void abort_some(struct sim *sim) {
-    struct sim_request *request = &sim->requests[random_below(&sim->random, REQUESTS_MAX)];
-    uint32_t index = random_below(&sim->random, CANDIDATES_MAX);
-    if (!request->live) {
-        EXPECT(!scheduler_abort(sim->scheduler, request->id, index), "an abort of what has ended was taken");
+    static const enum abort_kind order[] = {ABORT_READING, ABORT_PREEMPTED, ABORT_READING, ABORT_PREEMPTED,
+                                            ABORT_WAITING, ABORT_DECODING,  ABORT_UNFORKED}; /* the rare ones are sought more */
+    enum abort_kind wanted = order[random_below(&sim->random, sizeof order / sizeof *order)];
+    for (uint32_t tries = 0; tries < 128; tries++) {
+        struct sim_request *request = &sim->requests[random_below(&sim->random, REQUESTS_MAX)];
+        uint32_t index = random_below(&sim->random, CANDIDATES_MAX);
+        if (!request->live) {
+            EXPECT(!scheduler_abort(sim->scheduler, request->id, index), "an abort of what has ended was taken");
+            continue;
+        }
+        if (index >= request->n_candidates || request->choices[index].ended || kind_of(inner_choice(sim, request, index)) != wanted) continue;
+        EXPECT(scheduler_abort(sim->scheduler, request->id, index), "an abort of a live choice was refused");
+        counters.aborts[wanted]++;
+        request->choices[index].ended = true;
+        request->n_ended++;
+        settle(request);
         return;
     }
-    if (index >= request->n_candidates || request->choices[index].ended) return;
-    struct scheduler *s = sim->scheduler;
-    uint32_t i = s->requests[request_find(s, request->id)].first_choice;
-    while (s->choices[i].index != index) i = s->choices[i].next;
-    enum choice_state state = s->choices[i].state;
-    bool preempted = state == CHOICE_WAITING && s->choices[i].preempted,
-         reading = state == CHOICE_RUNNING && s->choices[i].n_computed + 1 < s->choices[i].n_tokens;
-    EXPECT(scheduler_abort(s, request->id, index), "an abort of a live choice was refused");
-    if (preempted)
-        counters.aborts_preempted++;
-    else
-        counters.aborts[state == CHOICE_RUNNING && reading ? 5 : state]++;
-    request->choices[index].ended = true;
-    request->n_ended++;
-    settle(request);
 }
 
 /* Which slots stay: a function of the request, the point and the lane, so that a replay keeps the same. */
@@ -379,7 +385,7 @@ static bool step(struct sim *sim, bool load) {
     struct random *r = &sim->random;
     sim->step++;
     if (load && random_below(r, 4) == 0) add_request(sim);
-    if (random_below(r, 24) == 0) abort_some(sim);
+    if (random_below(r, 6) == 0) abort_some(sim);
     if (random_below(r, 2000) == 0) scheduler_drop_prefix_cache(sim->scheduler);
     if (random_below(r, 16) == 0) (void)scheduler_press(sim->scheduler, may_press, NULL);
     struct scheduler_due due;
@@ -438,11 +444,11 @@ static bool report(void) {
     all &= enough("prefix evictions", s->prefix_evictions);
     all &= enough("chunks", s->chunks);
     all &= enough("pool full", counters.pool_full);
-    all &= enough("aborts, waiting", counters.aborts[CHOICE_WAITING]);
-    all &= enough("aborts, reading", counters.aborts[5]);
-    all &= enough("aborts, decoding", counters.aborts[CHOICE_RUNNING]);
-    all &= enough("aborts, not yet forked", counters.aborts[CHOICE_UNFORKED] + counters.aborts[CHOICE_FORKING]);
-    all &= enough("aborts, preempted", counters.aborts_preempted);
+    all &= enough("aborts, waiting", counters.aborts[ABORT_WAITING]);
+    all &= enough("aborts, reading", counters.aborts[ABORT_READING]);
+    all &= enough("aborts, decoding", counters.aborts[ABORT_DECODING]);
+    all &= enough("aborts, not yet forked", counters.aborts[ABORT_UNFORKED]);
+    all &= enough("aborts, preempted", counters.aborts[ABORT_PREEMPTED]);
     all &= enough("compactions", s->compactions);
     all &= enough("compaction steals", s->prefix_steals);
     all &= enough("compaction copies", s->compaction_copies);
