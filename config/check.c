@@ -37,5 +37,14 @@ enum status config_check(const struct config *config, struct error *error) {
     if (config->header_timeout_s > config->request_timeout_s)
         return error_set(error, STATUS_INVALID, "server.header_timeout: %us is longer than server.request_timeout, %us", config->header_timeout_s,
                          config->request_timeout_s);
+    if (config->pooling_kernel % 2 == 0)
+        return error_set(error, STATUS_INVALID, "compression.pooling_kernel: %u is even; a token stands in the middle of an odd number",
+                         config->pooling_kernel);
+    if (config->pressure_low >= config->pressure_high)
+        return error_set(error, STATUS_INVALID, "compression.pressure_low: %g is not below compression.pressure_high, %g", config->pressure_low,
+                         config->pressure_high);
+    if (config->budget_tokens && config->budget_tokens < config->sink_tokens + config->recent_tokens)
+        return error_set(error, STATUS_INVALID, "compression.budget_tokens: %u is less than sink_tokens + recent_tokens, %u, which always stay",
+                         config->budget_tokens, config->sink_tokens + config->recent_tokens);
     return STATUS_OK;
 }

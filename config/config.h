@@ -10,6 +10,7 @@
 #include "base/error.h"
 
 #define CONFIG_TEXT 512
+#define CONFIG_WORDS 128
 #define CONFIG_OPTIONS_MAX 96
 
 /* Where a value came from, in rising order of precedence. */
@@ -59,6 +60,32 @@ struct config {
     double mock_tokens_per_second;
     uint64_t seed; /* of requests that bring none; 0: from the system */
 
+    /* [compression] */
+    char compression_policy[32];       /* none; a name of policies/ (checked by the engine, which knows them) */
+    char compression_triggers[64];     /* comma list of prompt_end, budget, pressure; empty: the policy's own */
+    double keep_ratio;                 /* of the tokens seen, when budget_tokens is 0 */
+    uint32_t budget_tokens;            /* a lane, on average; 0: by keep_ratio */
+    uint32_t sink_tokens, recent_tokens, window;
+    char pooling[16];                  /* max, average, none */
+    uint32_t pooling_kernel;           /* odd */
+    uint32_t interval;                 /* tokens between two compressions of a growing sequence */
+    double floor, recovery;
+    bool value_aware, compress_while_reading;
+    double pressure_high, pressure_low; /* of the pool */
+    char allowed_policies[CONFIG_TEXT]; /* that requests may ask for; empty: all */
+    uint32_t min_budget;                /* of requests; 0: sink_tokens + recent_tokens */
+    bool may_disable;                   /* requests may ask for none */
+
+    /* flags of one command alone, neither in the file nor in the environment */
+    struct {
+        char prompts[CONFIG_WORDS]; /* "512,2048" */
+        char batches[CONFIG_WORDS];
+        uint32_t generate, context, rounds;
+        bool json, phases;
+        char dummy[CONFIG_WORDS]; /* shape of random weights in place of a model; empty: none */
+    } bench;
+    bool print_example, print_manual; /* check-config */
+
     char config_file[CONFIG_TEXT];      /* what --config named; empty: none */
     uint8_t source[CONFIG_OPTIONS_MAX]; /* enum config_source of each row of the table */
 };
@@ -84,4 +111,5 @@ size_t config_unknown_environment(char *names, size_t size);
 /* The options that `command` looks at, with defaults and ranges; for a command that is not known, all of them. */
 void config_print_help(FILE *out, const char *command);
 void config_print_example(FILE *out);                      /* deploy/kvasir.toml, word for word */
+void config_print_manual(FILE *out);                       /* the OPTIONS section of the manual page, for man */
 void config_print(const struct config *config, FILE *out); /* effective values as TOML, each with where it came from */

@@ -16,18 +16,24 @@ extern char **environ;
 static void mark(struct config *config, const struct option_info *option, enum config_source source) {
     config->source[option - options] = (uint8_t)source;
 }
+
+static bool of_one_command(const struct option_info *option) {
+    return option >= command_options && option < command_options + command_options_count();
+}
+
 static enum config_source source_of(const struct config *config, const struct option_info *option) {
     return (enum config_source)config->source[option - options];
 }
 
 static void set_default(struct config *config, const struct option_info *option) {
     CHECK(option_set(option, config, option->initial, strlen(option->initial), option->key, NULL) == STATUS_OK);
-    mark(config, option, CONFIG_SOURCE_DEFAULT);
+    if (!of_one_command(option)) mark(config, option, CONFIG_SOURCE_DEFAULT);
 }
 
 void config_defaults(struct config *config) {
     memset(config, 0, sizeof *config);
     for (size_t i = 0; i < options_count(); i++) set_default(config, &options[i]);
+    for (size_t i = 0; i < command_options_count(); i++) set_default(config, &command_options[i]);
 }
 
 /* ---- file ---- */
@@ -230,7 +236,7 @@ struct flag {
 };
 
 /* What one argument beginning with '-' names. */
-static enum status parse_flag(char *argument, struct flag *flag, struct error *error) {
+static enum status parse_flag(const char *command, char *argument, struct flag *flag, struct error *error) {
     *flag = (struct flag){0};
     size_t length = strcspn(argument, "=");
     (void)snprintf(flag->name, sizeof flag->name, "%.*s", (int)(length < 60 ? length : 60), argument);
@@ -249,6 +255,9 @@ static enum status parse_flag(char *argument, struct flag *flag, struct error *e
             if (option && option->type == OPTION_BOOL && !flag->value) flag->option = option, flag->negated = true;
         }
     }
+    if (flag->option && of_one_command(flag->option) && !(flag->option->commands & option_command(command)))
+        return error_set(error, STATUS_INVALID, "option %s belongs to kvasir %.*s", flag->name, (int)strcspn(flag->option->key, "."),
+                         flag->option->key);
     if (flag->option || flag->config_file || flag->help) return STATUS_OK;
     char suggestion[96];
     option_suggest(flag->name, OPTION_FORM_FLAG, suggestion, sizeof suggestion);
@@ -279,7 +288,7 @@ static enum status load_flags(struct config *config, int argc, char **argv, int 
             continue;
         }
         struct flag flag;
-        status = parse_flag(argument, &flag, error);
+        status = parse_flag(argv[0], argument, &flag, error);
         if (status != STATUS_OK) break;
         if (flag.help) {
             *help = true;
@@ -298,7 +307,7 @@ static enum status load_flags(struct config *config, int argc, char **argv, int 
         }
         if (flag.config_file)
             status = set_path(config->config_file, value, error);
-        else if ((status = option_set(flag.option, config, value, strlen(value), flag.name, error)) == STATUS_OK)
+        else if ((status = option_set(flag.option, config, value, strlen(value), flag.name, error)) == STATUS_OK && !of_one_command(flag.option))
             mark(config, flag.option, CONFIG_SOURCE_FLAG);
     }
     if (status == STATUS_OK) {

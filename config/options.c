@@ -94,12 +94,95 @@ const struct option_info options[] = {
      .help = "mock backend: rows a second; 0: as fast as it goes"},
     {.key = "engine.seed", .type = OPTION_NUMBER, FIELD(seed), .initial = "auto", .min = 0, .max = 9007199254740992.0, .zero = "auto", .argument = "N", .commands = SERVE,
      .help = "seed of requests that bring none; auto: from the system"},
+
+    {.key = "compression.policy", .type = OPTION_TEXT, FIELD(compression_policy), .initial = "none", .argument = "NAME", .commands = SERVE,
+     .help = "what is evicted from the KV cache of requests that do not say: none, or one of kvasir eval's policies"},
+    {.key = "compression.triggers", .type = OPTION_LIST, FIELD(compression_triggers), .initial = "", .argument = "NAMES", .commands = SERVE,
+     .help = "when it is compressed: prompt_end, budget, pressure, comma-separated; empty: what the policy's paper does"},
+    {.key = "compression.keep_ratio", .type = OPTION_FLOAT, FIELD(keep_ratio), .initial = "0.5", .min = 0.001, .max = 1, .argument = "RATIO", .commands = SERVE,
+     .help = "share of the tokens seen that a head keeps, where budget_tokens is off"},
+    {.key = "compression.budget_tokens", .type = OPTION_COUNT, FIELD(budget_tokens), .initial = "off", .min = 0, .max = 16777216, .zero = "off", .argument = "TOKENS", .commands = SERVE,
+     .help = "tokens that a head keeps, on average over all heads"},
+    {.key = "compression.sink_tokens", .type = OPTION_COUNT, FIELD(sink_tokens), .initial = "4", .min = 0, .max = 1024, .argument = "TOKENS", .commands = SERVE,
+     .help = "first tokens of a sequence, never evicted"},
+    {.key = "compression.recent_tokens", .type = OPTION_COUNT, FIELD(recent_tokens), .initial = "32", .min = 1, .max = 65536, .argument = "TOKENS", .commands = SERVE,
+     .help = "last tokens of a sequence, never evicted"},
+    {.key = "compression.window", .type = OPTION_COUNT, FIELD(window), .initial = "32", .min = 1, .max = 64, .argument = "ROWS", .commands = SERVE,
+     .help = "last queries whose attention scores"},
+    {.key = "compression.pooling", .type = OPTION_ENUM, FIELD(pooling), .initial = "max", .choices = "max, average, none", .argument = "KIND", .commands = SERVE,
+     .help = "how scores spread to neighbouring tokens, for policies that pool"},
+    {.key = "compression.pooling_kernel", .type = OPTION_COUNT, FIELD(pooling_kernel), .initial = "7", .min = 1, .max = 63, .argument = "TOKENS", .commands = SERVE,
+     .help = "width of the pooling, odd"},
+    {.key = "compression.interval", .type = OPTION_COUNT, FIELD(interval), .initial = "32", .min = 1, .max = 65536, .argument = "TOKENS", .commands = SERVE,
+     .help = "tokens that a sequence grows by between two compressions"},
+    {.key = "compression.floor", .type = OPTION_FLOAT, FIELD(floor), .initial = "0.2", .min = 0, .max = 1, .argument = "SHARE", .commands = SERVE,
+     .help = "share of the uniform budget that each head keeps, for policies that share budgets within a layer"},
+    {.key = "compression.recovery", .type = OPTION_FLOAT, FIELD(recovery), .initial = "0.9", .min = 0, .max = 1, .argument = "SHARE", .commands = SERVE,
+     .help = "attention that fastgen's choice must recover"},
+    {.key = "compression.value_aware", .type = OPTION_BOOL, FIELD(value_aware), .initial = "false", .commands = SERVE,
+     .help = "weigh attention scores with the size of the value"},
+    {.key = "compression.compress_while_reading", .type = OPTION_BOOL, FIELD(compress_while_reading), .initial = "false", .commands = SERVE,
+     .help = "compress a prompt while it is being read, with policies that look at no query: prompts longer than the cache"},
+    {.key = "compression.pressure_high", .type = OPTION_FLOAT, FIELD(pressure_high), .initial = "0.95", .min = 0.1, .max = 1, .argument = "SHARE", .commands = SERVE,
+     .help = "share of the pool in use at which the pressure trigger begins to compress"},
+    {.key = "compression.pressure_low", .type = OPTION_FLOAT, FIELD(pressure_low), .initial = "0.85", .min = 0, .max = 1, .argument = "SHARE", .commands = SERVE,
+     .help = "share of the pool in use at which it stops"},
+    {.key = "compression.allowed_policies", .type = OPTION_LIST, FIELD(allowed_policies), .initial = "", .argument = "NAMES", .commands = SERVE,
+     .help = "policies that a request may ask for, comma-separated; empty: all"},
+    {.key = "compression.min_budget", .type = OPTION_COUNT, FIELD(min_budget), .initial = "auto", .min = 0, .max = 16777216, .zero = "auto", .argument = "TOKENS", .commands = SERVE,
+     .help = "least budget that a request may ask for; auto: sink_tokens + recent_tokens"},
+    {.key = "compression.may_disable", .type = OPTION_BOOL, FIELD(may_disable), .initial = "true", .commands = SERVE,
+     .help = "requests may ask for no compression"},
 };
 // clang-format on
 
 _Static_assert(sizeof options / sizeof *options <= CONFIG_OPTIONS_MAX, "struct config remembers where each value came from");
 
 size_t options_count(void) { return sizeof options / sizeof *options; }
+
+// clang-format off
+const struct option_info command_options[] = {
+    {.key = "bench.prompt", .flag = 'p', .type = OPTION_LIST, FIELD(bench.prompts), .initial = "512,2048", .argument = "TOKENS,...", .commands = COMMAND_BENCH,
+     .help = "lengths of prompts to read; 0: none"},
+    {.key = "bench.generate", .flag = 'n', .type = OPTION_COUNT, FIELD(bench.generate), .initial = "128", .min = 0, .max = 1048576, .argument = "TOKENS", .commands = COMMAND_BENCH,
+     .help = "tokens to generate in each sequence; 0: none"},
+    {.key = "bench.batch", .flag = 'b', .type = OPTION_LIST, FIELD(bench.batches), .initial = "1,2,4,8,16,32,64", .argument = "N,...", .commands = COMMAND_BENCH,
+     .help = "sequences that generate at once"},
+    {.key = "bench.context", .flag = 'd', .type = OPTION_COUNT, FIELD(bench.context), .initial = "128", .min = 0, .max = 16777216, .argument = "TOKENS", .commands = COMMAND_BENCH,
+     .help = "tokens in each sequence's cache when generation starts"},
+    {.key = "bench.rounds", .flag = 'r', .type = OPTION_COUNT, FIELD(bench.rounds), .initial = "5", .min = 1, .max = 1000, .argument = "N", .commands = COMMAND_BENCH,
+     .help = "times each row is measured, after one that is not; the median is shown"},
+    {.key = "bench.json", .type = OPTION_BOOL, FIELD(bench.json), .initial = "false", .commands = COMMAND_BENCH,
+     .help = "print one JSON object and nothing else"},
+    {.key = "bench.phases", .type = OPTION_BOOL, FIELD(bench.phases), .initial = "false", .commands = COMMAND_BENCH,
+     .help = "measure the phases of the forward pass one by one, against what memory and cores can do at most"},
+    {.key = "bench.dummy", .type = OPTION_TEXT, FIELD(bench.dummy), .initial = "", .argument = "SHAPE", .commands = COMMAND_BENCH,
+     .help = "random weights of this shape in place of a model"},
+    {.key = "check-config.print_example", .type = OPTION_BOOL, FIELD(print_example), .initial = "false", .commands = COMMAND_CHECK,
+     .help = "print a file with every setting and its default, and check nothing"},
+    {.key = "check-config.print_manual", .type = OPTION_BOOL, FIELD(print_manual), .initial = "false", .commands = COMMAND_CHECK,
+     .help = "print the manual page, and check nothing"},
+};
+// clang-format on
+
+size_t command_options_count(void) { return sizeof command_options / sizeof *command_options; }
+
+int option_command(const char *name) {
+    static const struct {
+        const char *name;
+        int bit;
+    } commands[] = {{"serve", COMMAND_SERVE}, {"bench", COMMAND_BENCH}, {"inspect", COMMAND_INSPECT}, {"check-config", COMMAND_CHECK}};
+    for (size_t i = 0; name && i < sizeof commands / sizeof *commands; i++)
+        if (strcmp(name, commands[i].name) == 0) return commands[i].bit;
+    return ~0;
+}
+
+/* Both tables, one after the other; NULL at the end. */
+static const struct option_info *option_at(size_t index) {
+    if (index < options_count()) return &options[index];
+    index -= options_count();
+    return index < command_options_count() ? &command_options[index] : NULL;
+}
 
 const char *option_leaf(const struct option_info *option) {
     const char *dot = strrchr(option->key, '.');
@@ -124,17 +207,19 @@ const struct option_info *option_by_key(const char *key) {
 }
 
 const struct option_info *option_by_flag(const char *name, size_t length) {
-    for (size_t i = 0; i < options_count(); i++) {
+    const struct option_info *option;
+    for (size_t i = 0; (option = option_at(i)) != NULL; i++) {
         char flag[64];
-        option_flag_name(&options[i], flag, sizeof flag);
-        if (strlen(flag + 2) == length && memcmp(flag + 2, name, length) == 0) return &options[i];
+        option_flag_name(option, flag, sizeof flag);
+        if (strlen(flag + 2) == length && memcmp(flag + 2, name, length) == 0) return option;
     }
     return NULL;
 }
 
 const struct option_info *option_by_letter(char letter) {
-    for (size_t i = 0; i < options_count(); i++)
-        if (letter && options[i].flag == letter) return &options[i];
+    const struct option_info *option;
+    for (size_t i = 0; (option = option_at(i)) != NULL; i++)
+        if (letter && option->flag == letter) return option;
     return NULL;
 }
 
@@ -174,12 +259,14 @@ void option_suggest(const char *name, enum option_form form, char *words, size_t
     char suggestion[64] = "";
     words[0] = '\0';
     const char *leaf = strrchr(name, '.');
-    for (size_t i = 0; i < options_count(); i++) {
+    const struct option_info *option;
+    size_t count = options_count() + (form == OPTION_FORM_FLAG ? command_options_count() : 0);
+    for (size_t i = 0; i < count && (option = option_at(i)) != NULL; i++) {
         char known[64];
-        form_name(&options[i], form, known, sizeof known);
+        form_name(option, form, known, sizeof known);
         unsigned distance = edit_distance(name, known);
         /* The right name in the wrong table is the likeliest slip of all. */
-        if (form == OPTION_FORM_KEY && strcmp(option_leaf(&options[i]), leaf ? leaf + 1 : name) == 0) distance = 0;
+        if (form == OPTION_FORM_KEY && strcmp(option_leaf(option), leaf ? leaf + 1 : name) == 0) distance = 0;
         if (distance < nearest) {
             nearest = distance;
             memcpy(suggestion, known, sizeof suggestion);

@@ -43,13 +43,19 @@ struct option_info {
 extern const struct option_info options[];
 size_t options_count(void);
 
+/* Flags of one command alone ("bench --rounds"): same rows, but neither TOML keys nor environment names; their key's first part is the command. */
+extern const struct option_info command_options[];
+size_t command_options_count(void);
+/* COMMAND_BENCH for "bench"; every bit for a word that is no command. */
+int option_command(const char *name);
+
 /* "port", from "server.port". */
 const char *option_leaf(const struct option_info *option);
 /* "--max-queue", "KVASIR_MAX_QUEUE". `size` >= 64 holds any. */
 void option_flag_name(const struct option_info *option, char *name, size_t size);
 void option_environment_name(const struct option_info *option, char *name, size_t size);
 
-/* NULL: no such. */
+/* NULL: no such. Flags and letters: of both tables. */
 const struct option_info *option_by_key(const char *key);
 const struct option_info *option_by_flag(const char *name, size_t length); /* without the dashes */
 const struct option_info *option_by_letter(char letter);

@@ -11,6 +11,7 @@ static const struct {
     {"server", "HTTP, limits, log"},
     {"metrics", "/metrics"},
     {"engine", "what computes, and with how much memory"},
+    {"compression", "what the KV cache forgets"},
 };
 
 #define SECTIONS (sizeof sections / sizeof *sections)
@@ -37,16 +38,6 @@ static void print_wrapped(FILE *out, const char *words, const char *indent, size
     }
 }
 
-static int command_bit(const char *command) {
-    static const struct {
-        const char *name;
-        int bit;
-    } commands[] = {{"serve", COMMAND_SERVE}, {"bench", COMMAND_BENCH}, {"inspect", COMMAND_INSPECT}, {"check-config", COMMAND_CHECK}};
-    for (size_t i = 0; command && i < sizeof commands / sizeof *commands; i++)
-        if (strcmp(command, commands[i].name) == 0) return commands[i].bit;
-    return ~0;
-}
-
 static void print_option_help(FILE *out, const struct option_info *option) {
     static const char indent[] = "        ";
     char flag[64], range[160], words[512];
@@ -67,8 +58,14 @@ static void print_option_help(FILE *out, const struct option_info *option) {
     fputc('\n', out);
 }
 
+/* Keys of command_options: "bench.json", "bench.rounds". */
+static bool same_command(const char *key, const char *before) {
+    size_t length = strcspn(key, ".");
+    return strncmp(key, before, length) == 0 && before[length] == '.';
+}
+
 void config_print_help(FILE *out, const char *command) {
-    int bit = command_bit(command);
+    int bit = option_command(command);
     fprintf(out, "  -c, --config FILE\n        read settings from a TOML file; deploy/kvasir.toml shows all of them\n");
     for (size_t s = 0; s < SECTIONS; s++) {
         bool titled = false;
@@ -81,9 +78,83 @@ void config_print_help(FILE *out, const char *command) {
             print_option_help(out, &options[i]);
         }
     }
-    fprintf(out, "\nEvery option is also a key of the TOML file (--max-queue is server.max_queue) and an environment name (KVASIR_MAX_QUEUE).\n"
-                 "The flag wins over the environment, that over the file, that over the default in [brackets].\n");
+    const char *command_before = "";
+    for (size_t i = 0; i < command_options_count(); i++) {
+        const struct option_info *option = &command_options[i];
+        if (!(option->commands & bit)) continue;
+        if (!same_command(option->key, command_before)) fprintf(out, "\n%.*s alone:\n", (int)strcspn(option->key, "."), option->key);
+        command_before = option->key;
+        print_option_help(out, option);
+    }
+    fprintf(out,
+            "\nEvery option%s is also a key of the TOML file (--max-queue is server.max_queue) and an environment name (KVASIR_MAX_QUEUE).\n"
+            "The flag wins over the environment, that over the file, that over the default in [brackets].\n",
+            command_before[0] ? " that is not one command's alone" : "");
 }
+
+/* ---- the manual page ---- */
+
+/* Text for man: a hyphen stays a hyphen, nothing begins a request. */
+static void print_roff(FILE *out, const char *text) {
+    if (*text == '.' || *text == '\'') fputs("\\&", out);
+    for (; *text; text++) {
+        if (*text == '-')
+            fputs("\\-", out);
+        else if (*text == '\\')
+            fputs("\\e", out);
+        else
+            fputc(*text, out);
+    }
+}
+
+static void print_option_manual(FILE *out, const struct option_info *option) {
+    char flag[64], range[160];
+    option_flag_name(option, flag, sizeof flag);
+    bool on = option->type == OPTION_BOOL && strcmp(option->initial, "true") == 0;
+    fprintf(out, ".TP\n\\fB");
+    if (option->flag) fprintf(out, "\\-%c\\fR, \\fB", option->flag);
+    if (on) print_roff(out, "--no-");
+    print_roff(out, on ? flag + 2 : flag);
+    fprintf(out, "\\fR");
+    if (option->argument) fprintf(out, " \\fI%s\\fR", option->argument);
+    fputc('\n', out);
+    print_roff(out, option->help);
+    option_range(option, range, sizeof range);
+    if (range[0] && option->type != OPTION_BOOL) {
+        fputs(" (", out);
+        print_roff(out, range);
+        fputc(')', out);
+    }
+    fputs(".\n", out);
+    if (option->initial[0]) {
+        fputs("Default: ", out);
+        print_roff(out, option->initial);
+        fputs(".\n", out);
+    }
+}
+
+void config_print_manual(FILE *out) {
+    fputs(".SH OPTIONS\n.TP\n\\fB\\-c\\fR, \\fB\\-\\-config\\fR \\fIFILE\\fR\nread settings from a TOML file.\n", out);
+    for (size_t s = 0; s < SECTIONS; s++) {
+        fprintf(out, ".SS %s%s%s%s\n", sections[s].prefix[0] ? "[" : "", sections[s].prefix, sections[s].prefix[0] ? "] " : "", sections[s].title);
+        for (size_t i = 0; i < options_count(); i++)
+            if (in_section(&options[i], sections[s].prefix)) print_option_manual(out, &options[i]);
+    }
+    const char *command_before = "";
+    for (size_t i = 0; i < command_options_count(); i++) {
+        const struct option_info *option = &command_options[i];
+        if (!same_command(option->key, command_before)) {
+            fputs(".SS ", out);
+            print_roff(out, "kvasir ");
+            for (const char *c = option->key; *c != '.'; c++) fprintf(out, "%s", *c == '-' ? "\\-" : (char[2]){*c, '\0'});
+            fputs(" alone\n", out);
+        }
+        command_before = option->key;
+        print_option_manual(out, option);
+    }
+}
+
+/* ---- TOML ---- */
 
 /* A TOML basic string. Values hold no control characters (option_set refuses them). */
 static void print_quoted(FILE *out, const char *text) {

@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "kernels/program.h"
 #include "kernels/sample.h"
+#include "kernels/score.h"
 
 #define BLOCK_TOKENS 32
 
@@ -31,6 +32,10 @@ struct backend_limits {
     uint32_t threads;        /* compute workers, the engine thread among them; 0: one a physical core within the affinity mask and the cgroup's quota */
     const char *instruction_set; /* cpu: "generic", "avx2", "avxvnni", "avx512", "avx512bf16"; NULL: the best this machine has */
     bool drop_source_pages;  /* weights are a file mapping: give pages back (madvise) once repacked */
+    uint32_t n_rings;        /* query rings; 0: nothing scores by attention */
+    uint32_t ring_rows;      /* query rows a ring holds */
+    uint32_t sink_slots;     /* slots a lane whose keys shift_sinks may move, a multiple of BLOCK_TOKENS; 0: none. Each ring holds their unrotated copy */
+    bool accumulators;       /* slots carry accumulated attention */
     double mock_tokens_per_second; /* mock only: rate of each step's rows; 0: as fast as it goes */
     void (*progress)(void *context, double fraction); /* during prepare; may be NULL */
     void *progress_context;
@@ -41,6 +46,9 @@ struct batch_sequence {
     uint32_t first_row, n_rows;
     const uint32_t *lane_first;   /* [n_lanes]: index in batch.block_ids of the lane's first block id */
     const uint32_t *lane_tokens;  /* [n_lanes]: slots filled BEFORE this step; this step appends n_rows more to every lane. Blocks for them are in the table */
+    uint32_t ring;   /* 0: none. 1..n_rings: ATTN leaves the queries (post-RoPE, as attention used them, widened exactly from the type they are kept in) of the last
+                        ring_rows rows there; the row of position p replaces that of p - ring_rows */
+    bool accumulate; /* each row adds its attention to the accumulators of the slots it sees (kernels/score.h). A slot that is appended starts at 0 */
 };
 
 struct batch {
@@ -52,9 +60,29 @@ struct batch {
     const struct sample *samples; /* ascending row */
 };
 
+struct shift_request {
+    uint32_t ring;
+    bool first;
+    uint32_t n_slots;           /* <= limits.sink_slots */
+    int32_t shift;
+    const uint32_t *block_ids;  /* the table arena */
+    const uint32_t *lane_first; /* [n_lanes] */
+};
+
 struct memory_line {
     const char *what; /* "weights", "KV block", "scratch" */
     uint64_t count, bytes_each;
+};
+
+/* Compaction of one lane: the slots `keep` names move forward, in order, with K, V and position. Slot keep[i] of the source becomes slot i of the destination.
+ * destination[j] is source[j] (in place) or a block that is no source of this call; what it holds past n_keep is unspecified. Source blocks that are not
+ * destinations are left as they are: they may be shared. */
+struct compaction {
+    const uint32_t *source; /* [blocks of n_slots] the lane's block ids, in order */
+    uint32_t n_slots;
+    const uint32_t *keep;   /* [n_keep] ascending, < n_slots */
+    uint32_t n_keep;
+    const uint32_t *destination; /* [blocks of n_keep] */
 };
 
 struct backend; /* each backend's own struct begins with this: */
@@ -81,8 +109,17 @@ struct backend_ops {
     /* KV services, between steps. */
     /* Whole blocks: block destination[i] becomes a copy of block source[i] (K, V, metadata). */
     void (*copy_blocks)(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
+    /* Each item is one lane; no item's destination is another item's source or destination. */
+    void (*compact)(struct backend *backend, uint32_t count, const struct compaction *items);
     /* Slot `slot` of `block`, widened: k and v [head_dim] (keys as cached: rotated). For tests and eval. */
     void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
+    /* Scores of cached slots (kernels/score.h). Bit-identical whatever the chunks and batches in which the rows ran. */
+    void (*score)(struct backend *backend, const struct score_request *request, float *scores);
+    /* positions [count * BLOCK_TOKENS]: what the slots of these blocks hold; undefined past a lane's length. */
+    void (*read_positions)(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
+    /* The keys of the first request->n_slots slots of every lane are rotated to position + shift, from an unrotated copy in the ring. first: the copy is made now, from the
+     * cached keys, which stand at their own positions. Angles in double. Positions in the metadata stay. Those blocks must be this sequence's alone. */
+    void (*shift_sinks)(struct backend *backend, const struct shift_request *request);
     /* The logits of the last batch's sampled rows are not kept, except here: copies row-chunked logits of sample i of the NEXT submit into
      * destination[i * n_vocab] (NULL: stop). For tests, golden gates and eval. */
     void (*tap_logits)(struct backend *backend, float *destination);

@@ -125,6 +125,8 @@ static void test_flag_errors(void **state) {
     static const struct {
         const char *flag, *value, *says;
     } cases[] = {
+        {"--rounds", "5", "option --rounds belongs to kvasir bench"},
+        {"--rouns", "5", "unknown option --rouns (did you mean \"--rounds\"?)"},
         {"--prot", "80", "unknown option --prot (did you mean \"--port\"?)"},
         {"--port", "80000", "--port: \"80000\" is out of range (0 to 65535)"},
         {"--port", "-1", "--port: \"-1\" is out of range (0 to 65535)"},
@@ -344,6 +346,49 @@ static void test_what_is_printed_reads_back(void **state) {
     assert_int_equal(from_file, options_count());
 }
 
+/* Flags of one command: that command takes them, the file and the environment do not know them. */
+static void test_flags_of_one_command(void **state) {
+    (void)state;
+    struct config config;
+    struct error error;
+    char words[][16] = {"bench", "-p", "1,2", "-n0", "-b", "3", "--json", "-d9", "--rounds=7"};
+    char *argv[9];
+    for (int i = 0; i < 9; i++) argv[i] = words[i];
+    int first = 0;
+    bool help = false;
+    setenv("KVASIR_CONTEXT", "77", 1);
+    if (config_load(&config, 9, argv, &first, &help, &error) != STATUS_OK) fail_msg("%s", error.text);
+    assert_string_equal(config.bench.prompts, "1,2");
+    assert_string_equal(config.bench.batches, "3");
+    assert_int_equal(config.bench.generate, 0);
+    assert_int_equal(config.bench.context, 9);
+    assert_int_equal(config.bench.rounds, 7);
+    assert_true(config.bench.json);
+    assert_false(config.bench.phases);
+    write_file("[bench]\nrounds = 3\n");
+    assert_int_equal(load(&config, &error, "--config", path, NULL), STATUS_INVALID);
+    assert_non_null(strstr(error.text, "unknown key \"bench\""));
+    char names[64];
+    assert_int_equal(config_unknown_environment(names, sizeof names), 1);
+    assert_string_equal(names, "KVASIR_CONTEXT");
+    for (size_t i = 0; i < command_options_count(); i++) {
+        const struct option_info *option = &command_options[i];
+        assert_null(option_by_key(option->key));
+        char command[32];
+        (void)snprintf(command, sizeof command, "%.*s", (int)strcspn(option->key, "."), option->key);
+        assert_int_equal(option_command(command), option->commands);
+        for (size_t j = 0; j < options_count(); j++) {
+            assert_string_not_equal(option_leaf(option), option_leaf(&options[j]));
+            assert_true(option->flag == 0 || option->flag != options[j].flag);
+        }
+        for (size_t j = 0; j < i; j++) {
+            assert_string_not_equal(option_leaf(option), option_leaf(&command_options[j]));
+            assert_true(option->flag == 0 || option->flag != command_options[j].flag);
+        }
+        assert_true(option->flag != 'c' && option->flag != 'h');
+    }
+}
+
 static void test_table_is_consistent(void **state) {
     (void)state;
     for (size_t i = 0; i < options_count(); i++) {
@@ -396,6 +441,7 @@ int main(void) {
         TEST(test_public_bind_needs_keys),
         TEST(test_unknown_environment),
         TEST(test_what_is_printed_reads_back),
+        TEST(test_flags_of_one_command),
         TEST(test_table_is_consistent),
         TEST(test_edit_distance),
     };

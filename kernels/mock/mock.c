@@ -1,0 +1,345 @@
+/* The backend that computes nothing: tokens that depend on the history alone, at a given rate, for tests of everything above the backends.
+ *
+ * In place of K and V, each slot remembers the token, the position and the identity of the whole history it was written for. Every step checks the tables it
+ * is given against that, so that a wrong block, a copy forgotten at a fork or a write into a shared block stops the process in the step that does it:
+ *   - a slot is written once: as the first of a block, or right after those already filled;
+ *   - a lane's last block is filled exactly as far as the table says, all others are full;
+ *   - positions ascend within a lane, neighbouring positions continue one history, all lanes agree about each position at block borders;
+ *   - some lane holds the position before the step's first row, and the new rows continue that history;
+ *   - a block that this step writes is in one table, once.
+ * All slots of a step are checked before the first is written. Used by the engine thread; owns its pool of slots. No weights are read. */
+#include "kernels/mock/mock.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/check.h"
+#include "base/random.h"
+#include "kernels/backend.h"
+
+struct slot {
+    uint64_t chain;
+    int32_t token, position;
+};
+
+struct block {
+    uint32_t filled;
+    uint32_t writer; /* index of the sequence that writes it in step `writer_step` */
+    uint64_t writer_step;
+    struct slot slots[BLOCK_TOKENS];
+};
+
+/* What the lanes of one sequence say about a position. */
+struct witness {
+    uint64_t stamp; /* of the sequence under check; another value: empty */
+    uint64_t chain;
+    int32_t position;
+};
+
+struct mock {
+    struct backend backend;
+    uint32_t n_lanes, n_vocab, head_dim;
+    struct backend_limits limits;
+    struct block *blocks;
+    struct witness *witnesses;
+    uint32_t witness_mask;
+    uint64_t stamp, step;
+    uint64_t *row_chain; /* [max_rows] */
+    float *logits, *scratch;
+    struct sample_result *results; /* [max_samples] */
+    float *tap;
+    uint32_t pending_rows, pending_samples;
+    bool pending;
+    char description[64];
+};
+
+uint64_t mock_chain(uint64_t chain, int32_t token, int32_t position) { return random_at(chain, (uint32_t)token, (uint32_t)position, 1); }
+
+void mock_logits(uint64_t chain, uint32_t n_vocab, float *logits) {
+    for (uint32_t i = 0; i < n_vocab; i++) logits[i] = -4;
+    struct random random = {chain};
+    for (uint32_t i = 0; i < 30; i++) {
+        uint32_t token = random_below(&random, n_vocab);
+        float logit = 12 - 0.5f * (float)i;
+        if (logit > logits[token]) logits[token] = logit;
+    }
+}
+
+static size_t mock_block_bytes(const struct program *program, enum kv_dtype dtype) {
+    (void)program, (void)dtype;
+    return sizeof(struct block);
+}
+
+/* Two witnesses a block at most, at a load of a half. */
+static uint32_t witness_count(uint32_t n_blocks) {
+    uint32_t count = 64;
+    while (count < 4 * (uint64_t)n_blocks && count < 1u << 31) count *= 2;
+    return count;
+}
+
+static uint32_t mock_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
+    uint64_t per_vocab = sizeof(float) * (program->n_vocab + (uint64_t)sampler_scratch_floats(program->n_vocab));
+    const struct memory_line all[] = {
+        {"scratch", 1, per_vocab},
+        {"scratch rows", limits->max_rows, sizeof(uint64_t)},
+        {"scratch samples", limits->max_samples, sizeof(struct sample_result)},
+    };
+    uint32_t n = 0;
+    for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
+    return n;
+}
+
+static void mock_close(struct backend *backend) {
+    struct mock *mock = (struct mock *)(void *)backend;
+    if (!mock) return;
+    free(mock->blocks);
+    free(mock->witnesses);
+    free(mock->row_chain);
+    free(mock->logits);
+    free(mock->scratch);
+    free(mock->results);
+    free(mock);
+}
+
+static enum status mock_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
+    if (limits->n_blocks == 0 || limits->n_blocks > 1u << 28)
+        return error_set(error, STATUS_INVALID, "mock backend: a pool of %u blocks", (unsigned)limits->n_blocks);
+    struct mock *mock = check_calloc(1, sizeof *mock);
+    mock->backend.ops = &backend_mock;
+    mock->n_lanes = program_lanes(program);
+    mock->n_vocab = program->n_vocab;
+    mock->head_dim = program->head_dim;
+    mock->limits = *limits;
+    uint32_t n_witnesses = witness_count(limits->n_blocks);
+    mock->witness_mask = n_witnesses - 1;
+    mock->blocks = calloc(limits->n_blocks, sizeof *mock->blocks);
+    mock->witnesses = calloc(n_witnesses, sizeof *mock->witnesses);
+    if (!mock->blocks || !mock->witnesses) {
+        mock_close(&mock->backend);
+        return error_set(error, STATUS_NO_MEMORY, "mock backend: no memory for %u blocks", (unsigned)limits->n_blocks);
+    }
+    mock->row_chain = check_calloc(limits->max_rows, sizeof *mock->row_chain);
+    mock->results = check_calloc(limits->max_samples, sizeof *mock->results);
+    mock->logits = check_calloc(program->n_vocab, sizeof *mock->logits);
+    mock->scratch = check_calloc(sampler_scratch_floats(program->n_vocab), sizeof *mock->scratch);
+    if (limits->mock_tokens_per_second > 0)
+        (void)snprintf(mock->description, sizeof mock->description, "mock, %g rows a second", limits->mock_tokens_per_second);
+    else
+        (void)snprintf(mock->description, sizeof mock->description, "mock");
+    if (limits->progress) limits->progress(limits->progress_context, 1);
+    *backend = &mock->backend;
+    return STATUS_OK;
+}
+
+static const char *mock_describe(const struct backend *backend) { return ((const struct mock *)(const void *)backend)->description; }
+
+/* All lanes of the sequence under check say the same about a position. */
+static void agree(struct mock *mock, const struct slot *slot) {
+    uint32_t at = (uint32_t)random_mix((uint32_t)slot->position) & mock->witness_mask;
+    struct witness *witness = &mock->witnesses[at];
+    while (witness->stamp == mock->stamp && witness->position != slot->position) witness = &mock->witnesses[++at & mock->witness_mask];
+    if (witness->stamp == mock->stamp) {
+        CHECK(witness->chain == slot->chain); /* two lanes hold different histories */
+        return;
+    }
+    *witness = (struct witness){.stamp = mock->stamp, .chain = slot->chain, .position = slot->position};
+}
+
+/* `next` follows `last` in a lane (of one block or of two). */
+static void check_order(const struct slot *last, const struct slot *next) {
+    CHECK(next->position > last->position);
+    if (next->position == last->position + 1) CHECK(next->chain == mock_chain(last->chain, next->token, next->position));
+}
+
+static const uint32_t *lane_blocks(const struct batch *batch, const struct batch_sequence *sequence, uint32_t lane) {
+    return batch->block_ids + sequence->lane_first[lane];
+}
+
+/* Marks the blocks that sequence s writes, before anything is read. */
+static void claim_writes(struct mock *mock, const struct batch *batch, uint32_t s) {
+    const struct batch_sequence *sequence = &batch->sequences[s];
+    for (uint32_t lane = 0; lane < mock->n_lanes; lane++) {
+        const uint32_t *ids = lane_blocks(batch, sequence, lane);
+        uint32_t first = sequence->lane_tokens[lane], end = first + sequence->n_rows;
+        for (uint32_t b = first / BLOCK_TOKENS; b <= (end - 1) / BLOCK_TOKENS; b++) {
+            CHECK(ids[b] < mock->limits.n_blocks);
+            struct block *block = &mock->blocks[ids[b]];
+            CHECK(block->writer_step != mock->step); /* in two places at once */
+            block->writer_step = mock->step;
+            block->writer = s;
+            CHECK(b != first / BLOCK_TOKENS || first % BLOCK_TOKENS == 0 || block->filled == first % BLOCK_TOKENS);
+        }
+    }
+}
+
+/* Reads what the table says is there; returns the history up to the step's first row. */
+static uint64_t check_sequence(struct mock *mock, const struct batch *batch, uint32_t s) {
+    const struct batch_sequence *sequence = &batch->sequences[s];
+    int32_t position = batch->positions[sequence->first_row];
+    uint64_t chain = 0;
+    bool found = position == 0;
+    mock->stamp++;
+    for (uint32_t lane = 0; lane < mock->n_lanes; lane++) {
+        const uint32_t *ids = lane_blocks(batch, sequence, lane);
+        uint32_t n_slots = sequence->lane_tokens[lane];
+        const struct slot *last = NULL;
+        for (uint32_t first = 0; first < n_slots; first += BLOCK_TOKENS) {
+            CHECK(ids[first / BLOCK_TOKENS] < mock->limits.n_blocks);
+            const struct block *block = &mock->blocks[ids[first / BLOCK_TOKENS]];
+            uint32_t count = n_slots - first < BLOCK_TOKENS ? n_slots - first : BLOCK_TOKENS;
+            CHECK(block->filled == count);                                 /* exactly what this sequence put there */
+            CHECK(block->writer_step != mock->step || block->writer == s); /* nobody else writes it now */
+            if (last) check_order(last, &block->slots[0]);
+            last = &block->slots[count - 1];
+            agree(mock, &block->slots[0]);
+            agree(mock, last);
+        }
+        if (!last) continue;
+        CHECK(last->position < position);
+        if (last->position == position - 1) {
+            CHECK(!found || chain == last->chain);
+            chain = last->chain;
+            found = true;
+        }
+    }
+    CHECK(found); /* the cache ends before the step's first row */
+    return chain;
+}
+
+static void append(struct mock *mock, const struct batch *batch, const struct batch_sequence *sequence, uint64_t chain) {
+    for (uint32_t r = sequence->first_row; r < sequence->first_row + sequence->n_rows; r++) {
+        CHECK(r == sequence->first_row || batch->positions[r] == batch->positions[r - 1] + 1);
+        CHECK((uint32_t)batch->tokens[r] < mock->n_vocab);
+        chain = mock_chain(chain, batch->tokens[r], batch->positions[r]);
+        mock->row_chain[r] = chain;
+    }
+    for (uint32_t lane = 0; lane < mock->n_lanes; lane++) {
+        const uint32_t *ids = lane_blocks(batch, sequence, lane);
+        for (uint32_t i = 0; i < sequence->n_rows; i++) {
+            uint32_t slot = sequence->lane_tokens[lane] + i, row = sequence->first_row + i;
+            struct block *block = &mock->blocks[ids[slot / BLOCK_TOKENS]];
+            block->slots[slot % BLOCK_TOKENS] =
+                (struct slot){.chain = mock->row_chain[row], .token = batch->tokens[row], .position = batch->positions[row]};
+            block->filled = slot % BLOCK_TOKENS + 1;
+        }
+    }
+}
+
+static enum status mock_submit(struct backend *backend, const struct batch *batch, struct error *error) {
+    (void)error;
+    struct mock *mock = (struct mock *)(void *)backend;
+    CHECK(!mock->pending);
+    CHECK(batch->n_rows <= mock->limits.max_rows && batch->n_sequences <= mock->limits.max_sequences && batch->n_samples <= mock->limits.max_samples);
+    mock->step++;
+    uint32_t rows = 0;
+    for (uint32_t s = 0; s < batch->n_sequences; s++) {
+        CHECK(batch->sequences[s].first_row == rows && batch->sequences[s].n_rows > 0);
+        rows += batch->sequences[s].n_rows;
+        CHECK(rows <= batch->n_rows);
+        claim_writes(mock, batch, s);
+    }
+    CHECK(rows == batch->n_rows);
+    for (uint32_t s = 0; s < batch->n_sequences; s++) mock->row_chain[batch->sequences[s].first_row] = check_sequence(mock, batch, s);
+    for (uint32_t s = 0; s < batch->n_sequences; s++) append(mock, batch, &batch->sequences[s], mock->row_chain[batch->sequences[s].first_row]);
+
+    for (uint32_t i = 0; i < batch->n_samples; i++) {
+        const struct sample *sample = &batch->samples[i];
+        CHECK(sample->row < batch->n_rows && (i == 0 || sample->row >= batch->samples[i - 1].row));
+        mock_logits(mock->row_chain[sample->row], mock->n_vocab, mock->logits);
+        if (mock->tap) memcpy(mock->tap + (size_t)i * mock->n_vocab, mock->logits, mock->n_vocab * sizeof(float));
+        sampler_sample(sample, mock->logits, mock->n_vocab, mock->scratch, &mock->results[i]);
+    }
+    mock->tap = NULL;
+    mock->pending = true;
+    mock->pending_rows = batch->n_rows;
+    mock->pending_samples = batch->n_samples;
+    return STATUS_OK;
+}
+
+static enum status mock_sync(struct backend *backend, struct sample_result *results, struct error *error) {
+    (void)error;
+    struct mock *mock = (struct mock *)(void *)backend;
+    CHECK(mock->pending);
+    mock->pending = false;
+    if (mock->limits.mock_tokens_per_second > 0) {
+        double seconds = mock->pending_rows / mock->limits.mock_tokens_per_second;
+        struct timespec left = {.tv_sec = (time_t)seconds, .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
+        while (nanosleep(&left, &left) != 0) {}
+    }
+    if (mock->pending_samples > 0) memcpy(results, mock->results, mock->pending_samples * sizeof *results);
+    return STATUS_OK;
+}
+
+static void mock_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination) {
+    struct mock *mock = (struct mock *)(void *)backend;
+    for (uint32_t i = 0; i < count; i++) {
+        CHECK(source[i] < mock->limits.n_blocks && destination[i] < mock->limits.n_blocks && source[i] != destination[i]);
+        mock->blocks[destination[i]] = mock->blocks[source[i]];
+    }
+}
+
+/* A lane's slots must be what one sequence put there, survivors move forward, and no block that is written belongs to two items. */
+static void mock_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
+    struct mock *mock = (struct mock *)(void *)backend;
+    mock->step++;
+    for (uint32_t n = 0; n < count; n++)
+        for (uint32_t j = 0; j * BLOCK_TOKENS < items[n].n_keep; j++) {
+            CHECK(items[n].destination[j] < mock->limits.n_blocks);
+            struct block *block = &mock->blocks[items[n].destination[j]];
+            CHECK(block->writer_step != mock->step);
+            block->writer_step = mock->step;
+            block->writer = n;
+        }
+    for (uint32_t n = 0; n < count; n++) {
+        const struct compaction *item = &items[n];
+        for (uint32_t j = 0; j * BLOCK_TOKENS < item->n_slots; j++) {
+            CHECK(item->source[j] < mock->limits.n_blocks);
+            const struct block *block = &mock->blocks[item->source[j]];
+            uint32_t filled = item->n_slots - j * BLOCK_TOKENS < BLOCK_TOKENS ? item->n_slots - j * BLOCK_TOKENS : BLOCK_TOKENS;
+            CHECK(block->filled == filled);
+            CHECK(block->writer_step != mock->step ||
+                  (block->writer == n && j * BLOCK_TOKENS < item->n_keep && item->destination[j] == item->source[j]));
+            if (j > 0) check_order(&mock->blocks[item->source[j - 1]].slots[BLOCK_TOKENS - 1], &block->slots[0]);
+        }
+        for (uint32_t i = 0; i < item->n_keep; i++) {
+            uint32_t from = item->keep[i];
+            CHECK(from < item->n_slots && (i == 0 || from > item->keep[i - 1]));
+            struct block *to = &mock->blocks[item->destination[i / BLOCK_TOKENS]];
+            to->slots[i % BLOCK_TOKENS] = mock->blocks[item->source[from / BLOCK_TOKENS]].slots[from % BLOCK_TOKENS];
+        }
+        for (uint32_t j = 0; j * BLOCK_TOKENS < item->n_keep; j++)
+            mock->blocks[item->destination[j]].filled =
+                item->n_keep - j * BLOCK_TOKENS < BLOCK_TOKENS ? item->n_keep - j * BLOCK_TOKENS : BLOCK_TOKENS;
+    }
+}
+
+/* K is the token and V the position, in every dim. */
+static void mock_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position) {
+    const struct mock *mock = (const struct mock *)(void *)backend;
+    CHECK(block < mock->limits.n_blocks && slot < mock->blocks[block].filled);
+    const struct slot *at = &mock->blocks[block].slots[slot];
+    for (uint32_t d = 0; d < mock->head_dim; d++) {
+        k[d] = (float)at->token;
+        v[d] = (float)at->position;
+    }
+    *position = at->position;
+}
+
+static void mock_tap_logits(struct backend *backend, float *destination) { ((struct mock *)(void *)backend)->tap = destination; }
+
+const struct backend_ops backend_mock = {
+    .name = "mock",
+    .block_bytes = mock_block_bytes,
+    .memory_plan = mock_memory_plan,
+    .prepare = mock_prepare,
+    .close = mock_close,
+    .describe = mock_describe,
+    .submit = mock_submit,
+    .sync = mock_sync,
+    .copy_blocks = mock_copy_blocks,
+    .compact = mock_compact,
+    .read_f32 = mock_read_f32,
+    .tap_logits = mock_tap_logits,
+};

@@ -1,0 +1,130 @@
+/* See kv_pool.h. */
+#include "kernels/reference/kv_pool.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "base/half.h"
+
+static size_t element_bytes(enum kv_dtype dtype) {
+    switch (dtype) {
+    case KV_F32: return 4;
+    case KV_F16:
+    case KV_BF16: return 2;
+    case KV_Q8: return 1;
+    case KV_DTYPES: break;
+    }
+    CHECK(!"a KV dtype");
+    return 0;
+}
+
+size_t kv_pool_block_bytes(uint32_t head_dim, enum kv_dtype dtype) {
+    size_t scales = dtype == KV_Q8 ? 2 * sizeof(float) : 0;
+    return BLOCK_TOKENS * (2 * head_dim * element_bytes(dtype) + scales + sizeof(int32_t));
+}
+
+enum status kv_pool_init(struct kv_pool *pool, uint32_t head_dim, enum kv_dtype dtype, uint32_t n_blocks, struct error *error) {
+    *pool = (struct kv_pool){.dtype = dtype, .head_dim = head_dim, .n_blocks = n_blocks};
+    pool->block_bytes = kv_pool_block_bytes(head_dim, dtype);
+    pool->row_bytes = head_dim * element_bytes(dtype);
+    pool->bytes = calloc(n_blocks, pool->block_bytes);
+    if (!pool->bytes) return error_set(error, STATUS_NO_MEMORY, "KV pool: %u blocks of %zu bytes", (unsigned)n_blocks, pool->block_bytes);
+    return STATUS_OK;
+}
+
+void kv_pool_done(struct kv_pool *pool) {
+    free(pool->bytes);
+    *pool = (struct kv_pool){0};
+}
+
+/* The four places of a slot. `which`: 0 K, 1 V. */
+static uint8_t *block_at(const struct kv_pool *pool, uint32_t block) {
+    CHECK(block < pool->n_blocks);
+    return pool->bytes + block * pool->block_bytes;
+}
+
+static uint8_t *row_at(const struct kv_pool *pool, uint32_t block, uint32_t slot, int which) {
+    CHECK(slot < BLOCK_TOKENS);
+    return block_at(pool, block) + ((size_t)which * BLOCK_TOKENS + slot) * pool->row_bytes;
+}
+
+static uint8_t *scale_at(const struct kv_pool *pool, uint32_t block, uint32_t slot, int which) {
+    return block_at(pool, block) + 2 * BLOCK_TOKENS * pool->row_bytes + ((size_t)which * BLOCK_TOKENS + slot) * sizeof(float);
+}
+
+static uint8_t *position_at(const struct kv_pool *pool, uint32_t block, uint32_t slot) {
+    return block_at(pool, block) + pool->block_bytes - (BLOCK_TOKENS - slot) * sizeof(int32_t);
+}
+
+/* q8: the largest magnitude becomes 127. Not finite: nothing of the row is left to keep, and the pool holds finite numbers only. */
+static void write_q8(uint8_t *row, uint8_t *scale_out, const float *x, uint32_t n) {
+    float largest = 0;
+    for (uint32_t d = 0; d < n; d++) largest = fabsf(x[d]) > largest ? fabsf(x[d]) : largest;
+    float scale = largest / 127;
+    memcpy(scale_out, &scale, sizeof scale);
+    for (uint32_t d = 0; d < n; d++) {
+        float q = scale > 0 && isfinite(scale) && isfinite(x[d]) ? rintf(x[d] / scale) : 0;
+        int8_t code = (int8_t)(q > 127 ? 127 : q < -127 ? -127 : q);
+        memcpy(row + d, &code, 1);
+    }
+}
+
+static void write_row(struct kv_pool *pool, uint32_t block, uint32_t slot, int which, const float *x) {
+    uint8_t *row = row_at(pool, block, slot, which);
+    if (pool->dtype == KV_F32) memcpy(row, x, pool->row_bytes);
+    if (pool->dtype == KV_Q8) write_q8(row, scale_at(pool, block, slot, which), x, pool->head_dim);
+    if (pool->dtype != KV_F16 && pool->dtype != KV_BF16) return;
+    for (uint32_t d = 0; d < pool->head_dim; d++) {
+        uint16_t half = pool->dtype == KV_F16 ? f16_from_float(x[d]) : bf16_from_float(x[d]);
+        memcpy(row + d * sizeof half, &half, sizeof half);
+    }
+}
+
+static void read_row(const struct kv_pool *pool, uint32_t block, uint32_t slot, int which, float *x) {
+    const uint8_t *row = row_at(pool, block, slot, which);
+    if (pool->dtype == KV_F32) {
+        memcpy(x, row, pool->row_bytes);
+    } else if (pool->dtype == KV_Q8) {
+        float scale;
+        memcpy(&scale, scale_at(pool, block, slot, which), sizeof scale);
+        for (uint32_t d = 0; d < pool->head_dim; d++) x[d] = scale * (float)(int8_t)row[d];
+    } else {
+        for (uint32_t d = 0; d < pool->head_dim; d++) {
+            uint16_t half;
+            memcpy(&half, row + d * sizeof half, sizeof half);
+            x[d] = pool->dtype == KV_F16 ? float_from_f16(half) : float_from_bf16(half);
+        }
+    }
+}
+
+void kv_pool_write(struct kv_pool *pool, uint32_t block, uint32_t slot, const float *k, const float *v, int32_t position) {
+    write_row(pool, block, slot, 0, k);
+    write_row(pool, block, slot, 1, v);
+    memcpy(position_at(pool, block, slot), &position, sizeof position);
+}
+
+void kv_pool_read_k(const struct kv_pool *pool, uint32_t block, uint32_t slot, float *k) { read_row(pool, block, slot, 0, k); }
+void kv_pool_read_v(const struct kv_pool *pool, uint32_t block, uint32_t slot, float *v) { read_row(pool, block, slot, 1, v); }
+
+int32_t kv_pool_position(const struct kv_pool *pool, uint32_t block, uint32_t slot) {
+    int32_t position;
+    memcpy(&position, position_at(pool, block, slot), sizeof position);
+    return position;
+}
+
+void kv_pool_copy_block(struct kv_pool *pool, uint32_t source, uint32_t destination) {
+    CHECK(source != destination);
+    memcpy(block_at(pool, destination), block_at(pool, source), pool->block_bytes);
+}
+
+void kv_pool_copy_slot(struct kv_pool *pool, uint32_t source, uint32_t source_slot, uint32_t destination, uint32_t destination_slot) {
+    if (source == destination && source_slot == destination_slot) return;
+    for (int which = 0; which < 2; which++) {
+        memcpy(row_at(pool, destination, destination_slot, which), row_at(pool, source, source_slot, which), pool->row_bytes);
+        if (pool->dtype == KV_Q8)
+            memcpy(scale_at(pool, destination, destination_slot, which), scale_at(pool, source, source_slot, which), sizeof(float));
+    }
+    memcpy(position_at(pool, destination, destination_slot), position_at(pool, source, source_slot), sizeof(int32_t));
+}

@@ -1,0 +1,86 @@
+/* FastGen's ladder (arXiv 2310.01801, 3.3): per lane the first rung whose keys hold enough of the attention. Inside choose(); owns nothing.
+ *
+ * Rungs, each on top of the one before: protected and special tokens; punctuation; the 30 % of slots with most attention; the 30 % most recent; all. */
+#include <string.h>
+
+#include "policies/chooser.h"
+
+#define RUNG_SHARE 0.3
+
+static bool in_class(const struct choose_request *request, int32_t position, enum token_class class) {
+    return request->classes && request->classes[request->tokens[position]] == class;
+}
+
+struct rungs {
+    const struct choose_request *request;
+    const struct choose_lane *lane;
+    const struct chooser_lane *mine;
+    const float *attention; /* [n_slots] mean over the query heads of the sum over rows (scores; the value factor is not for recovery) */
+    uint8_t *kept;          /* [n_slots] flags */
+};
+
+static double recovered(const struct rungs *rungs) {
+    double sum = 0;
+    for (uint32_t i = 0; i < rungs->lane->n_slots; i++)
+        if (rungs->kept[i]) sum += (double)rungs->attention[i];
+    return sum / rungs->request->n_window;
+}
+
+static void add_class(const struct rungs *rungs, enum token_class class) {
+    for (uint32_t i = 0; i < rungs->lane->n_slots; i++)
+        if (rungs->mine->keys[i] == CHOOSER_PROTECTED || in_class(rungs->request, rungs->lane->positions[i], class)) rungs->kept[i] = 1;
+}
+
+static void add_heavy(const struct rungs *rungs) {
+    uint32_t n = rungs->lane->n_slots, wanted = (uint32_t)(RUNG_SHARE * n), below;
+    if (wanted == 0) return;
+    uint32_t threshold = chooser_rank(rungs->mine->keys, n, n - wanted, &below);
+    for (uint32_t i = 0; i < n && wanted > 0; i++)
+        if (rungs->mine->keys[i] > threshold) rungs->kept[i] = 1, wanted--;
+    for (uint32_t i = 0; i < n && wanted > 0; i++)
+        if (rungs->mine->keys[i] == threshold) rungs->kept[i] = 1, wanted--;
+}
+
+static void add_recent(const struct rungs *rungs) {
+    uint32_t n = rungs->lane->n_slots;
+    for (uint32_t i = n - (uint32_t)(RUNG_SHARE * n); i < n; i++) rungs->kept[i] = 1;
+}
+
+static void climb(const struct rungs *rungs) {
+    double enough = rungs->request->options->recovery;
+    memset(rungs->kept, 0, rungs->lane->n_slots * sizeof *rungs->kept);
+    if (enough < 1) {
+        add_class(rungs, TOKEN_CLASS_SPECIAL);
+        if (recovered(rungs) >= enough) return;
+        add_class(rungs, TOKEN_CLASS_PUNCTUATION);
+        if (recovered(rungs) >= enough) return;
+        add_heavy(rungs);
+        if (recovered(rungs) >= enough) return;
+        add_recent(rungs);
+        if (recovered(rungs) >= enough) return;
+    }
+    for (uint32_t i = 0; i < rungs->lane->n_slots; i++) rungs->kept[i] = 1;
+}
+
+void chooser_ladder(struct chooser *chooser) {
+    struct choose_lane *lanes = chooser->results;
+    const struct choose_request *request = &chooser->request;
+    uint8_t *kept = chooser->flags;
+    for (uint32_t l = 0; l < chooser->n_lanes; l++) {
+        struct choose_lane *lane = &lanes[l];
+        struct chooser_lane *mine = &chooser->lanes[l];
+        uint32_t n = lane->n_slots;
+        struct rungs rungs = {.request = request, .lane = lane, .mine = mine, .attention = mine->scores, .kept = kept};
+        climb(&rungs);
+        /* What the ladder left out is lowest of all; the budget then takes from the rest. */
+        uint32_t n_kept = 0;
+        for (uint32_t i = 0; i < n; i++) {
+            if (kept[i])
+                n_kept++;
+            else
+                mine->keys[i] = 0;
+        }
+        uint32_t keep = n_kept < request->budget ? n_kept : request->budget;
+        chooser_keep(mine, n - keep, lane);
+    }
+}

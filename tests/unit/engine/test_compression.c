@@ -1,0 +1,131 @@
+/* Operator's settings x request's wishes: what is granted, what is refused and under which name. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "engine/compression.h"
+
+static struct config defaults(void) {
+    struct config config;
+    config_defaults(&config);
+    return config;
+}
+
+static void refused(const struct config *config, struct kv_wish wish, const char *expected_field, const char *words) {
+    struct kv_plan plan;
+    const char *field = NULL;
+    struct error error = {0};
+    assert_false(compression_plan(config, &wish, &plan, &field, &error));
+    assert_string_equal(field, expected_field);
+    if (!strstr(error.text, words)) fail_msg("\"%s\" does not say \"%s\"", error.text, words);
+}
+
+static struct kv_plan granted(const struct config *config, struct kv_wish wish) {
+    struct kv_plan plan;
+    const char *field = NULL;
+    struct error error = {0};
+    if (!compression_plan(config, &wish, &plan, &field, &error)) fail_msg("%s: %s", field, error.text);
+    return plan;
+}
+
+static void test_without_a_table_every_policy_may_be_asked_for(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct error error;
+    assert_int_equal(compression_check(&config, &error), STATUS_OK);
+    assert_string_equal(granted(&config, (struct kv_wish){0}).policy->name, "none");
+    for (uint32_t i = 0; i < policy_count(); i++) {
+        struct kv_wish wish = {.budget_tokens = 64};
+        strcpy(wish.policy, policies[i]->name);
+        struct kv_plan plan = granted(&config, wish);
+        assert_ptr_equal(plan.policy, policies[i]);
+        if (i > 0) assert_int_not_equal(plan.triggers & ~(unsigned)TRIGGER_PRESSURE, 0);
+    }
+    refused(&config, (struct kv_wish){.policy = "snap"}, "kv.policy", "snapkv");
+    refused(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 35}, "kv.budget_tokens", "36");
+    granted(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 36});
+    refused(&config, (struct kv_wish){.policy = "snapkv", .keep_ratio = 1.5}, "kv.keep_ratio", "at most 1");
+    refused(&config, (struct kv_wish){.policy = "snapkv", .keep_ratio = 0.5, .budget_tokens = 64}, "kv.keep_ratio", "exclude");
+    refused(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 64, .protect_tokens = 40}, "kv.protect_tokens", "64");
+    assert_true(granted(&config, (struct kv_wish){.policy = "fastgen"}).target.keep_ratio == 1);
+}
+
+static void test_operators_limits(void **state) {
+    (void)state;
+    struct config config = defaults();
+    strcpy(config.compression_policy, "kv_compress");
+    strcpy(config.allowed_policies, "snapkv, tova");
+    config.budget_tokens = 256;
+    config.min_budget = 128;
+    config.may_disable = false;
+    struct error error;
+    assert_int_equal(compression_check(&config, &error), STATUS_OK);
+    struct kv_plan plan = granted(&config, (struct kv_wish){0});
+    assert_string_equal(plan.policy->name, "kv_compress");
+    assert_int_equal(plan.target.budget_tokens, 256);
+    assert_int_equal(compression_tokens_max(&plan), 256 + 32);
+    granted(&config, (struct kv_wish){.policy = "tova"});
+    granted(&config, (struct kv_wish){.policy = "kv_compress"});
+    refused(&config, (struct kv_wish){.policy = "h2o"}, "kv.policy", "allowed: snapkv, tova");
+    refused(&config, (struct kv_wish){.policy = "none"}, "kv.policy", "may_disable");
+    refused(&config, (struct kv_wish){.budget_tokens = 127}, "kv.budget_tokens", "128");
+}
+
+static void test_settings_that_make_no_sense(void **state) {
+    (void)state;
+    static const struct {
+        const char *policy, *triggers, *allowed, *words;
+        bool reading;
+    } cases[] = {
+        {"snap", "", "", "compression.policy", false},
+        {"snapkv", "budget", "", "compression.triggers: budget", false},
+        {"streaming_llm", "prompt_end", "", "compression.triggers: prompt_end", false},
+        {"h2o", "sometimes", "", "\"sometimes\"", false},
+        {"snapkv", "", "tova, nova", "\"nova\"", false},
+        {"snapkv", "", "", "later queries", true},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct config config = defaults();
+        struct error error = {0};
+        strcpy(config.compression_policy, cases[i].policy);
+        strcpy(config.compression_triggers, cases[i].triggers);
+        strcpy(config.allowed_policies, cases[i].allowed);
+        config.compress_while_reading = cases[i].reading;
+        assert_int_equal(compression_check(&config, &error), STATUS_INVALID);
+        if (!strstr(error.text, cases[i].words)) fail_msg("\"%s\" does not say \"%s\"", error.text, cases[i].words);
+    }
+}
+
+static void test_points(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct kv_plan plan = granted(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 64});
+    assert_int_equal(compression_next_point(&plan, 0, 100, 64), 100);
+    assert_int_equal(compression_next_point(&plan, 99, 100, 64), 100);
+    assert_int_equal(compression_next_point(&plan, 100, 100, 64), 132);
+    assert_int_equal(compression_next_point(&plan, 131, 100, 64), 132);
+    assert_int_equal(compression_next_point(&plan, 132, 100, 64), 164);
+    plan = granted(&config, (struct kv_wish){.policy = "snapkv", .keep_ratio = 0.5});
+    assert_int_equal(compression_next_point(&plan, 100, 100, 64), UINT32_MAX);
+    plan = granted(&config, (struct kv_wish){.policy = "h2o", .keep_ratio = 0.5});
+    assert_int_equal(compression_next_point(&plan, 100, 100, 64), 132);
+    config.compress_while_reading = true;
+    plan = granted(&config, (struct kv_wish){.policy = "keydiff", .budget_tokens = 64});
+    assert_int_equal(compression_next_point(&plan, 0, 100, 64), 64);
+    assert_int_equal(compression_next_point(&plan, 64, 100, 64), 100);
+    plan = granted(&config, (struct kv_wish){.policy = "none"});
+    assert_int_equal(compression_next_point(&plan, 0, 100, 64), UINT32_MAX);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_without_a_table_every_policy_may_be_asked_for),
+        cmocka_unit_test(test_operators_limits),
+        cmocka_unit_test(test_settings_that_make_no_sense),
+        cmocka_unit_test(test_points),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
