@@ -41,7 +41,7 @@ enum status bpe_encode_word(void *context, const char *word, size_t length) {
         size_t used = 0;
         for (size_t i = 0; i < length; i++) used += byte_character((uint8_t)word[i], text + used);
         int32_t whole = tokenizer_find_text(tokenizer, text, used);
-        if (whole != TOKEN_NONE) return encoding_emit(encoding, whole);
+        if (whole != TOKEN_NONE && !tokenizer_is_special(tokenizer, whole)) return encoding_emit(encoding, whole);
     }
     encoding_reserve(encoding, length);
     for (size_t i = 0; i < length; i++)
