@@ -38,14 +38,24 @@ struct witness {
     int32_t position;
 };
 
+/* Stands for the queries of the last rows and for the unrotated sinks: whose they are. */
+struct ring {
+    bool used;
+    int32_t first_position, last_position; /* rows seen without a gap */
+    uint64_t chain;                        /* after the last */
+    uint32_t n_sinks;
+    uint64_t sink_chain; /* of the last sink when the copy was made */
+};
+
 struct mock {
     struct backend backend;
-    uint32_t n_lanes, n_vocab, head_dim;
+    uint32_t n_lanes, n_vocab, head_dim, group; /* group: query heads of a KV head */
     struct backend_limits limits;
     struct block *blocks;
     struct witness *witnesses;
     uint32_t witness_mask;
     uint64_t stamp, step;
+    struct ring *rings;
     uint64_t *row_chain; /* [max_rows] */
     float *logits, *scratch;
     struct sample_result *results; /* [max_samples] */
@@ -85,6 +95,7 @@ static uint32_t mock_memory_plan(const struct program *program, const struct bac
         {"scratch", 1, per_vocab},
         {"scratch rows", limits->max_rows, sizeof(uint64_t)},
         {"scratch samples", limits->max_samples, sizeof(struct sample_result)},
+        {"query rings", limits->n_rings, sizeof(struct ring)},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -96,6 +107,7 @@ static void mock_close(struct backend *backend) {
     if (!mock) return;
     free(mock->blocks);
     free(mock->witnesses);
+    free(mock->rings);
     free(mock->row_chain);
     free(mock->logits);
     free(mock->scratch);
@@ -111,6 +123,7 @@ static enum status mock_prepare(const struct program *program, const struct back
     mock->n_lanes = program_lanes(program);
     mock->n_vocab = program->n_vocab;
     mock->head_dim = program->head_dim;
+    mock->group = program->n_heads / program->n_kv_heads;
     mock->limits = *limits;
     uint32_t n_witnesses = witness_count(limits->n_blocks);
     mock->witness_mask = n_witnesses - 1;
@@ -120,6 +133,7 @@ static enum status mock_prepare(const struct program *program, const struct back
         mock_close(&mock->backend);
         return error_set(error, STATUS_NO_MEMORY, "mock backend: no memory for %u blocks", (unsigned)limits->n_blocks);
     }
+    mock->rings = check_calloc((size_t)limits->n_rings + 1, sizeof *mock->rings);
     mock->row_chain = check_calloc(limits->max_rows, sizeof *mock->row_chain);
     mock->results = check_calloc(limits->max_samples, sizeof *mock->results);
     mock->logits = check_calloc(program->n_vocab, sizeof *mock->logits);
@@ -208,13 +222,27 @@ static uint64_t check_sequence(struct mock *mock, const struct batch *batch, uin
     return chain;
 }
 
-static void append(struct mock *mock, const struct batch *batch, const struct batch_sequence *sequence, uint64_t chain) {
+/* Rows that continue what the ring holds extend it; others start it anew. */
+static void remember_rows(struct mock *mock, const struct batch *batch, const struct batch_sequence *sequence, uint64_t before) {
+    if (sequence->ring == 0) return;
+    CHECK(sequence->ring <= mock->limits.n_rings);
+    struct ring *ring = &mock->rings[sequence->ring];
+    uint32_t last_row = sequence->first_row + sequence->n_rows - 1;
+    int32_t position = batch->positions[sequence->first_row];
+    if (!ring->used || ring->chain != before || ring->last_position != position - 1) *ring = (struct ring){.used = true, .first_position = position};
+    ring->last_position = batch->positions[last_row];
+    ring->chain = mock->row_chain[last_row];
+}
+
+static void append(struct mock *mock, const struct batch *batch, const struct batch_sequence *sequence, uint64_t before) {
+    uint64_t chain = before;
     for (uint32_t r = sequence->first_row; r < sequence->first_row + sequence->n_rows; r++) {
         CHECK(r == sequence->first_row || batch->positions[r] == batch->positions[r - 1] + 1);
         CHECK((uint32_t)batch->tokens[r] < mock->n_vocab);
         chain = mock_chain(chain, batch->tokens[r], batch->positions[r]);
         mock->row_chain[r] = chain;
     }
+    remember_rows(mock, batch, sequence, before);
     for (uint32_t lane = 0; lane < mock->n_lanes; lane++) {
         const uint32_t *ids = lane_blocks(batch, sequence, lane);
         for (uint32_t i = 0; i < sequence->n_rows; i++) {
@@ -315,6 +343,65 @@ static void mock_compact(struct backend *backend, uint32_t count, const struct c
     }
 }
 
+/* A slot of a lane, in a block that is filled as far as the lane's length says. */
+static const struct slot *lane_slot(const struct mock *mock, const uint32_t *ids, uint32_t n_slots, uint32_t i) {
+    CHECK(i < n_slots && ids[i / BLOCK_TOKENS] < mock->limits.n_blocks);
+    const struct block *block = &mock->blocks[ids[i / BLOCK_TOKENS]];
+    uint32_t first = i / BLOCK_TOKENS * BLOCK_TOKENS;
+    CHECK(block->filled == (n_slots - first < BLOCK_TOKENS ? n_slots - first : BLOCK_TOKENS));
+    return &block->slots[i % BLOCK_TOKENS];
+}
+
+/* A number in [0, 1) a slot (and query head), of the kind, the lane and the history the slot was written for. The ring must hold the window of this sequence. */
+static void mock_score(struct backend *backend, const struct score_request *request, float *scores) {
+    const struct mock *mock = (const struct mock *)(void *)backend;
+    CHECK(request->first_lane + request->n_lanes <= mock->n_lanes);
+    CHECK(request->kind != SCORE_ACCUMULATED || mock->limits.accumulators);
+    const struct ring *ring = NULL;
+    if (score_per_query_head(request->kind)) {
+        CHECK(request->ring >= 1 && request->ring <= mock->limits.n_rings && request->n_window <= mock->limits.ring_rows);
+        ring = &mock->rings[request->ring];
+        CHECK(ring->used && ring->last_position == request->last_position);
+        CHECK((int64_t)request->last_position - request->n_window + 1 >= ring->first_position);
+    }
+    for (uint32_t lane = request->first_lane; lane < request->first_lane + request->n_lanes; lane++) {
+        const uint32_t *ids = request->block_ids + request->lane_first[lane];
+        uint32_t n = request->lane_tokens[lane], heads = ring ? mock->group : 1;
+        for (uint32_t i = 0; i < n; i++) {
+            const struct slot *slot = lane_slot(mock, ids, n, i);
+            CHECK(!ring || slot->position != ring->last_position || slot->chain == ring->chain); /* another sequence's queries */
+            for (uint32_t head = 0; head < heads; head++)
+                scores[request->offset[lane] + (size_t)head * n + i] = random_unit(random_at(slot->chain, (uint64_t)request->kind, lane, head));
+        }
+    }
+}
+
+static void mock_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions) {
+    const struct mock *mock = (const struct mock *)(void *)backend;
+    for (uint32_t i = 0; i < count; i++) {
+        CHECK(blocks[i] < mock->limits.n_blocks);
+        for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot++)
+            positions[(size_t)i * BLOCK_TOKENS + slot] = mock->blocks[blocks[i]].slots[slot].position;
+    }
+}
+
+/* There is no key to rotate; what is checked is that the ring's copy is of these sinks. */
+static void mock_shift_sinks(struct backend *backend, const struct shift_request *request) {
+    struct mock *mock = (struct mock *)(void *)backend;
+    CHECK(request->ring >= 1 && request->ring <= mock->limits.n_rings && request->n_slots <= mock->limits.sink_slots);
+    struct ring *ring = &mock->rings[request->ring];
+    CHECK(ring->used && (request->first || ring->n_sinks == request->n_slots));
+    for (uint32_t lane = 0; lane < mock->n_lanes && request->n_slots > 0; lane++) {
+        uint32_t last = request->n_slots - 1;
+        const uint32_t id = request->block_ids[request->lane_first[lane] + last / BLOCK_TOKENS];
+        CHECK(id < mock->limits.n_blocks && last % BLOCK_TOKENS < mock->blocks[id].filled);
+        uint64_t chain = mock->blocks[id].slots[last % BLOCK_TOKENS].chain;
+        if (request->first && lane == 0) ring->sink_chain = chain;
+        CHECK(chain == ring->sink_chain);
+    }
+    ring->n_sinks = request->n_slots;
+}
+
 /* K is the token and V the position, in every dim. */
 static void mock_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position) {
     const struct mock *mock = (const struct mock *)(void *)backend;
@@ -341,5 +428,8 @@ const struct backend_ops backend_mock = {
     .copy_blocks = mock_copy_blocks,
     .compact = mock_compact,
     .read_f32 = mock_read_f32,
+    .score = mock_score,
+    .read_positions = mock_read_positions,
+    .shift_sinks = mock_shift_sinks,
     .tap_logits = mock_tap_logits,
 };

@@ -22,7 +22,7 @@ static size_t element_bytes(enum kv_dtype dtype) {
 
 size_t kv_pool_block_bytes(uint32_t head_dim, enum kv_dtype dtype) {
     size_t scales = dtype == KV_Q8 ? 2 * sizeof(float) : 0;
-    return BLOCK_TOKENS * (2 * head_dim * element_bytes(dtype) + scales + sizeof(int32_t));
+    return BLOCK_TOKENS * (2 * head_dim * element_bytes(dtype) + scales + sizeof(uint64_t) + sizeof(int32_t));
 }
 
 enum status kv_pool_init(struct kv_pool *pool, uint32_t head_dim, enum kv_dtype dtype, uint32_t n_blocks, struct error *error) {
@@ -39,7 +39,7 @@ void kv_pool_done(struct kv_pool *pool) {
     *pool = (struct kv_pool){0};
 }
 
-/* The four places of a slot. `which`: 0 K, 1 V. */
+/* The places of a slot. `which`: 0 K, 1 V. */
 static uint8_t *block_at(const struct kv_pool *pool, uint32_t block) {
     CHECK(block < pool->n_blocks);
     return pool->bytes + block * pool->block_bytes;
@@ -56,6 +56,10 @@ static uint8_t *scale_at(const struct kv_pool *pool, uint32_t block, uint32_t sl
 
 static uint8_t *position_at(const struct kv_pool *pool, uint32_t block, uint32_t slot) {
     return block_at(pool, block) + pool->block_bytes - (BLOCK_TOKENS - slot) * sizeof(int32_t);
+}
+
+static uint8_t *accumulated_at(const struct kv_pool *pool, uint32_t block, uint32_t slot) {
+    return block_at(pool, block) + pool->block_bytes - BLOCK_TOKENS * sizeof(int32_t) - (BLOCK_TOKENS - slot) * sizeof(uint64_t);
 }
 
 /* q8: the largest magnitude becomes 127. Not finite: nothing of the row is left to keep, and the pool holds finite numbers only. */
@@ -102,11 +106,24 @@ static void read_row(const struct kv_pool *pool, uint32_t block, uint32_t slot, 
 void kv_pool_write(struct kv_pool *pool, uint32_t block, uint32_t slot, const float *k, const float *v, int32_t position) {
     write_row(pool, block, slot, 0, k);
     write_row(pool, block, slot, 1, v);
+    memset(accumulated_at(pool, block, slot), 0, sizeof(uint64_t));
     memcpy(position_at(pool, block, slot), &position, sizeof position);
 }
 
+void kv_pool_write_k(struct kv_pool *pool, uint32_t block, uint32_t slot, const float *k) { write_row(pool, block, slot, 0, k); }
 void kv_pool_read_k(const struct kv_pool *pool, uint32_t block, uint32_t slot, float *k) { read_row(pool, block, slot, 0, k); }
 void kv_pool_read_v(const struct kv_pool *pool, uint32_t block, uint32_t slot, float *v) { read_row(pool, block, slot, 1, v); }
+
+uint64_t kv_pool_accumulated(const struct kv_pool *pool, uint32_t block, uint32_t slot) {
+    uint64_t sum;
+    memcpy(&sum, accumulated_at(pool, block, slot), sizeof sum);
+    return sum;
+}
+
+void kv_pool_accumulate(struct kv_pool *pool, uint32_t block, uint32_t slot, uint64_t attention) {
+    uint64_t sum = kv_pool_accumulated(pool, block, slot) + attention;
+    memcpy(accumulated_at(pool, block, slot), &sum, sizeof sum);
+}
 
 int32_t kv_pool_position(const struct kv_pool *pool, uint32_t block, uint32_t slot) {
     int32_t position;
@@ -126,5 +143,6 @@ void kv_pool_copy_slot(struct kv_pool *pool, uint32_t source, uint32_t source_sl
         if (pool->dtype == KV_Q8)
             memcpy(scale_at(pool, destination, destination_slot, which), scale_at(pool, source, source_slot, which), sizeof(float));
     }
+    memcpy(accumulated_at(pool, destination, destination_slot), accumulated_at(pool, source, source_slot), sizeof(uint64_t));
     memcpy(position_at(pool, destination, destination_slot), position_at(pool, source, source_slot), sizeof(int32_t));
 }

@@ -7,29 +7,10 @@
 #include <string.h>
 
 #include "base/check.h"
-#include "kernels/backend.h"
-#include "kernels/reference/kv_pool.h"
+#include "kernels/reference/internal.h"
 
 #define SPLIT_SLOTS 256 /* attention adds up a lane in pieces that begin at multiples of this */
 #define HEAD_ROWS 16    /* rows whose logits are in memory at once */
-
-struct reference {
-    struct backend backend;
-    const struct program *program;
-    struct backend_limits limits;
-    struct kv_pool pool;
-    struct sample_result *results; /* [max_samples] */
-    uint32_t pending_samples;
-    bool pending;
-    float *tap;
-    /* Scratch: rows of activations, and single vectors. */
-    float *x, *h, *q, *k, *v, *a, *gate, *up;
-    float *weight_row, *logits, *sampler_logits, *sampler_scratch;
-    float *split; /* [SPLIT_SLOTS] weights, then [head_dim] a widened row, then [2 * head_dim] sums */
-};
-
-static uint64_t q_dims(const struct program *p) { return (uint64_t)p->n_heads * p->head_dim; }
-static uint64_t kv_dims(const struct program *p) { return (uint64_t)p->n_kv_heads * p->head_dim; }
 
 static uint64_t weight_row_floats(const struct program *p) {
     uint64_t widest = p->n_embd;
@@ -52,6 +33,7 @@ static uint32_t reference_memory_plan(const struct program *program, const struc
         {"scratch rows", limits->max_rows, sizeof(float) * floats_a_row(program)},
         {"scratch", 1, sizeof(float) * floats_once(program)},
         {"scratch samples", limits->max_samples, sizeof(struct sample_result)},
+        {"query rings", limits->n_rings, sizeof(float) * (ring_query_floats(program, limits) + ring_sink_floats(program, limits))},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -62,6 +44,8 @@ static void reference_close(struct backend *backend) {
     struct reference *r = (struct reference *)(void *)backend;
     if (!r) return;
     kv_pool_done(&r->pool);
+    free(r->ring_queries);
+    free(r->ring_sinks);
     free(r->results);
     free(r->x); /* the first of all scratch */
     free(r);
@@ -99,6 +83,16 @@ static bool allocate_scratch(struct reference *r) {
     return true;
 }
 
+/* One float more than asked for, so that none is not a failure. */
+static bool allocate_rings(struct reference *r) {
+    size_t queries, sinks;
+    if (!size_mul(r->limits.n_rings, ring_query_floats(r->program, &r->limits), &queries)) return false;
+    if (!size_mul(r->limits.n_rings, ring_sink_floats(r->program, &r->limits), &sinks)) return false;
+    r->ring_queries = calloc(queries + 1, sizeof *r->ring_queries);
+    r->ring_sinks = calloc(sinks + 1, sizeof *r->ring_sinks);
+    return r->ring_queries && r->ring_sinks;
+}
+
 static enum status reference_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend,
                                      struct error *error) {
     struct reference *r = check_calloc(1, sizeof *r);
@@ -108,8 +102,9 @@ static enum status reference_prepare(const struct program *program, const struct
     enum status status = kv_pool_init(&r->pool, program->head_dim, limits->kv_dtype, limits->n_blocks, error);
     if (status == STATUS_OK) {
         r->results = calloc(limits->max_samples, sizeof *r->results);
-        if (!r->results || !allocate_scratch(r))
-            status = error_set(error, STATUS_NO_MEMORY, "reference backend: scratch for %u rows", (unsigned)limits->max_rows);
+        if (!r->results || !allocate_scratch(r) || !allocate_rings(r))
+            status = error_set(error, STATUS_NO_MEMORY, "reference backend: scratch for %u rows, %u query rings", (unsigned)limits->max_rows,
+                               (unsigned)limits->n_rings);
     }
     if (status != STATUS_OK) {
         reference_close(&r->backend);
@@ -174,8 +169,14 @@ static void attention_in(struct reference *r, const struct phase *phase, uint32_
         rmsnorm(r, &phase->k_norm, r->k + i * p->head_dim, p->head_dim, r->k + i * p->head_dim);
 }
 
+static float score_of(struct reference *r, const uint32_t *block_ids, uint32_t slot, const float *q) {
+    float *k = r->split + SPLIT_SLOTS;
+    kv_pool_read_k(&r->pool, block_ids[slot / BLOCK_TOKENS], slot % BLOCK_TOKENS, k);
+    return dot(q, k, r->program->head_dim) * r->program->attention_scale;
+}
+
 /* out = softmax(q.k * scale) v over the lane's first n_slots slots. Each split has its own maximum; splits are added in ascending order. */
-static void attend(struct reference *r, const uint32_t *block_ids, uint32_t n_slots, const float *q, float *out) {
+static void attend(struct reference *r, const uint32_t *block_ids, uint32_t n_slots, const float *q, bool accumulate, float *out) {
     uint32_t d_count = r->program->head_dim;
     float *weight = r->split, *row = weight + SPLIT_SLOTS, *sums = row + d_count, *split_sums = sums + d_count;
     float maximum = -INFINITY, total = 0;
@@ -184,8 +185,7 @@ static void attend(struct reference *r, const uint32_t *block_ids, uint32_t n_sl
         uint32_t count = n_slots - first < SPLIT_SLOTS ? n_slots - first : SPLIT_SLOTS;
         float split_maximum = -INFINITY, split_total = 0;
         for (uint32_t i = 0; i < count; i++) {
-            kv_pool_read_k(&r->pool, block_ids[(first + i) / BLOCK_TOKENS], (first + i) % BLOCK_TOKENS, row);
-            weight[i] = dot(q, row, d_count) * r->program->attention_scale;
+            weight[i] = score_of(r, block_ids, first + i, q);
             split_maximum = fmaxf(split_maximum, weight[i]);
         }
         for (uint32_t d = 0; d < d_count; d++) split_sums[d] = 0;
@@ -201,6 +201,16 @@ static void attend(struct reference *r, const uint32_t *block_ids, uint32_t n_sl
         maximum = merged;
     }
     for (uint32_t d = 0; d < d_count; d++) out[d] = sums[d] / total;
+    for (uint32_t slot = 0; accumulate && slot < n_slots; slot++) {
+        double p = (double)(expf(score_of(r, block_ids, slot, q) - maximum) / total);
+        kv_pool_accumulate(&r->pool, block_ids[slot / BLOCK_TOKENS], slot % BLOCK_TOKENS, (uint64_t)llrint(p * SCORE_ACCUMULATED_ONE));
+    }
+}
+
+static void keep_query(struct reference *r, uint32_t layer, uint32_t ring, int32_t position, const float *q) {
+    CHECK(ring < r->limits.n_rings);
+    size_t at = ((size_t)ring * r->program->n_layers + layer) * r->limits.ring_rows + (uint32_t)position % r->limits.ring_rows;
+    memcpy(r->ring_queries + at * q_dims(r->program), q, q_dims(r->program) * sizeof *q);
 }
 
 /* Everything a sequence's rows append is in the pool before the first of them reads it; a row sees the slots up to its own. */
@@ -217,13 +227,14 @@ static void attention(struct reference *r, uint32_t layer, const struct batch *b
             rope(p, k + at, batch->positions[row]);
             kv_pool_write(&r->pool, block, slot % BLOCK_TOKENS, k + at, v + at, batch->positions[row]);
         }
+        if (sequence->ring > 0 && end - row <= r->limits.ring_rows) keep_query(r, layer, sequence->ring - 1, batch->positions[row], q);
     }
     for (uint32_t row = sequence->first_row; row < end; row++) {
         for (uint32_t head = 0; head < p->n_heads; head++) {
             uint32_t lane = layer * p->n_kv_heads + head / group;
             uint32_t n_slots = sequence->lane_tokens[lane] + (row - sequence->first_row) + 1;
             size_t at = row * q_dims(p) + (size_t)head * p->head_dim;
-            attend(r, batch->block_ids + sequence->lane_first[lane], n_slots, r->q + at, r->a + at);
+            attend(r, batch->block_ids + sequence->lane_first[lane], n_slots, r->q + at, sequence->accumulate, r->a + at);
         }
     }
 }
@@ -315,30 +326,6 @@ static enum status reference_sync(struct backend *backend, struct sample_result 
     return STATUS_OK;
 }
 
-static void reference_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination) {
-    struct reference *r = (struct reference *)(void *)backend;
-    for (uint32_t i = 0; i < count; i++) kv_pool_copy_block(&r->pool, source[i], destination[i]);
-}
-
-static void reference_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
-    struct reference *r = (struct reference *)(void *)backend;
-    for (const struct compaction *item = items; item < items + count; item++) {
-        for (uint32_t i = 0; i < item->n_keep; i++) {
-            uint32_t from = item->keep[i];
-            CHECK(from < item->n_slots && (i == 0 || from > item->keep[i - 1]));
-            kv_pool_copy_slot(&r->pool, item->source[from / BLOCK_TOKENS], from % BLOCK_TOKENS, item->destination[i / BLOCK_TOKENS],
-                              i % BLOCK_TOKENS);
-        }
-    }
-}
-
-static void reference_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position) {
-    const struct reference *r = (const struct reference *)(void *)backend;
-    kv_pool_read_k(&r->pool, block, slot, k);
-    kv_pool_read_v(&r->pool, block, slot, v);
-    *position = kv_pool_position(&r->pool, block, slot);
-}
-
 static void reference_tap_logits(struct backend *backend, float *destination) { ((struct reference *)(void *)backend)->tap = destination; }
 
 const struct backend_ops backend_reference = {
@@ -353,5 +340,8 @@ const struct backend_ops backend_reference = {
     .copy_blocks = reference_copy_blocks,
     .compact = reference_compact,
     .read_f32 = reference_read_f32,
+    .score = reference_score,
+    .read_positions = reference_read_positions,
+    .shift_sinks = reference_shift_sinks,
     .tap_logits = reference_tap_logits,
 };

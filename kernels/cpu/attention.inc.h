@@ -1,0 +1,306 @@
+/* Attention of up to ATTEND_QUERIES query vectors over one lane, over the vectors of the file that includes this one.
+ *
+ * The lane is cut at multiples of 256 slots. Within a split: scores with dims ascending, maximum over the visible slots, weights rounded to what the value
+ * product takes, their sum, values with slots ascending. Splits are merged in ascending order. Which queries share a call changes nothing in any of it.
+ * Slots that a query must not see get weight 0; what they hold is finite (append). */
+
+#define NO_SCORE (-__builtin_inff())
+
+struct split {
+    const struct attend *a;
+    uint32_t first_block, n_blocks; /* of the lane */
+    uint32_t n_queries;
+    float *scores;                  /* [n_queries][SPLIT_SLOTS] */
+    float *out;                     /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
+    uint16_t *pairs;                /* [n_queries][SPLIT_SLOTS] bf16 weights */
+    uint8_t *quants;                /* [n_queries][dims]: queries as the score product takes them, s8 or bf16 */
+};
+
+INLINE const uint8_t *split_block(const struct split *s, uint32_t i) {
+    return s->a->pool + (size_t)s->a->blocks[s->first_block + i] * s->a->shape->bytes;
+}
+
+INLINE void prefetch_block(const struct split *s, uint32_t i, size_t offset, size_t bytes) {
+    if (i >= s->n_blocks) return;
+    const uint8_t *block = split_block(s, i) + offset;
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(block + at);
+}
+
+INLINE float *split_out(const struct split *s, uint32_t q) { return s->out + (size_t)q * (s->a->shape->dims + 2) + 2; }
+
+INLINE vf load_element(enum kv_dtype dtype, const uint8_t *base, size_t at) {
+    if (dtype == KV_F32) return vf_load((const float *)(const void *)base + at);
+    const uint16_t *halves = (const uint16_t *)(const void *)base + at;
+    return dtype == KV_F16 ? vf_load_f16(halves) : vf_load_bf16(halves);
+}
+
+/* Scores of n queries over 16 slots: even dims gather in even lanes, odd ones in odd lanes, joined at the end. */
+#define HALF_VECTORS (32 / LANES)
+INLINE void widen_scores_tile(enum kv_dtype dtype, const struct split *s, const uint8_t *k, uint32_t slot, uint32_t first, const uint32_t n) {
+    vf sum[WIDEN_QUERIES][HALF_VECTORS];
+#pragma GCC unroll 4
+    for (uint32_t q = 0; q < n; q++)
+#pragma GCC unroll 8
+        for (int v = 0; v < HALF_VECTORS; v++) sum[q][v] = vf_zero();
+    for (uint32_t pair = 0; pair < s->a->shape->dims / 2; pair++) {
+        size_t at = (size_t)pair * 64 + slot % BLOCK_TOKENS * 2;
+#pragma GCC unroll 8
+        for (int v = 0; v < HALF_VECTORS; v++) {
+            vf element = load_element(dtype, k, at + (size_t)(v * LANES));
+#pragma GCC unroll 4
+            for (uint32_t q = 0; q < n; q++) sum[q][v] = vf_fma(element, vf_set_pair(s->a->query[first + q] + 2 * pair), sum[q][v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (uint32_t q = 0; q < n; q++)
+#pragma GCC unroll 4
+        for (int v = 0; v < HALF_VECTORS; v += 2)
+            vf_store(s->scores + (size_t)(first + q) * SPLIT_SLOTS + slot + (uint32_t)(v * LANES / 2), vf_add_pairs(sum[q][v], sum[q][v + 1]));
+}
+
+INLINE void widen_scores(enum kv_dtype dtype, const struct split *s) {
+    for (uint32_t b = 0; b < s->n_blocks; b++) {
+        const uint8_t *k = split_block(s, b);
+        prefetch_block(s, b + 1, 0, s->a->shape->v_offset);
+        for (uint32_t slot = b * BLOCK_TOKENS; slot < (b + 1) * BLOCK_TOKENS; slot += 16) {
+            uint32_t q = 0;
+            for (; q + WIDEN_QUERIES <= s->n_queries; q += WIDEN_QUERIES) widen_scores_tile(dtype, s, k, slot, q, WIDEN_QUERIES);
+            for (; q < s->n_queries; q++) widen_scores_tile(dtype, s, k, slot, q, 1);
+        }
+    }
+}
+
+/* 16 dims of n queries: even slots gather in even lanes, odd ones in odd lanes. */
+INLINE void widen_values_tile(enum kv_dtype dtype, const struct split *s, uint32_t dim, uint32_t first, const uint32_t n) {
+    vf sum[WIDEN_QUERIES][HALF_VECTORS];
+    const uint32_t dims = s->a->shape->dims;
+#pragma GCC unroll 4
+    for (uint32_t q = 0; q < n; q++)
+#pragma GCC unroll 8
+        for (int v = 0; v < HALF_VECTORS; v++) sum[q][v] = vf_zero();
+    for (uint32_t b = 0; b < s->n_blocks; b++) {
+        const uint8_t *values = split_block(s, b) + s->a->shape->v_offset;
+        const float *weights = s->scores + (size_t)first * SPLIT_SLOTS + b * BLOCK_TOKENS;
+        for (uint32_t pair = 0; pair < BLOCK_TOKENS / 2; pair++) {
+#pragma GCC unroll 8
+            for (int v = 0; v < HALF_VECTORS; v++) {
+                vf element = load_element(dtype, values, ((size_t)pair * dims + dim) * 2 + (size_t)(v * LANES));
+#pragma GCC unroll 4
+                for (uint32_t q = 0; q < n; q++) sum[q][v] = vf_fma(element, vf_set_pair(weights + (size_t)q * SPLIT_SLOTS + 2 * pair), sum[q][v]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (uint32_t q = 0; q < n; q++)
+#pragma GCC unroll 4
+        for (int v = 0; v < HALF_VECTORS; v += 2)
+            vf_store(split_out(s, first + q) + dim + (uint32_t)(v * LANES / 2), vf_add_pairs(sum[q][v], sum[q][v + 1]));
+}
+
+INLINE void widen_values(enum kv_dtype dtype, const struct split *s) {
+    for (uint32_t dim = 0; dim < s->a->shape->dims; dim += KV_PAD) {
+        uint32_t q = 0;
+        for (; q + WIDEN_QUERIES <= s->n_queries; q += WIDEN_QUERIES) widen_values_tile(dtype, s, dim, q, WIDEN_QUERIES);
+        for (; q < s->n_queries; q++) widen_values_tile(dtype, s, dim, q, 1);
+    }
+}
+
+/* q8: a query is quantised with one scale; scores are exact integer products times two scales. */
+static void q8_scores(const struct split *s) {
+    const uint32_t dims = s->a->shape->dims;
+    for (uint32_t q = 0; q < s->n_queries; q++) {
+        const float *x = s->a->query[q];
+        int8_t *quants = (int8_t *)s->quants + (size_t)q * dims;
+        vf highest = vf_zero();
+        for (uint32_t i = 0; i < dims; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
+        float most = vf_reduce_max(highest);
+        bool small = !(most > 1e-34f);
+        vf inverse = vf_set1(small ? 0 : 127.0f / most), scale = vf_set1(small ? 0 : most / 127.0f);
+        for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + i, vf_mul(vf_load(x + i), inverse));
+        int32_t nsum = 0;
+        for (uint32_t i = 0; i < dims; i++) nsum -= quants[i];
+        for (uint32_t b = 0; b < s->n_blocks; b++) {
+            const uint8_t *k = split_block(s, b);
+            const float *scales = (const float *)(const void *)(k + s->a->shape->scale_offset);
+            if (q == 0) prefetch_block(s, b + 1, 0, s->a->shape->v_offset);
+            for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += LANES) {
+                vi dot = vi_dot8_start(nsum);
+                for (uint32_t quad = 0; quad < dims / 4; quad++) {
+                    int32_t four;
+                    __builtin_memcpy(&four, quants + 4 * quad, sizeof four);
+                    dot = vi_dot8(dot, vb_load(k + (size_t)quad * 128 + slot * 4), four);
+                }
+                vf score = vf_mul(vf_from_vi(dot), vf_mul(scale, vf_load(scales + slot)));
+                vf_store(s->scores + (size_t)q * SPLIT_SLOTS + b * BLOCK_TOKENS + slot, score);
+            }
+        }
+    }
+}
+
+/* The slot's scale goes into its weight (after the weights were summed); values widen exactly. */
+static void q8_values(const struct split *s) {
+    const uint32_t dims = s->a->shape->dims;
+    for (uint32_t b = 0; b < s->n_blocks; b++) {
+        const float *scales = (const float *)(const void *)(split_block(s, b) + s->a->shape->scale_offset) + BLOCK_TOKENS;
+        for (uint32_t q = 0; q < s->n_queries; q++) {
+            float *weights = s->scores + (size_t)q * SPLIT_SLOTS + b * BLOCK_TOKENS;
+            for (uint32_t i = 0; i < BLOCK_TOKENS; i += LANES) vf_store(weights + i, vf_mul(vf_load(weights + i), vf_load(scales + i)));
+        }
+    }
+    for (uint32_t dim = 0; dim < dims; dim += LANES)
+        for (uint32_t q = 0; q < s->n_queries; q += 4) {
+            uint32_t n = s->n_queries - q < 4 ? s->n_queries - q : 4;
+            vf sum[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+            for (uint32_t b = 0; b < s->n_blocks; b++) {
+                const int8_t *values = (const int8_t *)split_block(s, b) + s->a->shape->v_offset + dim;
+                const float *weights = s->scores + (size_t)q * SPLIT_SLOTS + b * BLOCK_TOKENS;
+                for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot++) {
+                    vf value = vf_load_s8(values + (size_t)slot * dims);
+                    for (uint32_t i = 0; i < n; i++) sum[i] = vf_fma(value, vf_set1(weights[(size_t)i * SPLIT_SLOTS + slot]), sum[i]);
+                }
+            }
+            for (uint32_t i = 0; i < n; i++) vf_store(split_out(s, q + i) + dim, sum[i]);
+        }
+}
+
+#ifdef BF16_PAIRS
+#include "kernels/cpu/attention_bf16.inc.h"
+#endif
+
+/* Scores to weights in place; maximum and sum into state[0], state[1]. `count` slots are visible. */
+static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs, float *state) {
+    float *x = s->scores + (size_t)q * SPLIT_SLOTS;
+    const uint32_t n = s->n_blocks * BLOCK_TOKENS;
+    vf highest = vf_set1(NO_SCORE);
+    for (uint32_t i = 0; i < count; i += LANES) highest = vf_max(vf_first(vf_load(x + i), vf_set1(NO_SCORE), (int)(count - i)), highest);
+    float most = vf_reduce_max(highest);
+    vf sum = vf_zero(), m = vf_set1(most);
+    for (uint32_t i = 0; i < n; i += LANES) {
+        vf weight = vf_zero();
+        if (i < count) weight = vf_first(vf_exp(vf_sub(vf_load(x + i), m)), vf_zero(), (int)(count - i));
+#ifdef BF16_PAIRS
+        if (pairs) weight = store_rounded(s->pairs + (size_t)q * SPLIT_SLOTS + i, weight);
+        else vf_store(x + i, weight);
+#else
+        (void)pairs;
+        vf_store(x + i, weight);
+#endif
+        sum = vf_add(sum, weight);
+    }
+    state[0] = most;
+    state[1] = vf_reduce_add(sum);
+}
+
+static void merge(float *state, const float *next, uint32_t dims) {
+    float most = state[0] > next[0] ? state[0] : next[0];
+    float change[LANES], scaled[LANES];
+    for (int i = 0; i < LANES; i++) change[i] = 0;
+    change[0] = state[0] - most;
+    change[1] = next[0] - most;
+    vf_store(scaled, vf_exp(vf_load(change)));
+    vf old = vf_set1(scaled[0]), new = vf_set1(scaled[1]);
+    state[0] = most;
+    state[1] = state[1] * scaled[0] + next[1] * scaled[1];
+    for (uint32_t i = 0; i < dims; i += LANES)
+        vf_store(state + 2 + i, vf_fma(vf_load(next + 2 + i), new, vf_mul(vf_load(state + 2 + i), old)));
+}
+
+static void attend_split(struct split *s, uint32_t split, float *state, size_t state_stride) {
+    const struct attend *a = s->a;
+    const uint32_t dims = a->shape->dims, slot = split * SPLIT_SLOTS;
+    uint32_t skip = 0; /* visible ascends: the first queries may end before this split */
+    while (skip < a->n_queries && a->visible[skip] <= slot) skip++;
+    if (skip == a->n_queries) return;
+    uint32_t most = a->visible[a->n_queries - 1] - slot;
+    if (most > SPLIT_SLOTS) most = SPLIT_SLOTS;
+    s->first_block = slot / BLOCK_TOKENS;
+    s->n_blocks = (most + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    const enum kv_dtype dtype = a->shape->dtype;
+    bool pairs = false;
+#ifdef BF16_PAIRS
+    pairs = dtype == KV_BF16;
+    if (pairs) bf16_scores(s);
+#endif
+    if (dtype == KV_F32) widen_scores(KV_F32, s);
+    else if (dtype == KV_F16) widen_scores(KV_F16, s);
+    else if (dtype == KV_Q8) q8_scores(s);
+    else if (!pairs) widen_scores(KV_BF16, s);
+    float sums[ATTEND_QUERIES][2];
+    for (uint32_t q = 0; q < a->n_queries; q++) {
+        uint32_t count = q < skip ? 0 : a->visible[q] - slot;
+        soften(s, q, count < SPLIT_SLOTS ? count : SPLIT_SLOTS, pairs, sums[q]);
+    }
+#ifdef BF16_PAIRS
+    if (pairs) bf16_values(s);
+#endif
+    if (dtype == KV_F32) widen_values(KV_F32, s);
+    else if (dtype == KV_F16) widen_values(KV_F16, s);
+    else if (dtype == KV_Q8) q8_values(s);
+    else if (!pairs) widen_values(KV_BF16, s);
+    for (uint32_t q = skip; q < a->n_queries; q++) {
+        float *next = s->out + (size_t)q * (dims + 2);
+        next[0] = sums[q][0];
+        next[1] = sums[q][1];
+        merge(state + q * state_stride, next, dims);
+    }
+}
+
+static void attend(const struct attend *a, uint32_t first_split, uint32_t end_split, float *state, size_t state_stride) {
+    const uint32_t n = a->n_queries, dims = a->shape->dims;
+    struct split s = {.a = a, .n_queries = n, .scores = (float *)(void *)a->scratch};
+    s.out = s.scores + (size_t)n * SPLIT_SLOTS;
+    s.pairs = (uint16_t *)(void *)(s.out + (size_t)n * (dims + 2));
+    s.quants = (uint8_t *)(s.pairs + (size_t)n * SPLIT_SLOTS);
+    for (uint32_t split = first_split; split < end_split; split++) attend_split(&s, split, state, state_stride);
+}
+
+/* Finite: a NaN becomes 0, what is too large the largest. */
+INLINE float finite_within(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x == x ? x : 0; }
+
+static void append_q8(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
+    float *scales = (float *)(void *)(block + shape->scale_offset);
+    for (int which = 0; which < 2; which++) {
+        const float *x = which ? v : k;
+        float most = 0;
+        for (uint32_t i = 0; i < shape->head_dim; i++) {
+            float magnitude = __builtin_fabsf(finite_within(x[i], 3e38f));
+            most = magnitude > most ? magnitude : most;
+        }
+        bool small = !(most > 1e-34f);
+        float inverse = small ? 0 : 127.0f / most;
+        scales[which * BLOCK_TOKENS + (int)slot] = small ? 0 : most / 127.0f;
+        for (uint32_t i = 0; i < shape->dims; i++) {
+            float scaled = i < shape->head_dim ? finite_within(x[i], 3e38f) * inverse : 0;
+            int q = (int)((scaled + 0x1.8p23f) - 0x1.8p23f); /* nearest, ties to even */
+            if (which) block[shape->v_offset + (size_t)slot * shape->dims + i] = (uint8_t)q;
+            else block[(size_t)(i / 4) * 128 + slot * 4 + i % 4] = (uint8_t)(q + 128);
+        }
+    }
+}
+
+INLINE void put_element(enum kv_dtype dtype, uint8_t *base, size_t at, float x) {
+    if (dtype == KV_F32) {
+        ((float *)(void *)base)[at] = finite_within(x, 3.4028234e38f);
+    } else if (dtype == KV_F16) {
+        ((uint16_t *)(void *)base)[at] = f16_from_float(finite_within(x, 65504.0f));
+    } else {
+        ((uint16_t *)(void *)base)[at] = bf16_from_float(finite_within(x, 3.3895314e38f));
+    }
+}
+
+INLINE void append_elements(enum kv_dtype dtype, const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
+    for (uint32_t i = 0; i < shape->dims; i++) {
+        bool real = i < shape->head_dim;
+        put_element(dtype, block, (size_t)(i / 2) * 64 + slot * 2 + i % 2, real ? k[i] : 0);
+        put_element(dtype, block + shape->v_offset, ((size_t)(slot / 2) * shape->dims + i) * 2 + slot % 2, real ? v[i] : 0);
+    }
+}
+
+static void append(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
+    switch (shape->dtype) {
+    case KV_F32: append_elements(KV_F32, shape, block, slot, k, v); break;
+    case KV_F16: append_elements(KV_F16, shape, block, slot, k, v); break;
+    case KV_BF16: append_elements(KV_BF16, shape, block, slot, k, v); break;
+    default: append_q8(shape, block, slot, k, v); break;
+    }
+}

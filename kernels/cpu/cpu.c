@@ -1,0 +1,379 @@
+/* Life of the cpu backend: the memory plan, packing of the weights, the pool; and submit/sync, which run a step on the spot.
+ *
+ * Memory comes in three pieces: weights, pool, scratch. Each is laid out by a function that walks what it must hold, once to count and once to hand out
+ * addresses, so that the printed plan and the allocation cannot differ. After prepare nothing is allocated. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base/check.h"
+#include "kernels/cpu/cpu.h"
+
+enum { HUGE_PAGE = 2 << 20 };
+
+/* Worst first: the last one present is the default. */
+const struct cpu_isa *const cpu_isas[] = {
+    &cpu_isa_generic,
+#if defined(__x86_64__)
+    &cpu_isa_avx512, &cpu_isa_avx512bf16,
+#endif
+    NULL,
+};
+
+static const struct cpu_isa *best_isa(void) {
+    const struct cpu_isa *best = NULL;
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++)
+        if ((*isa)->present()) best = *isa;
+    return best;
+}
+
+static enum status choose_isa(const char *name, const struct cpu_isa **chosen, struct error *error) {
+    *chosen = best_isa();
+    if (!name) return STATUS_OK;
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
+        if (strcmp((*isa)->name, name) != 0) continue;
+        if (!(*isa)->present())
+            return error_set(error, STATUS_UNSUPPORTED, "instruction set %s: this CPU does not have %s; the best it has is %s", name, (*isa)->text, (*chosen)->name);
+        *chosen = *isa;
+        return STATUS_OK;
+    }
+    return error_set(error, STATUS_INVALID, "instruction set %s: unknown on this architecture; known are generic, avx2, avxvnni, avx512, avx512bf16", name);
+}
+
+/* `bytes` of the arena, on a cache line; NULL while only counting. */
+static void *take(struct arena *arena, size_t count, size_t size) {
+    size_t bytes;
+    CHECK(size_mul(count, size, &bytes));
+    void *memory = arena->base ? arena->base + arena->used : NULL;
+    CHECK(size_add(arena->used, (bytes + 63) / 64 * 64, &arena->used));
+    CHECK(!arena->base || arena->used <= arena->size);
+    return memory;
+}
+
+/* Zeroed, not yet touched: pages come to be where they are first used. */
+static enum status arena_open(struct arena *arena, size_t bytes, const char *what, struct error *error) {
+    size_t size = (bytes / HUGE_PAGE + 1) * HUGE_PAGE, space = size + HUGE_PAGE;
+    uint8_t *memory = mmap(NULL, space, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return error_set(error, STATUS_NO_MEMORY, "%s: the system refused %zu bytes", what, space);
+    /* Huge pages need their own alignment: give back what lies before and behind. */
+    size_t before = (HUGE_PAGE - (uintptr_t)memory % HUGE_PAGE) % HUGE_PAGE;
+    if (before) (void)munmap(memory, before);
+    if (before < HUGE_PAGE) (void)munmap(memory + before + size, HUGE_PAGE - before);
+    *arena = (struct arena){.base = memory + before, .size = size};
+    (void)madvise(arena->base, size, MADV_HUGEPAGE);
+    return STATUS_OK;
+}
+
+static void arena_close(struct arena *arena) {
+    if (arena->base) (void)munmap(arena->base, arena->size);
+}
+
+static void take_panel(struct arena *arena, const struct tensor *tensor, struct panel *panel) {
+    *panel = panel_of(tensor);
+    panel->data = take(arena, panel_bytes(panel), 1);
+}
+
+static void take_vector(struct arena *arena, const struct tensor *tensor, const float **vector) {
+    if (tensor->data) *vector = take(arena, tensor->cols, sizeof(float));
+}
+
+static struct panel *layer_panel(struct layer *layer, enum phase_kind kind, int which) {
+    switch (kind) {
+    case PHASE_ATTN_IN: return which == WEIGHT_Q ? &layer->q : which == WEIGHT_K ? &layer->k : &layer->v;
+    case PHASE_ATTN_OUT: return &layer->o;
+    case PHASE_MLP_IN: return which == WEIGHT_GATE ? &layer->gate : &layer->up;
+    case PHASE_MLP_OUT: return &layer->down;
+    default: CHECK(!"a phase with weights"); return NULL;
+    }
+}
+
+/* Addresses (or, without memory, the size) of everything that is packed. */
+static void lay_out_weights(struct cpu *cpu, struct arena *arena) {
+    const struct program *p = cpu->program;
+    for (uint32_t i = 0; i < p->n_phases; i++) {
+        const struct phase *phase = &p->phases[i];
+        struct layer *layer = phase->layer < p->n_layers ? &cpu->layers[phase->layer] : NULL;
+        switch (phase->kind) {
+        case PHASE_EMBED:
+            if (!p->tied_head) cpu->embedding = phase->weight[WEIGHT_ONLY];
+            break;
+        case PHASE_HEAD:
+            take_vector(arena, &phase->norm, &cpu->head_norm);
+            take_panel(arena, &phase->weight[WEIGHT_ONLY], &cpu->head);
+            break;
+        case PHASE_ATTN: break;
+        default:
+            for (int w = 0; w < 3; w++)
+                if (phase->weight[w].data) take_panel(arena, &phase->weight[w], layer_panel(layer, phase->kind, w));
+            if (phase->kind == PHASE_MLP_IN) take_vector(arena, &phase->norm, &layer->mlp_norm);
+            if (phase->kind != PHASE_ATTN_IN) break;
+            take_vector(arena, &phase->norm, &layer->attention_norm);
+            take_vector(arena, &phase->q_norm, &layer->q_norm);
+            take_vector(arena, &phase->k_norm, &layer->k_norm);
+            for (int w = 0; w < 3; w++) take_vector(arena, &phase->bias[w], &layer->bias[w]);
+        }
+    }
+}
+
+/* What kinds of activations the matrices reading them take. */
+struct needs {
+    bool blocks, values;
+};
+
+static void need(struct needs *needs, const struct panel *panel) {
+    if (panel_is_float(panel->type)) needs->values = true;
+    else needs->blocks = true;
+}
+
+static void take_act(struct arena *arena, struct act *act, struct needs needs, uint32_t rows, uint32_t cols) {
+    *act = (struct act){.block_stride = cols / PANEL_K, .value_stride = (cols + PANEL_K - 1) / PANEL_K * PANEL_K};
+    if (needs.blocks) act->blocks = take(arena, rows * act->block_stride, sizeof(struct act_block));
+    if (needs.values) act->values = take(arena, rows * act->value_stride, sizeof(float));
+}
+
+static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_workers) {
+    const struct program *p = cpu->program;
+    const struct backend_limits *limits = &cpu->limits;
+    const uint32_t rows = limits->max_rows, n_q = p->n_heads * p->head_dim, n_kv = p->n_kv_heads * p->head_dim;
+    struct needs h = {0}, a = {0}, g = {0}, z = {0};
+    for (uint32_t i = 0; i < p->n_layers; i++) {
+        const struct layer *layer = &cpu->layers[i];
+        const struct panel *from_h[] = {&layer->q, &layer->k, &layer->v, &layer->gate, &layer->up};
+        for (size_t j = 0; j < sizeof from_h / sizeof *from_h; j++) need(&h, from_h[j]);
+        need(&a, &layer->o);
+        need(&g, &layer->down);
+    }
+    need(&z, &cpu->head);
+    if (p->head_dim % PANEL_K) a.values = true; /* quantised row by row, later */
+    cpu->x = take(arena, (size_t)rows * p->n_embd, sizeof(float));
+    cpu->rope = take(arena, (size_t)rows * p->rope_dims, sizeof(float));
+    cpu->qkv_stride = n_q + 2 * (size_t)n_kv;
+    cpu->qkv = take(arena, rows * cpu->qkv_stride, sizeof(float));
+    take_act(arena, &cpu->h, h, rows, p->n_embd);
+    take_act(arena, &cpu->a, a, rows, n_q);
+    take_act(arena, &cpu->g, g, rows, p->n_ff);
+    take_act(arena, &cpu->z, z, HEAD_ROWS, p->n_embd);
+    cpu->logits_stride = (size_t)cpu->head.n_strips * STRIP_ROWS;
+    cpu->logits = take(arena, HEAD_ROWS * cpu->logits_stride, sizeof(float));
+    cpu->head_rows = take(arena, limits->max_samples, sizeof(uint32_t));
+    cpu->sample_row = take(arena, limits->max_samples, sizeof(uint32_t));
+    cpu->first_tile = take(arena, (size_t)limits->max_sequences + 1, sizeof(uint32_t));
+    cpu->row_sequence = take(arena, rows, sizeof(uint32_t));
+    const uint32_t dims = cpu->kv.dims;
+    size_t widest = p->n_embd > n_q ? p->n_embd : n_q;
+    for (uint32_t w = 0; w < n_workers; w++) {
+        struct worker_scratch own;
+        take_act(arena, &own.act, h, PRIVATE_ROWS, p->n_embd);
+        own.row = take(arena, widest + PANEL_K, sizeof(float));
+        own.queries = take(arena, (size_t)ATTEND_QUERIES * dims, sizeof(float));
+        own.states = take(arena, (size_t)ATTEND_QUERIES * (dims + 2), sizeof(float));
+        own.attend = take(arena, attend_scratch_bytes(dims), 1);
+        own.logits = take(arena, p->n_vocab, sizeof(float));
+        own.sampler = take(arena, sampler_scratch_floats(p->n_vocab), sizeof(float));
+        (void)take(arena, 4096, 1); /* no two workers on one page */
+        if (cpu->workers_scratch) cpu->workers_scratch[w] = own;
+    }
+}
+
+static uint32_t count_of_workers(const struct backend_limits *limits) {
+    uint32_t n = limits->threads ? limits->threads : workers_default_count();
+    return n < WORKERS_MAX ? n : WORKERS_MAX;
+}
+
+/* A backend without memory: enough to count with. */
+static void begin(struct cpu *cpu, const struct program *program, const struct backend_limits *limits) {
+    *cpu = (struct cpu){.program = program, .limits = *limits, .kv = kv_shape_of(program, limits->kv_dtype)};
+    cpu->layers = check_calloc(program->n_layers, sizeof *cpu->layers);
+}
+
+static uint32_t cpu_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
+    struct cpu cpu;
+    struct arena weights = {0}, scratch = {0};
+    begin(&cpu, program, limits);
+    lay_out_weights(&cpu, &weights);
+    lay_out_scratch(&cpu, &scratch, count_of_workers(limits));
+    free(cpu.layers);
+    uint32_t n = 0;
+    if (n < max) lines[n++] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = weights.used};
+    if (n < max) lines[n++] = (struct memory_line){.what = "scratch", .count = 1, .bytes_each = scratch.used};
+    return n;
+}
+
+/* The matrix being packed by all workers, each the strips it will read in short steps. */
+struct packing {
+    const struct panel *panel;
+    const struct tensor *tensor;
+    uint32_t n_workers;
+};
+
+static void pack_share(void *context, uint32_t worker) {
+    const struct packing *packing = context;
+    uint64_t n = packing->panel->n_strips;
+    panel_pack(packing->panel, packing->tensor, (uint32_t)(n * worker / packing->n_workers), (uint32_t)(n * (worker + 1) / packing->n_workers));
+}
+
+/* Whole pages within the tensor; those at its ends belong to its neighbours too. */
+static void drop_pages(const struct tensor *tensor) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    uintptr_t first = ((uintptr_t)tensor->data + page - 1) / page * page, end = ((uintptr_t)tensor->data + tensor_bytes(tensor)) / page * page;
+    if (first < end) (void)madvise((void *)first, end - first, MADV_DONTNEED);
+}
+
+static void pack(struct cpu *cpu, const struct panel *panel, const struct tensor *tensor) {
+    if (!tensor->data) return;
+    workers_run(cpu->workers, pack_share, &(struct packing){panel, tensor, workers_count(cpu->workers)});
+    if (cpu->limits.drop_source_pages) drop_pages(tensor);
+}
+
+static void fill_vector(const float *vector, const struct tensor *tensor) {
+    if (tensor->data) tensor_row_f32(tensor, 0, (float *)(uintptr_t)vector); /* ours, const to all others */
+}
+
+static void pack_phase(struct cpu *cpu, const struct phase *phase) {
+    struct layer *layer = phase->layer < cpu->program->n_layers ? &cpu->layers[phase->layer] : NULL;
+    switch (phase->kind) {
+    case PHASE_EMBED:
+    case PHASE_ATTN: break;
+    case PHASE_HEAD:
+        fill_vector(cpu->head_norm, &phase->norm);
+        pack(cpu, &cpu->head, &phase->weight[WEIGHT_ONLY]);
+        break;
+    default:
+        for (int w = 0; w < 3; w++)
+            if (phase->weight[w].data) pack(cpu, layer_panel(layer, phase->kind, w), &phase->weight[w]);
+        if (phase->kind == PHASE_MLP_IN) fill_vector(layer->mlp_norm, &phase->norm);
+        if (phase->kind != PHASE_ATTN_IN) break;
+        fill_vector(layer->attention_norm, &phase->norm);
+        fill_vector(layer->q_norm, &phase->q_norm);
+        fill_vector(layer->k_norm, &phase->k_norm);
+        for (int w = 0; w < 3; w++) fill_vector(layer->bias[w], &phase->bias[w]);
+    }
+}
+
+static void cpu_close(struct backend *backend) {
+    struct cpu *cpu = (struct cpu *)backend;
+    if (!cpu) return;
+    workers_stop(cpu->workers);
+    arena_close(&cpu->weights);
+    arena_close(&cpu->pool_arena);
+    arena_close(&cpu->scratch);
+    free(cpu->workers_scratch);
+    free(cpu->layers);
+    free(cpu);
+}
+
+static enum status open_memory(struct cpu *cpu, uint32_t n_workers, struct error *error) {
+    struct arena count = {0};
+    lay_out_weights(cpu, &count);
+    enum status status = arena_open(&cpu->weights, count.used, "weights", error);
+    if (status) return status;
+    lay_out_weights(cpu, &cpu->weights);
+
+    size_t slots = (size_t)cpu->limits.n_blocks * BLOCK_TOKENS;
+    count = (struct arena){0};
+    (void)take(&count, cpu->limits.n_blocks, cpu->kv.bytes);
+    (void)take(&count, slots, sizeof(int32_t));
+    status = arena_open(&cpu->pool_arena, count.used, "KV pool", error);
+    if (status) return status;
+    cpu->pool = take(&cpu->pool_arena, cpu->limits.n_blocks, cpu->kv.bytes);
+    cpu->positions = take(&cpu->pool_arena, slots, sizeof(int32_t));
+
+    count = (struct arena){0};
+    lay_out_scratch(cpu, &count, n_workers);
+    status = arena_open(&cpu->scratch, count.used, "scratch", error);
+    if (status) return status;
+    cpu->workers_scratch = check_calloc(n_workers, sizeof *cpu->workers_scratch);
+    lay_out_scratch(cpu, &cpu->scratch, n_workers);
+    return STATUS_OK;
+}
+
+extern const struct backend_ops backend_cpu;
+
+static enum status cpu_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
+    const struct cpu_isa *isa;
+    enum status status = choose_isa(limits->instruction_set, &isa, error);
+    if (status) return status;
+    uint32_t n_workers = count_of_workers(limits);
+    struct cpu *cpu = check_calloc(1, sizeof *cpu);
+    begin(cpu, program, limits);
+    cpu->backend.ops = &backend_cpu;
+    cpu->isa = isa;
+    status = open_memory(cpu, n_workers, error);
+    if (!status) status = workers_start(n_workers, &cpu->workers, error);
+    if (status) {
+        cpu_close(&cpu->backend);
+        return status;
+    }
+    (void)snprintf(cpu->description, sizeof cpu->description, "cpu %s, %u thread%s", isa->name, n_workers, n_workers == 1 ? "" : "s");
+    for (uint32_t i = 0; i < program->n_phases; i++) {
+        pack_phase(cpu, &program->phases[i]);
+        if (limits->progress) limits->progress(limits->progress_context, (double)(i + 1) / program->n_phases);
+    }
+    *backend = &cpu->backend;
+    return STATUS_OK;
+}
+
+static const char *cpu_describe(const struct backend *backend) { return ((const struct cpu *)backend)->description; }
+
+/* Rows to sequences, query tiles of each, distinct rows of the head. */
+static void index_batch(struct cpu *cpu, const struct batch *batch) {
+    const struct backend_limits *limits = &cpu->limits;
+    CHECK(batch->n_rows >= 1 && batch->n_rows <= limits->max_rows && batch->n_sequences <= limits->max_sequences && batch->n_samples <= limits->max_samples);
+    uint32_t group = cpu->program->n_heads / cpu->program->n_kv_heads, row = 0;
+    cpu->first_tile[0] = 0;
+    cpu->fused_append = true;
+    for (uint32_t s = 0; s < batch->n_sequences; s++) {
+        CHECK(batch->sequences[s].first_row == row && batch->sequences[s].n_rows <= batch->n_rows - row);
+        for (uint32_t i = 0; i < batch->sequences[s].n_rows; i++) cpu->row_sequence[row++] = s;
+        uint32_t tiles = (batch->sequences[s].n_rows * group + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
+        cpu->first_tile[s + 1] = cpu->first_tile[s] + tiles;
+        if (tiles > 1) cpu->fused_append = false;
+    }
+    CHECK(row == batch->n_rows);
+    cpu->n_head_rows = 0;
+    for (uint32_t i = 0; i < batch->n_samples; i++) {
+        uint32_t sampled = batch->samples[i].row;
+        CHECK(sampled < batch->n_rows && (i == 0 || sampled >= batch->samples[i - 1].row));
+        if (i == 0 || sampled != batch->samples[i - 1].row) cpu->head_rows[cpu->n_head_rows++] = sampled;
+        cpu->sample_row[i] = cpu->n_head_rows - 1;
+    }
+}
+
+/* The engine's thread is worker 0, so nothing is gained by coming back earlier: sync runs the step. */
+static enum status cpu_submit(struct backend *backend, const struct batch *batch, struct error *error) {
+    (void)error;
+    struct cpu *cpu = (struct cpu *)backend;
+    CHECK(!cpu->batch);
+    index_batch(cpu, batch);
+    cpu->batch = batch;
+    return STATUS_OK;
+}
+
+static enum status cpu_sync(struct backend *backend, struct sample_result *results, struct error *error) {
+    (void)error;
+    struct cpu *cpu = (struct cpu *)backend;
+    CHECK(cpu->batch);
+    cpu->results = results;
+    cpu_step(cpu);
+    cpu->batch = NULL;
+    cpu->tap = NULL;
+    return STATUS_OK;
+}
+
+static void cpu_tap_logits(struct backend *backend, float *destination) { ((struct cpu *)backend)->tap = destination; }
+
+const struct backend_ops backend_cpu = {
+    .name = "cpu",
+    .block_bytes = cpu_block_bytes,
+    .memory_plan = cpu_memory_plan,
+    .prepare = cpu_prepare,
+    .close = cpu_close,
+    .describe = cpu_describe,
+    .submit = cpu_submit,
+    .sync = cpu_sync,
+    .copy_blocks = cpu_copy_blocks,
+    .read_f32 = cpu_read_f32,
+    .tap_logits = cpu_tap_logits,
+};

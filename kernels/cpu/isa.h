@@ -1,0 +1,53 @@
+/* The inner loops of the cpu backend as one const table an instruction set, chosen once at start.
+ * Every function is pure in the row contract's sense: what it writes for a row depends on that row alone, whatever rows share the call. */
+#pragma once
+
+#include <stdbool.h>
+
+#include "kernels/cpu/layout.h"
+
+enum { PRODUCT_ROWS = 12 /* rows one product call takes at most */, ATTEND_QUERIES = 24 /* queries of one attend call */ };
+
+/* y[row][0..15] of one strip. `first` points at the first row's blocks (quantised types) or values (float types); stride in bytes. */
+typedef void product_function(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float (*y)[STRIP_ROWS]);
+
+/* Query vectors of one KV head against one lane. State of query i: state[i * state_stride]: maximum, sum, then dims of unnormalised output. */
+struct attend {
+    const struct kv_shape *shape;
+    const uint8_t *pool;
+    const uint32_t *blocks; /* the lane's table */
+    uint32_t n_queries;     /* <= ATTEND_QUERIES */
+    const float *query[ATTEND_QUERIES]; /* [dims], scaled */
+    uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
+    uint8_t *scratch;       /* attend_scratch_bytes */
+};
+
+struct cpu_isa {
+    const char *name;
+    const char *text; /* what the CPU must have, for messages */
+    bool (*present)(void);
+    product_function *product[TENSOR_TYPES];
+    /* out = x * rsqrt(mean x^2 + epsilon) * weight */
+    void (*norm)(const float *x, const float *weight, uint32_t n, float epsilon, float *out);
+    void (*quantize)(const float *x, uint32_t n_blocks, struct act_block *blocks);
+    /* out = silu(gate) * up */
+    void (*silu)(const float *gate, const float *up, uint32_t n, float *out);
+    /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless. */
+    void (*append)(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v);
+    /* Splits [first, end) of 256 slots, folded into the states in ascending order. A state begins as {-inf, 0, 0...}. */
+    void (*attend)(const struct attend *attend, uint32_t first_split, uint32_t end_split, float *state, size_t state_stride);
+    /* Folds the state of the next split(s) into `state`. */
+    void (*merge)(float *state, const float *next, uint32_t dims);
+    /* Highest value and its lowest index; NaN counts as -inf. */
+    void (*argmax)(const float *x, uint32_t n, float *value, uint32_t *index);
+};
+
+/* Scores and weights of a split, one output and one quantised query each. */
+static inline size_t attend_scratch_bytes(uint32_t dims) { return ATTEND_QUERIES * ((size_t)SPLIT_SLOTS * 8 + (size_t)dims * 8 + 64); }
+
+extern const struct cpu_isa cpu_isa_generic;
+#if defined(__x86_64__)
+extern const struct cpu_isa cpu_isa_avx2, cpu_isa_avxvnni, cpu_isa_avx512, cpu_isa_avx512bf16;
+#endif
+/* Worst first, NULL-terminated. */
+extern const struct cpu_isa *const cpu_isas[];

@@ -1,0 +1,21 @@
+/* The cpu backend's inner loops for AVX-512 with VNNI. See isa.h. */
+#include "kernels/cpu/isa.h"
+
+#if defined(__x86_64__)
+#include "base/half.h"
+#include "kernels/cpu/vector_avx512.inc.h"
+#include "kernels/cpu/products.inc.h"
+#include "kernels/cpu/rows.inc.h"
+#include "kernels/cpu/attention.inc.h"
+
+static bool present(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+
+const struct cpu_isa cpu_isa_avx512 = {
+    .name = "avx512", .text = "AVX-512 F, BW, DQ, VL and VNNI", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu,
+    .append = append, .attend = attend, .merge = merge, .argmax = argmax,
+};
+#endif

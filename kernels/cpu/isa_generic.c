@@ -1,0 +1,14 @@
+/* The cpu backend's inner loops in plain C: any machine. See isa.h. */
+#include "kernels/cpu/isa.h"
+
+#include "kernels/cpu/vector_generic.inc.h"
+#include "kernels/cpu/products.inc.h"
+#include "kernels/cpu/rows.inc.h"
+#include "kernels/cpu/attention.inc.h"
+
+static bool present(void) { return true; }
+
+const struct cpu_isa cpu_isa_generic = {
+    .name = "generic", .text = "any CPU", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu, .append = append,
+    .attend = attend, .merge = merge, .argmax = argmax,
+};

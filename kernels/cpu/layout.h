@@ -1,0 +1,63 @@
+/* Shapes of everything the cpu backend keeps in memory: weight panels, quantised activations, the KV pool. Shared by all instruction sets, so that
+ * one packing serves every one of them.
+ *
+ * Weight panels. A matrix is cut in strips of 16 rows (outputs; the last one padded with zero rows), a strip in blocks of 32 columns (k), stored k-major: one
+ * product reads a strip as one sequential stream. Quants are unsigned bytes or parts of them; "quad j" is the 64 bytes in which byte 4r + c belongs to row r
+ * and k = 4j + c, so that one 32-bit lane of a vector is four consecutive k of one row.
+ *   nibbles[256]  byte 64j + 4r + c, j < 4: low nibble is quad j, high nibble quad j + 4
+ *   fifth[64]     byte 4r + c: bit j is the fifth bit of quad j
+ *   top[128]      byte 64h + 4r + c: bits 2i, 2i+1 are the two top bits of quad 4h + i
+ *   bytes[512]    quad j at 64j, quant + 128
+ * A block of each type, f16 unless said otherwise:
+ *   Q4_0  d[16], nibbles            Q4_1  d[16], m[16], nibbles
+ *   Q5_0  d[16], fifth, nibbles     Q5_1  d[16], m[16], fifth, nibbles      Q8_0  d[16], bytes
+ *   Q4_K, Q5_K: eight blocks after a header d[16], dmin[16]; each scale u8[16], min u8[16], (fifth,) nibbles
+ *   Q6_K: eight blocks after a header d[16]; each scale s8[2][16] (one a half of 16 k), top, nibbles
+ *   F16, BF16, F32: [32 k][16 rows] elements
+ * Bytes a weight are those of the file (Q4_K + 3 %). */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/backend.h"
+#include "kernels/tensor.h"
+
+enum { STRIP_ROWS = 16, PANEL_K = 32, SUPER_BLOCKS = 8 };
+
+struct panel {
+    enum tensor_type type;
+    uint32_t rows, cols;  /* of the matrix */
+    uint32_t n_strips;
+    uint32_t n_blocks;    /* of 32 k; cols / 32 rounded up (float types pad with zeros) */
+    size_t strip_bytes;
+    uint8_t *data;        /* NULL: absent */
+};
+
+/* 32 activations of one row: x = d q. Quantised once, read by every product of the phase. */
+struct act_block {
+    float d;
+    float s;          /* d * sum of q: what a minimum is multiplied with */
+    int32_t nsum;     /* -sum of q, */
+    int32_t nsum_low; /* -sum of q[0..15]: takes the offset of unsigned quants away, exactly */
+    int8_t q[32];
+};
+
+/* One row of activations in the forms that the matrices of a phase ask for. */
+struct act {
+    struct act_block *blocks; /* [row][block_stride] */
+    float *values;            /* [row][value_stride], padded with zeros to a multiple of 32 */
+    size_t block_stride, value_stride;
+};
+
+/* KV block of one lane: 32 slots, dims padded to 16.
+ *   f32, f16, bf16  K [dims/2][32][2], V [16][dims][2] elements: pair dot products for both, without a transpose
+ *   q8              K u8 [dims/4][32][4] (value + 128), V s8 [32][dims], then f32 scales: K [32], V [32] */
+struct kv_shape {
+    enum kv_dtype dtype;
+    uint32_t head_dim, dims; /* dims: head_dim rounded up to 16 */
+    size_t v_offset, scale_offset;
+    size_t bytes; /* of a block, without its positions */
+};
+
+enum { SPLIT_SLOTS = 256, KV_PAD = 16 };

@@ -1,0 +1,90 @@
+/* Operations along one row: norm, quantisation, activation, exponential, maximum; over the vectors of the file that includes this one.
+ * Counts need not be multiples of the vector; the tail goes through a padded copy, so that its numbers are made the same way. */
+
+/* e^x for x <= 0 (and a little above): 2^n times a polynomial on [-ln2/2, ln2/2], about 1 ulp; 0 below -87. */
+INLINE vf vf_exp(vf x) {
+    x = vf_max(x, vf_set1(-100));
+    vf n = vf_round(vf_mul(x, vf_set1(1.44269504f)));
+    vf r = vf_fma(n, vf_set1(-0.693359375f), x);
+    r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+    vf p = vf_set1(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
+    p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set1(1)));
+    return vf_scale(p, n);
+}
+
+static void norm(const float *x, const float *weight, uint32_t n, float epsilon, float *out) {
+    vf sum[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+    uint32_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+#pragma GCC unroll 4
+        for (uint32_t c = 0; c < 4; c++) {
+            vf v = vf_load(x + i + LANES * c);
+            sum[c] = vf_fma(v, v, sum[c]);
+        }
+    float tail = 0;
+    for (; i < n; i++) tail += x[i] * x[i];
+    float squares = vf_reduce_add(vf_add(vf_add(sum[0], sum[1]), vf_add(sum[2], sum[3]))) + tail;
+    float scale = 1.0f / __builtin_sqrtf(squares / (float)n + epsilon);
+    vf s = vf_set1(scale);
+    for (i = 0; i + LANES <= n; i += LANES) vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), s), vf_load(weight + i)));
+    for (; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static void quantize(const float *x, uint32_t n_blocks, struct act_block *blocks) {
+    for (uint32_t b = 0; b < n_blocks; b++, x += PANEL_K) {
+        struct act_block *block = &blocks[b];
+        vf highest = vf_zero();
+        for (int i = 0; i < PANEL_K; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
+        float most = vf_reduce_max(highest);
+        /* Below this the inverse overflows; such values are zero beside anything else. */
+        bool small = !(most > 1e-34f);
+        float inverse = small ? 0 : 127.0f / most;
+        block->d = small ? 0 : most / 127.0f;
+        for (int i = 0; i < PANEL_K; i += LANES) vf_store_s8(block->q + i, vf_mul(vf_load(x + i), vf_set1(inverse)));
+        int32_t low = 0, high = 0;
+        for (int i = 0; i < 16; i++) low += block->q[i], high += block->q[16 + i];
+        block->nsum_low = -low;
+        block->nsum = -(low + high);
+        block->s = block->d * (float)(low + high);
+    }
+}
+
+INLINE vf silu_vector(vf gate, vf up) {
+    /* gate / (1 + e^-gate), with the exponential of a negative number on either side */
+    vf e = vf_exp(vf_sub(vf_zero(), vf_abs(gate)));
+    vf one = vf_set1(1), denominator = vf_add(one, e);
+    vf positive = vf_max(gate, vf_zero()), negative = vf_sub(gate, positive);
+    vf value = vf_div(vf_fma(negative, e, positive), denominator);
+    return vf_mul(value, up);
+}
+
+static void silu(const float *gate, const float *up, uint32_t n, float *out) {
+    uint32_t i = 0;
+    for (; i + LANES <= n; i += LANES) vf_store(out + i, silu_vector(vf_load(gate + i), vf_load(up + i)));
+    if (i == n) return;
+    float g[LANES] = {0}, u[LANES] = {0}, o[LANES];
+    for (uint32_t j = i; j < n; j++) g[j - i] = gate[j], u[j - i] = up[j];
+    vf_store(o, silu_vector(vf_load(g), vf_load(u)));
+    for (uint32_t j = i; j < n; j++) out[j] = o[j - i];
+}
+
+static void argmax(const float *x, uint32_t n, float *value, uint32_t *index) {
+    vf highest = vf_set1(-__builtin_inff());
+    uint32_t i = 0;
+    for (; i + LANES <= n; i += LANES) highest = vf_max(vf_load(x + i), highest);
+    float most = vf_reduce_max(highest);
+    for (; i < n; i++)
+        if (x[i] > most) most = x[i];
+    *value = most;
+    *index = 0;
+    for (i = 0; i < n; i++)
+        if (x[i] == most) {
+            *index = i;
+            return;
+        }
+}

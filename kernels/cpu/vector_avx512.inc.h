@@ -1,0 +1,74 @@
+/* Vectors of 16 lanes: AVX-512 F/BW/DQ/VL with VNNI. Included once by each translation unit that is compiled for it. */
+#include <immintrin.h>
+
+#define LANES 16
+#define PRODUCT_TILE 12       /* rows of an integer product whose sums stay in registers */
+#define FLOAT_TILE 6          /* rows of a float product, four sums each */
+#define WIDEN_QUERIES 4       /* queries of a widening attention loop, 2 * 16 / LANES sums each */
+
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __m512i vb; /* 4 * LANES bytes */
+
+#define INLINE static inline __attribute__((always_inline, unused))
+
+INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
+INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
+INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vf_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); } /* b where a is NaN */
+INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+INLINE float vf_reduce_add(vf a) { return _mm512_reduce_add_ps(a); }
+INLINE float vf_reduce_max(vf a) { return _mm512_reduce_max_ps(a); }
+INLINE vf vf_from_vi(vi a) { return _mm512_cvtepi32_ps(a); }
+INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+INLINE vf vf_load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+}
+INLINE vf vf_load_u8(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p))); }
+INLINE vf vf_load_s8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))); }
+/* The first n lanes of a, the rest of other. */
+INLINE vf vf_first(vf a, vf other, int n) { return n >= LANES ? a : _mm512_mask_blend_ps((__mmask16)((1u << n) - 1), other, a); }
+/* Two floats, repeated: p[0] p[1] p[0] p[1] ... */
+INLINE vf vf_set_pair(const float *p) {
+    double pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return _mm512_castpd_ps(_mm512_set1_pd(pair));
+}
+/* a0+a1, a2+a3, ..., b0+b1, ...: even and odd lanes brought together. */
+INLINE vf vf_add_pairs(vf a, vf b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+}
+/* p * 2^n for whole n; 0 far below. */
+INLINE vf vf_scale(vf p, vf n) { return _mm512_scalef_ps(p, n); }
+INLINE vf vf_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+/* Rounded to nearest even, clamped to -127..127 (NaN: -127), one byte a lane. */
+INLINE void vf_store_s8(int8_t *p, vf a) {
+    __m512 clamped = _mm512_min_ps(_mm512_max_ps(a, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
+    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clamped)));
+}
+
+INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
+INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+INLINE vb vb_high(vb a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+/* bits & mask of (a shifted right by n, or left by -n), or'ed into q. n is a constant. */
+INLINE vb vb_or_bits(vb q, vb a, int n, int mask) {
+    vb shifted = n >= 0 ? _mm512_srli_epi16(a, n) : _mm512_slli_epi16(a, -n);
+    return _mm512_ternarylogic_epi64(q, shifted, _mm512_set1_epi8((char)mask), 0xf8); /* q | (shifted & mask) */
+}
+/* acc + the four products of a lane: w unsigned up to 127, a signed. */
+INLINE vi vi_dot7(vi acc, vb w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
+/* The same with w = value + 128: starts at dot8_start, ends at the products of the values. */
+INLINE vi vi_dot8_start(int32_t nsum) { return _mm512_slli_epi32(_mm512_set1_epi32(nsum), 7); }
+INLINE vi vi_dot8(vi acc, vb w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
+/* nsum * 2^shift in every lane */
+INLINE vi vi_offset(int32_t nsum, int shift) { return _mm512_slli_epi32(_mm512_set1_epi32(nsum), (unsigned)shift); }
