@@ -1,0 +1,196 @@
+/* kvasir bench: prompt and generation speed in llama-bench's terms. What is measured and what is not stands in bench.h. Main thread. */
+#include "cli/bench.h"
+
+#include <inttypes.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/check.h"
+#include "base/clock.h"
+#include "cli/cli.h"
+
+#define WARM_UP_TOKENS 16u
+
+enum status bench_list_parse(const char *text, const char *flag, uint32_t min, uint32_t max, struct bench_list *list, struct error *error) {
+    list->count = 0;
+    for (const char *at = text; *at;) {
+        char *end;
+        unsigned long long value = *at >= '0' && *at <= '9' ? strtoull(at, &end, 10) : ULLONG_MAX;
+        if (value > max || value < min || (*end != ',' && *end != '\0') || (*end == ',' && end[1] == '\0'))
+            return error_set(error, STATUS_INVALID, "%s: \"%.60s\": numbers from %" PRIu32 " to %" PRIu32 " with commas between belong here", flag,
+                             text, min, max);
+        if (list->count == BENCH_LIST_MAX) return error_set(error, STATUS_INVALID, "%s: more than %d numbers", flag, BENCH_LIST_MAX);
+        list->values[list->count++] = (uint32_t)value;
+        at = *end ? end + 1 : end;
+    }
+    if (list->count == 0) return error_set(error, STATUS_INVALID, "%s: no number given", flag);
+    return STATUS_OK;
+}
+
+struct bench {
+    const struct config *config;
+    struct bench_list prompts, batches;
+    struct model *model;
+    struct bench_driver *driver;
+    uint32_t n_rows;
+    struct bench_row rows[2 * BENCH_LIST_MAX];
+    double *samples; /* [rounds] tokens a second */
+};
+
+static enum status read_options(struct bench *bench, struct error *error) {
+    const struct config *config = bench->config;
+    enum status status = bench_list_parse(config->bench.prompts, "--prompt", 0, 1u << 24, &bench->prompts, error);
+    if (status == STATUS_OK) status = bench_list_parse(config->bench.batches, "--batch", 1, 4096, &bench->batches, error);
+    if (status != STATUS_OK) return status;
+    for (uint32_t i = 0; i < bench->batches.count; i++)
+        if (bench->batches.values[i] > config->max_rows)
+            return error_set(error, STATUS_INVALID, "--batch: %" PRIu32 " sequences need as many rows in a step; --max-rows is %" PRIu32,
+                             bench->batches.values[i], config->max_rows);
+    return STATUS_OK;
+}
+
+static enum status open_model(struct bench *bench, struct error *error) {
+    const struct config *config = bench->config;
+    if (!config->bench.dummy[0]) return cli_open_model(config, &bench->model, error);
+    if (config->model[0]) return error_set(error, STATUS_INVALID, "--dummy: there is a model already, %.200s", config->model);
+    return model_dummy(config->bench.dummy, 1, &bench->model, error);
+}
+
+/* The largest of everything the rows will ask for. */
+static struct bench_size size_needed(const struct bench *bench) {
+    struct bench_size size = {.max_sequences = 1, .max_tokens = 1, .max_rows = bench->config->max_rows};
+    for (uint32_t i = 0; i < bench->prompts.count; i++)
+        if (bench->prompts.values[i] > size.max_tokens) size.max_tokens = bench->prompts.values[i];
+    if (bench->config->bench.generate == 0) return size;
+    for (uint32_t i = 0; i < bench->batches.count; i++)
+        if (bench->batches.values[i] > size.max_sequences) size.max_sequences = bench->batches.values[i];
+    uint32_t tokens = bench->config->bench.context + bench->config->bench.generate;
+    if (tokens > size.max_tokens) size.max_tokens = tokens;
+    return size;
+}
+
+static enum status open_driver(struct bench *bench, struct error *error) {
+    struct bench_size size = size_needed(bench);
+    struct progress progress;
+    progress_begin(&progress, "loading");
+    enum status status = bench_driver_open(bench->config, bench->model, &size, &progress, &bench->driver, error);
+    progress_end(&progress);
+    return status;
+}
+
+static int ascending(const void *a, const void *b) {
+    const double *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+static void finish_row(struct bench *bench, struct bench_row row) {
+    uint32_t n = bench->config->bench.rounds;
+    qsort(bench->samples, n, sizeof *bench->samples, ascending);
+    row.rounds = n;
+    row.tok_s = n % 2 ? bench->samples[n / 2] : (bench->samples[n / 2 - 1] + bench->samples[n / 2]) / 2;
+    row.tok_s_min = bench->samples[0];
+    row.tok_s_max = bench->samples[n - 1];
+    bench->rows[bench->n_rows++] = row;
+}
+
+static void show_round(const char *test, uint32_t tokens, uint32_t batch, uint32_t round, uint32_t rounds) {
+    if (isatty(STDERR_FILENO))
+        fprintf(stderr, "\r\033[K%s%" PRIu32 ", batch %" PRIu32 ": round %" PRIu32 " of %" PRIu32, test, tokens, batch, round, rounds);
+}
+
+static double tokens_a_second(uint64_t tokens, uint64_t begun_ns) {
+    uint64_t elapsed = clock_now_ns() - begun_ns;
+    return (double)tokens * 1e9 / (double)(elapsed ? elapsed : 1);
+}
+
+static enum status measure_prompt(struct bench *bench, uint32_t n_prompt, struct error *error) {
+    uint32_t rounds = bench->config->bench.rounds;
+    for (uint32_t round = 0; round <= rounds; round++) {
+        show_round("pp", n_prompt, 1, round, rounds);
+        bench_driver_truncate(bench->driver, 0, 0);
+        uint64_t begun = clock_now_ns();
+        enum status status = bench_driver_prompt(bench->driver, 0, n_prompt, round + 1, error);
+        if (status != STATUS_OK) return status;
+        if (round > 0) bench->samples[round - 1] = tokens_a_second(n_prompt, begun);
+    }
+    finish_row(bench, (struct bench_row){.test = "pp", .batch = 1, .n_prompt = n_prompt});
+    return STATUS_OK;
+}
+
+/* The contexts were read before; each round begins at their end again. */
+static enum status generate(struct bench *bench, uint32_t batch, uint32_t n_tokens, struct error *error) {
+    for (uint32_t s = 0; s < batch; s++) bench_driver_truncate(bench->driver, s, bench->config->bench.context);
+    enum status status = STATUS_OK;
+    for (uint32_t i = 0; i < n_tokens && status == STATUS_OK; i++) status = bench_driver_generate(bench->driver, batch, error);
+    return status;
+}
+
+static enum status measure_generation(struct bench *bench, uint32_t batch, struct error *error) {
+    uint32_t n_gen = bench->config->bench.generate, rounds = bench->config->bench.rounds;
+    enum status status = generate(bench, batch, n_gen < WARM_UP_TOKENS ? n_gen : WARM_UP_TOKENS, error);
+    for (uint32_t round = 0; round < rounds && status == STATUS_OK; round++) {
+        show_round("tg", n_gen, batch, round + 1, rounds);
+        uint64_t begun = clock_now_ns();
+        status = generate(bench, batch, n_gen, error);
+        bench->samples[round] = tokens_a_second((uint64_t)n_gen * batch, begun);
+    }
+    if (status != STATUS_OK) return status;
+    finish_row(bench, (struct bench_row){.test = "tg", .batch = batch, .n_gen = n_gen, .context = bench->config->bench.context});
+    return STATUS_OK;
+}
+
+static enum status read_contexts(struct bench *bench, struct error *error) {
+    struct bench_size size = size_needed(bench);
+    enum status status = STATUS_OK;
+    for (uint32_t s = 0; s < size.max_sequences && status == STATUS_OK; s++) {
+        bench_driver_truncate(bench->driver, s, 0);
+        status = bench_driver_prompt(bench->driver, s, bench->config->bench.context, 0, error);
+    }
+    return status;
+}
+
+static enum status measure(struct bench *bench, struct error *error) {
+    enum status status = STATUS_OK;
+    for (uint32_t i = 0; i < bench->prompts.count && status == STATUS_OK; i++)
+        if (bench->prompts.values[i] > 0) status = measure_prompt(bench, bench->prompts.values[i], error);
+    if (bench->config->bench.generate > 0 && status == STATUS_OK) {
+        status = read_contexts(bench, error);
+        for (uint32_t i = 0; i < bench->batches.count && status == STATUS_OK; i++)
+            status = measure_generation(bench, bench->batches.values[i], error);
+    }
+    if (isatty(STDERR_FILENO)) fprintf(stderr, "\r\033[K");
+    return status;
+}
+
+static void print(const struct bench *bench) {
+    struct bench_report report = {
+        .config = bench->config,
+        .model = bench->model,
+        .backend = bench_driver_describe(bench->driver),
+        .kv_dtype = bench_driver_kv_dtype(bench->driver),
+        .n_rows = bench->n_rows,
+        .rows = bench->rows,
+    };
+    if (bench->config->bench.json)
+        bench_print_json(&report, stdout);
+    else
+        bench_print_table(&report, stdout);
+}
+
+int command_bench(const struct config *config, const char *argument) {
+    (void)argument;
+    struct bench bench = {.config = config};
+    struct error error;
+    bench.samples = check_calloc(config->bench.rounds, sizeof *bench.samples);
+    enum status status = read_options(&bench, &error);
+    if (status == STATUS_OK) status = open_model(&bench, &error);
+    if (status == STATUS_OK) status = open_driver(&bench, &error);
+    if (status == STATUS_OK) status = measure(&bench, &error);
+    if (status == STATUS_OK) print(&bench);
+    bench_driver_close(bench.driver);
+    model_close(bench.model);
+    free(bench.samples);
+    return status == STATUS_OK ? CLI_OK : cli_fail(&error);
+}

@@ -1,0 +1,183 @@
+/* Sequences with block tables of their own over one backend: see bench.h. Owns the backend, the tables and the batch arrays. Main thread (the backend's worker 0). */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "base/random.h"
+#include "cli/bench.h"
+#include "cli/cli.h"
+#include "engine/engine.h"
+
+#define EXTENT_BYTES 65536u
+
+struct bench_driver {
+    struct backend *backend;
+    const struct program *program;
+    struct bench_size size;
+    enum kv_dtype kv_dtype;
+    uint32_t n_lanes, lane_blocks; /* blocks of one lane of one sequence */
+
+    uint32_t *block_ids;   /* [max_sequences][n_lanes][lane_blocks] */
+    uint32_t *lane_first;  /* [max_sequences][n_lanes] */
+    uint32_t *lane_tokens; /* [max_sequences][n_lanes] */
+    uint32_t *length;      /* [max_sequences] tokens in the cache */
+    int32_t *next;         /* [max_sequences] the token to take in */
+
+    int32_t *tokens, *positions; /* [max_rows] */
+    struct batch_sequence *sequences;
+    struct sample *samples;
+    struct sample_result *results;
+    struct sampling greedy;
+};
+
+/* Block b of a lane, as a pool under many sequences that grow together would place it: whole extents, taken in turn by every lane of every sequence. */
+static void place_blocks(struct bench_driver *driver, uint32_t extent) {
+    uint32_t lanes = driver->size.max_sequences * driver->n_lanes;
+    for (uint32_t lane = 0; lane < lanes; lane++) {
+        driver->lane_first[lane] = lane * driver->lane_blocks;
+        for (uint32_t b = 0; b < driver->lane_blocks; b++)
+            driver->block_ids[lane * driver->lane_blocks + b] = (b / extent * lanes + lane) * extent + b % extent;
+    }
+}
+
+static enum status choose_backend(const struct config *config, const struct model *model, const struct backend_ops **ops, enum kv_dtype *dtype,
+                                  struct error *error) {
+    *ops = backend_find(config->backend);
+    if (!*ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
+    if (kv_dtype_parse(config->kv_dtype, dtype)) return STATUS_OK;
+    struct memory_plan plan; /* "auto" is the engine's to decide */
+    enum status status = engine_plan_memory(config, model, &plan, error);
+    if (status == STATUS_OK) *dtype = plan.kv_dtype;
+    return status;
+}
+
+static void allocate(struct bench_driver *driver) {
+    uint32_t sequences = driver->size.max_sequences, lanes = sequences * driver->n_lanes;
+    driver->block_ids = check_calloc((size_t)lanes * driver->lane_blocks, sizeof *driver->block_ids);
+    driver->lane_first = check_calloc(lanes, sizeof *driver->lane_first);
+    driver->lane_tokens = check_calloc(lanes, sizeof *driver->lane_tokens);
+    driver->length = check_calloc(sequences, sizeof *driver->length);
+    driver->next = check_calloc(sequences, sizeof *driver->next);
+    driver->tokens = check_calloc(driver->size.max_rows, sizeof *driver->tokens);
+    driver->positions = check_calloc(driver->size.max_rows, sizeof *driver->positions);
+    driver->sequences = check_calloc(sequences, sizeof *driver->sequences);
+    driver->samples = check_calloc(sequences, sizeof *driver->samples);
+    driver->results = check_calloc(sequences, sizeof *driver->results);
+    driver->greedy = (struct sampling){.temperature = 0, .top_p = 1, .repetition_penalty = 1, .n_top = -1};
+}
+
+enum status bench_driver_open(const struct config *config, const struct model *model, const struct bench_size *size, struct progress *progress,
+                              struct bench_driver **result, struct error *error) {
+    const struct program *program = model_program(model);
+    const struct backend_ops *ops = NULL;
+    enum kv_dtype dtype = KV_F16;
+    enum status status = choose_backend(config, model, &ops, &dtype, error);
+    if (status != STATUS_OK) return status;
+    size_t block_bytes = ops->block_bytes(program, dtype);
+    uint32_t extent = block_bytes < EXTENT_BYTES ? (uint32_t)(EXTENT_BYTES / block_bytes) : 1;
+    uint64_t blocks = ((uint64_t)size->max_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    blocks = (blocks + extent - 1) / extent * extent;
+    uint64_t total = blocks * size->max_sequences * program_lanes(program);
+    if (total > UINT32_MAX / 2)
+        return error_set(error, STATUS_NO_MEMORY, "bench: %" PRIu32 " sequences of %" PRIu32 " tokens are too many", size->max_sequences,
+                         size->max_tokens);
+    struct backend_limits limits = {
+        .kv_dtype = dtype,
+        .n_blocks = (uint32_t)total,
+        .max_rows = size->max_rows,
+        .max_sequences = size->max_sequences,
+        .max_samples = size->max_sequences,
+        .threads = config->threads,
+        .instruction_set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set,
+        .drop_source_pages = true,
+        .progress = progress_report,
+        .progress_context = progress,
+    };
+    struct backend *backend = NULL;
+    status = ops->prepare(program, &limits, &backend, error);
+    if (status != STATUS_OK) return status;
+    struct bench_driver *driver = check_calloc(1, sizeof *driver);
+    *driver = (struct bench_driver){.backend = backend, .program = program, .size = *size, .kv_dtype = dtype};
+    driver->n_lanes = program_lanes(program);
+    driver->lane_blocks = (uint32_t)blocks;
+    allocate(driver);
+    place_blocks(driver, extent);
+    *result = driver;
+    return STATUS_OK;
+}
+
+void bench_driver_close(struct bench_driver *driver) {
+    if (!driver) return;
+    driver->backend->ops->close(driver->backend);
+    free(driver->block_ids);
+    free(driver->lane_first);
+    free(driver->lane_tokens);
+    free(driver->length);
+    free(driver->next);
+    free(driver->tokens);
+    free(driver->positions);
+    free(driver->sequences);
+    free(driver->samples);
+    free(driver->results);
+    free(driver);
+}
+
+const char *bench_driver_describe(const struct bench_driver *driver) { return driver->backend->ops->describe(driver->backend); }
+enum kv_dtype bench_driver_kv_dtype(const struct bench_driver *driver) { return driver->kv_dtype; }
+
+void bench_driver_truncate(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens) {
+    CHECK(n_tokens <= driver->length[sequence]);
+    driver->length[sequence] = n_tokens;
+}
+
+/* The next `n_rows` rows of `sequence` go behind those the batch already has; their tokens are the caller's to write. */
+static uint32_t add_rows(struct bench_driver *driver, struct batch *batch, uint32_t sequence, uint32_t n_rows, bool sampled) {
+    uint32_t first = batch->n_rows, *lane_tokens = driver->lane_tokens + sequence * driver->n_lanes;
+    CHECK(driver->length[sequence] + n_rows <= driver->size.max_tokens && first + n_rows <= driver->size.max_rows);
+    for (uint32_t lane = 0; lane < driver->n_lanes; lane++) lane_tokens[lane] = driver->length[sequence];
+    for (uint32_t i = 0; i < n_rows; i++) driver->positions[first + i] = (int32_t)(driver->length[sequence] + i);
+    driver->sequences[batch->n_sequences++] = (struct batch_sequence){
+        .first_row = first, .n_rows = n_rows, .lane_first = driver->lane_first + sequence * driver->n_lanes, .lane_tokens = lane_tokens};
+    batch->n_rows += n_rows;
+    if (sampled) driver->samples[batch->n_samples++] = (struct sample){.row = batch->n_rows - 1, .sampling = &driver->greedy, .target = -1};
+    driver->length[sequence] += n_rows;
+    return first;
+}
+
+static struct batch empty_batch(struct bench_driver *driver) {
+    return (struct batch){.tokens = driver->tokens,
+                          .positions = driver->positions,
+                          .sequences = driver->sequences,
+                          .block_ids = driver->block_ids,
+                          .samples = driver->samples};
+}
+
+static enum status step(struct bench_driver *driver, const struct batch *batch, struct error *error) {
+    enum status status = driver->backend->ops->submit(driver->backend, batch, error);
+    if (status == STATUS_OK) status = driver->backend->ops->sync(driver->backend, driver->results, error);
+    return status;
+}
+
+enum status bench_driver_prompt(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens, uint64_t seed, struct error *error) {
+    enum status status = STATUS_OK;
+    for (uint32_t done = 0; done < n_tokens && status == STATUS_OK;) {
+        uint32_t n_rows = n_tokens - done < driver->size.max_rows ? n_tokens - done : driver->size.max_rows;
+        struct batch batch = empty_batch(driver);
+        bool last = done + n_rows == n_tokens;
+        add_rows(driver, &batch, sequence, n_rows, last);
+        for (uint32_t i = 0; i < n_rows; i++) driver->tokens[i] = (int32_t)(random_at(seed, sequence, done + i, 0) % driver->program->n_vocab);
+        status = step(driver, &batch, error);
+        if (last && status == STATUS_OK) driver->next[sequence] = driver->results[0].token;
+        done += n_rows;
+    }
+    return status;
+}
+
+enum status bench_driver_generate(struct bench_driver *driver, uint32_t batch_size, struct error *error) {
+    struct batch batch = empty_batch(driver);
+    for (uint32_t s = 0; s < batch_size; s++) driver->tokens[add_rows(driver, &batch, s, 1, true)] = driver->next[s];
+    enum status status = step(driver, &batch, error);
+    for (uint32_t s = 0; s < batch_size && status == STATUS_OK; s++) driver->next[s] = driver->results[s].token;
+    return status;
+}

@@ -1,0 +1,35 @@
+/* kvasir check-config: reads a configuration as serve would, says what is wrong with it or what it comes to, and starts nothing. Main thread.
+ * A model that is named must be there and fit: that is most of what goes wrong at a start. */
+#include "cli/cli.h"
+#include "engine/engine.h"
+
+static enum status check_model(const struct config *config, struct error *error) {
+    struct model *model = NULL;
+    struct memory_plan plan;
+    enum status status = model_open(config->model, &model, error);
+    if (status == STATUS_OK) status = engine_plan_memory(config, model, &plan, error);
+    model_close(model);
+    return status;
+}
+
+int command_check_config(const struct config *config, const char *argument) {
+    if (config->print_example) {
+        config_print_example(stdout);
+        return CLI_OK;
+    }
+    if (config->print_manual) {
+        manual_print(stdout);
+        return CLI_OK;
+    }
+    static struct config checked;
+    checked = *config;
+    struct error error;
+    enum status status = STATUS_OK;
+    if (argument) status = config_load_file(&checked, argument, &error);
+    if (status == STATUS_OK) status = config_check(&checked, &error);
+    if (status == STATUS_OK && checked.model[0]) status = check_model(&checked, &error);
+    if (status != STATUS_OK) return cli_fail(&error);
+    cli_warn_environment();
+    config_print(&checked, stdout);
+    return CLI_OK;
+}

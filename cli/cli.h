@@ -1,0 +1,48 @@
+/* What the commands share: their table, how a failure is said, where the model comes from, the progress bar. Everything here runs on the main thread unless said. */
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "base/error.h"
+#include "config/config.h"
+#include "model/model.h"
+
+/* Exit codes. CLI_BAD_SETUP: configuration or model; a supervisor must not start it again (deploy/kvasir.service). */
+enum { CLI_OK = 0, CLI_FAILED = 1, CLI_BAD_SETUP = 2 };
+
+struct command {
+    const char *name;
+    const char *arguments; /* "[MODEL]" */
+    const char *summary;
+    bool takes_model;                                              /* one positional argument is the model, like -m */
+    int (*run)(const struct config *config, const char *argument); /* argument: the positional one of commands that take no model; NULL: none */
+};
+extern const struct command commands[];
+size_t commands_count(void);
+
+int command_serve(const struct config *config, const char *argument);
+int command_bench(const struct config *config, const char *argument);
+int command_inspect(const struct config *config, const char *argument);
+int command_check_config(const struct config *config, const char *argument);
+
+/* "kvasir: words" on one line of stderr, whatever bytes the words hold; returns the exit code for the status. */
+int cli_fail(const struct error *error);
+/* STATUS_INVALID "model: ..." if config names none. */
+enum status cli_open_model(const struct config *config, struct model **model, struct error *error);
+void cli_warn_environment(void);
+
+/* The whole manual page (deploy/kvasir.1): names and exit codes from here, options from the table. */
+void manual_print(FILE *out);
+
+/* One line that shows how far something is: a bar on a terminal, a log line now and then elsewhere. `report` may be called from any one thread at a time. */
+struct progress {
+    const char *what;
+    bool terminal;
+    int shown;        /* percent; -1: nothing yet */
+    uint64_t next_ns; /* elsewhere: when the next line is due */
+};
+void progress_begin(struct progress *progress, const char *what);
+void progress_report(void *progress, double fraction);
+void progress_end(struct progress *progress);

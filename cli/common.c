@@ -1,0 +1,75 @@
+/* What the commands share. See cli.h. Owns nothing. */
+#include "cli/cli.h"
+
+#include <string.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+
+const struct command commands[] = {
+    {"serve", "[MODEL]", "serve a model over HTTP", true, command_serve},
+    {"bench", "[MODEL]", "measure prompt and generation speed", true, command_bench},
+    {"inspect", "[MODEL]", "describe a model file and the memory it would take", true, command_inspect},
+    {"check-config", "[FILE]", "say whether a configuration is valid, and what it comes to", false, command_check_config},
+};
+
+size_t commands_count(void) { return sizeof commands / sizeof *commands; }
+
+int cli_fail(const struct error *error) {
+    char line[sizeof error->text];
+    size_t length = 0;
+    /* Paths may hold anything; the line stays one line. */
+    for (; length + 1 < sizeof line && error->text[length]; length++) {
+        unsigned char byte = (unsigned char)error->text[length];
+        line[length] = byte < 0x20 || byte == 0x7f ? '?' : (char)byte;
+    }
+    line[length] = '\0';
+    fprintf(stderr, "kvasir: %s\n", line);
+    return error->status == STATUS_DEVICE ? CLI_FAILED : CLI_BAD_SETUP;
+}
+
+enum status cli_open_model(const struct config *config, struct model **model, struct error *error) {
+    if (!config->model[0]) return error_set(error, STATUS_INVALID, "model: none given; -m FILE names a GGUF file");
+    return model_open(config->model, model, error);
+}
+
+void cli_warn_environment(void) {
+    char names[256];
+    if (config_unknown_environment(names, sizeof names) > 0) log_warn("environment: no such option: %s", names);
+}
+
+/* ---- progress ---- */
+
+#define BAR_WIDTH 40
+#define LINE_EVERY_NS 2000000000ull
+
+void progress_begin(struct progress *progress, const char *what) {
+    *progress = (struct progress){.what = what, .terminal = isatty(STDERR_FILENO) == 1, .shown = -1, .next_ns = clock_now_ns() + LINE_EVERY_NS};
+}
+
+void progress_report(void *context, double fraction) {
+    struct progress *progress = context;
+    int percent = fraction <= 0 ? 0 : fraction >= 1 ? 100 : (int)(fraction * 100);
+    if (percent <= progress->shown) return;
+    if (!progress->terminal) {
+        uint64_t now = clock_now_ns();
+        if (now < progress->next_ns) return;
+        progress->next_ns = now + LINE_EVERY_NS;
+        progress->shown = percent;
+        log_info("%s: %d %%", progress->what, percent);
+        return;
+    }
+    char bar[BAR_WIDTH + 1];
+    int filled = percent * BAR_WIDTH / 100;
+    memset(bar, ' ', BAR_WIDTH);
+    memset(bar, '#', (size_t)filled);
+    bar[BAR_WIDTH] = '\0';
+    progress->shown = percent;
+    fprintf(stderr, "\r%s [%s] %3d %%", progress->what, bar, percent);
+}
+
+void progress_end(struct progress *progress) {
+    if (progress->terminal && progress->shown >= 0) fprintf(stderr, "\r\033[K");
+    progress->shown = -1;
+}
