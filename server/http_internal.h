@@ -1,0 +1,78 @@
+/* Shared by http.c (daemon, connections, deadlines) and exchange.c (one request and its answer). Loop thread. */
+#pragma once
+
+#include <microhttpd.h>
+
+#include "server/http.h"
+
+#define HTTP_TICK_MS 250
+#define HTTP_RESERVE 32    /* connections beyond max_connections that are still accepted, so that /health answers when all others are taken */
+#define HTTP_BODIES_MAX 32 /* memory of all bodies together: so many times max_body */
+#define EXCHANGE_HEADERS_MAX 6
+
+struct connection {
+    struct connection *next, *previous;
+    struct http *http;
+    struct MHD_Connection *mhd;
+    struct exchange *exchange; /* the current one; NULL between requests */
+    int socket;
+    uint64_t deadline_ns; /* 0: none */
+    uv_poll_t watcher;
+    bool half_closed;    /* the peer has sent its last byte */
+    bool watching, gone; /* gone: the peer left, or a deadline passed */
+};
+
+enum exchange_state {
+    EXCHANGE_BODY,   /* reading */
+    EXCHANGE_ASKED,  /* the request is in; suspended until somebody answers */
+    EXCHANGE_ANSWER, /* a whole answer waits to be queued */
+    EXCHANGE_STREAM, /* a stream waits to be queued */
+    EXCHANGE_QUEUED, /* libmicrohttpd has it */
+};
+
+struct exchange {
+    struct exchange *next, *previous;
+    struct connection *connection;
+    enum exchange_state state;
+    bool suspended, streaming, discard, head, close, counted, finished_body, aborted;
+    char method[24], path[256], id[REQUEST_ID_MAX + 1], notes[320];
+    struct buffer body, out;
+    size_t body_seen, body_charged, out_at;
+    uint64_t started_ns, bytes_out;
+    int status;
+    const char *content_type;
+    struct {
+        const char *name;
+        char value[128];
+    } headers[EXCHANGE_HEADERS_MAX];
+    uint32_t n_headers;
+    uint32_t route, key;
+    const struct exchange_owner *functions;
+    void *owner;
+};
+
+struct http {
+    uv_loop_t *loop;
+    struct MHD_Daemon *daemon;
+    struct http_limits limits;
+    struct http_hooks hooks;
+    uv_poll_t epoll;
+    uv_timer_t timer, tick;
+    struct connection *connections;
+    struct exchange *exchanges;
+    uint32_t n_connections, n_exchanges;
+    uint64_t body_bytes;
+    bool draining, stopping, closed_one, pumping, pump_again;
+    char url[600];
+    char id_prefix[17];
+    uint64_t next_id;
+};
+
+/* exchange.c */
+enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const char *url, const char *method, const char *version,
+                                const char *upload, size_t *upload_length, void **slot);
+void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, enum MHD_RequestTerminationCode why);
+void exchange_gone(struct exchange *exchange);
+/* http.c */
+struct connection *connection_of(struct MHD_Connection *mhd);
+void connection_deadline(struct connection *connection, uint32_t seconds);
