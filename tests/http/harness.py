@@ -44,7 +44,7 @@ def wait_until(condition, what, seconds=DEADLINE):
         if value:
             return value
         if time.monotonic() > end:
-            raise AssertionError(f"after {seconds} s still not: {what()if callable(what) else what}")
+            raise AssertionError(f"after {seconds} s still not: {what() if callable(what) else what}")
         time.sleep(TICK)
 
 
@@ -194,7 +194,7 @@ def parse_metrics(text):
     for line in text.splitlines():
         if line.startswith("#") or not line:
             continue
-        match = re.fullmatch(r'([a-zA-Z_:][a-zA-Z0-9_:]*(?:\{[^}]*\})?) (\S+)', line)
+        match = re.fullmatch(r'([a-zA-Z_:][a-zA-Z0-9_:]*(?:\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*\})?) (\S+)', line)
         assert match, f"malformed line {line!r}"
         assert match[1] not in series, f"{match[1]} stands twice"
         series[match[1]] = float(match[2].replace("+Inf", "inf"))

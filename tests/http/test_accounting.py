@@ -426,12 +426,12 @@ class Reload(unittest.TestCase):
         os.rename(path + ".new", path)
         return path
 
-    def config(self, body="64KiB", per_key="off", level="info", more=""):
+    def config(self, body="64KiB", per_key='"off"', level="info", more=""):
         return self.write("kvasir.toml", f"""
 [server]
 api_key_file = "{os.path.join(self.folder.name, 'keys')}"
 max_body = "{body}"
-max_requests_per_key = "{per_key}"
+max_requests_per_key = {per_key}
 log_level = "{level}"
 {more}
 """)

@@ -3,6 +3,7 @@
 Bodies first (a table of fields and values), then the wire: framing that could smuggle a request past a proxy, slowness, excess."""
 import itertools
 import json
+import select
 import socket
 import unittest
 import unittest.mock
@@ -228,7 +229,7 @@ class Routes(harness.DaemonCase):
 
     def test_unknown_paths(self):
         for path in ("/", "/v1", "/v1/", "/v2/completions", "/v1/completion", "/v1/completions/", "/v1//completions", "/V1/completions", "/v1/completions%20", "/health/", "/healthz",
-                     "/metrics/x", "/../etc/passwd", "/v1/../health", "/%2e%2e/health", "/v1/models/", "/v1/models/a/b", "/favicon.ico", "/" + "a" * 5000, "/%", "/%zz", "/%00"):
+                     "/metrics/x", "/../etc/passwd", "/v1/../health", "/%2e%2e/health", "/v1/models/", "/favicon.ico", "/" + "a" * 5000, "/%", "/%zz", "/%00"):
             for method in ("GET", "POST"):
                 with self.subTest(path=path[:40], method=method):
                     response = self.daemon.request(method, path, b"{}" if method == "POST" else b"")
@@ -310,7 +311,7 @@ class Limits(harness.DaemonCase):
 
     def test_said_to_be_large(self):
         """Refused by what it says of itself, before a byte of it is asked for."""
-        for length in (65537, 2**31, 2**32 + 5, 2**62):
+        for length in (65537, 2**31, 2**32 + 5, 10**17):
             with self.daemon.connect() as connection:
                 connection.send(raw.request_bytes("POST", "/v1/completions", headers={"Content-Length": str(length), "Expect": "100-continue", "Content-Type": "application/json"}))
                 response = connection.read_response()
@@ -323,6 +324,8 @@ class Limits(harness.DaemonCase):
         with self.daemon.connect() as connection:
             connection.send(raw.request_bytes("POST", "/v1/completions", headers={"Transfer-Encoding": "chunked", "Content-Type": "application/json"}))
             for _ in range(200):
+                if select.select([connection.socket], [], [], 0)[0]:
+                    break  # an answer, before all was sent
                 connection.try_send(b"400\r\n" + b" " * 1024 + b"\r\n")
             self.assertError(connection.read_response(), 413)
             self.assertTrue(connection.is_closed())
@@ -355,17 +358,21 @@ class Framing(harness.DaemonCase):
 
     flags = (*harness.MOCK, "--header-timeout", "2s", "--body-timeout", "3s")
 
-    def smuggle(self, head, body=b""):
-        """The one answer to these bytes, after which the connection must close."""
+    def smuggle(self, head, body=b"", allowed=(400,), html=False):
+        """Sends it; nothing but errors may come back, and the connection must close. What libmicrohttpd itself finds is answered by it: in HTML, and with its head twice."""
         with self.daemon.connect() as connection:
             connection.try_send(head.replace(b"\n", b"\r\n") + b"\r\n\r\n" + body)
             try:
                 response = connection.read_response()
             except raw.Closed:
-                return None
-            self.assertTrue(connection.is_closed(), (head, connection.raw))
-            self.assertEqual(connection.raw.count(b"HTTP/1.1 "), 1, connection.raw)
-            return response
+                return  # hung up without a word
+            self.assertIn(response.status, allowed, response)
+            self.assertEqual(response.header("Connection"), "close", response)
+            rest = connection.read_to_end()
+            self.assertNotRegex(connection.raw, rb"HTTP/1\.1 [123]")
+            if not (html and b"<html>" in connection.raw):
+                self.assertEqual(rest, b"")
+                self.assertEqual(set(response.json()["error"]), {"message", "type", "param", "code"})
 
     HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     POST = b"POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json"
@@ -382,26 +389,19 @@ class Framing(harness.DaemonCase):
         ]
         for case in cases:
             with self.subTest(case=case):
-                response = self.smuggle(self.POST + case, b"0\r\n\r\n" + self.HIDDEN)
-                if response:
-                    self.assertIn(response.status, (400, 413, 501), response)
-                    self.assertIn("error", response.json())
+                self.smuggle(self.POST + case, b"0\r\n\r\n" + self.HIDDEN, (400, 413, 501), html=True)
         self.assertWorks()
 
     def test_two_hosts(self):
         for case in (b"GET /v1/models HTTP/1.1\nHost: localhost\nHost: localhost", b"GET /v1/models HTTP/1.1\nHost: localhost\nhost: evil.example",
                      b"GET /v1/models HTTP/1.1", b"GET /v1/models HTTP/1.1\nX: y", b"GET /v1/models HTTP/1.1\nHost : localhost"):
             with self.subTest(case=case):
-                response = self.smuggle(case)
-                self.assertEqual(response.status, 400, response)
-                self.assertIn("error", response.json())
+                self.smuggle(case, html=True)
 
     def test_malformed_fields(self):
         for case in (b"\nX y: z", b"\n: empty", b"\nX-\x01: y", b"\nX: a\x00b", b"\nX(y): z", b'\nX"y: z', b"\nX: \x7f\x01"):
             with self.subTest(case=case):
-                response = self.smuggle(b"GET /v1/models HTTP/1.1\nHost: localhost" + case)
-                if response:
-                    self.assertEqual(response.status, 400, response)
+                self.smuggle(b"GET /v1/models HTTP/1.1\nHost: localhost" + case)
 
     def test_malformed_request_lines(self):
         for case in (b"GET", b"GET /", b"GET  /health HTTP/1.1", b"GET /health", b"GET /health HTTP/9.9", b"GET /health HTTP/1.1 x", b"GET /health http/1.1", b"\x16\x03\x01\x02\x00\x01\x00",
@@ -421,9 +421,7 @@ class Framing(harness.DaemonCase):
         for chunks in (b"zz\r\n" + body, b"-5\r\nabcde\r\n0\r\n\r\n", b"+5\r\nabcde\r\n0\r\n\r\n", b"0x5\r\nabcde\r\n0\r\n\r\n", b"ffffffffffffffff\r\nabc", b"10000000000000000000\r\nabc",
                        b"5\r\nabcdeXX0\r\n\r\n", b"5 5\r\nabcde\r\n0\r\n\r\n", b"\r\nabc\r\n0\r\n\r\n", b"7fffffffffffffff\r\nabc"):
             with self.subTest(chunks=chunks[:40]):
-                response = self.smuggle(head, chunks + self.HIDDEN)
-                if response:
-                    self.assertIn(response.status, (400, 413), response)
+                self.smuggle(head, chunks + self.HIDDEN, (400, 413), html=True)
         self.assertWorks()
 
     def test_chunked_body(self):
@@ -444,8 +442,11 @@ class Framing(harness.DaemonCase):
         with self.daemon.connect() as connection:
             connection.send(raw.request_bytes("GET", "/health") + raw.request_bytes("POST", "/v1/completions", body) + raw.request_bytes("GET", "/nowhere") +
                             raw.request_bytes("POST", "/v1/completions", b'{"prompt":') + raw.request_bytes("GET", "/v1/models"))
-            self.assertEqual([connection.read_response().status for _ in range(5)], [200, 200, 404, 400, 200])
-            streamed = json.dumps({"model": self.daemon.model, "prompt": "a", "max_tokens": 3, "stream": True}).encode()
+            for status in (200, 200, 404, 400, 200):
+                response = connection.read_response()
+                self.assertEqual(response.status, status)
+                self.assertNotEqual((response.header("Connection") or "").lower(), "close")
+            streamed = json.dumps({"model": self.daemon.model, "prompt": "a", "max_tokens": 3, "stream": True, "logit_bias": {"97": 100}}).encode()
             connection.send(raw.request_bytes("POST", "/v1/completions", streamed) + raw.request_bytes("GET", "/health"))
             self.assertEqual(len(harness.events(connection.read_response().body)), 3)
             self.assertEqual(connection.read_response().status, 200)
@@ -455,7 +456,7 @@ class Framing(harness.DaemonCase):
             connection.send(b"GET /health HTTP/1.0\r\n\r\n")
             self.assertEqual(connection.read_response().status, 200)
             self.assertTrue(connection.is_closed())
-        body = json.dumps({"model": self.daemon.model, "prompt": "a", "max_tokens": 3, "stream": True}).encode()
+        body = json.dumps({"model": self.daemon.model, "prompt": "a", "max_tokens": 3, "stream": True, "logit_bias": {"97": 100}}).encode()
         with self.daemon.connect() as connection:
             connection.send(b"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             response = connection.read_response()

@@ -13,7 +13,7 @@ CHUNK = {"id", "object", "created", "model", "choices", "system_fingerprint"}
 def dictate(data, **fields):
     """A request whose greedy answer begins with these bytes (at most 5, all different)."""
     assert len(set(data)) == len(data) <= 5
-    return {"prompt": [1, 2, 3], "temperature": 0, "repetition_penalty": 100000, "logit_bias": {str(byte): 100 - 20 * i for i, byte in enumerate(data)},
+    return {"prompt": [5, 6, 7], "temperature": 0, "repetition_penalty": 100000, "logit_bias": {str(byte): 100 - 20 * i for i, byte in enumerate(data)},
             "max_tokens": len(data), "ignore_eos": True, **fields}
 
 
@@ -272,7 +272,7 @@ class Errors(Streams):
 class Slow(Streams):
     """A model that takes its time: 100 rows a second."""
 
-    flags = (*harness.MOCK, "--mock-tokens-per-second", "100", "--request-timeout", "3s", "--first-byte-timeout", "1s", "--heartbeat", "1s", "--prefix-cache", "false")
+    flags = (*harness.MOCK, "--mock-tokens-per-second", "100", "--header-timeout", "2s", "--body-timeout", "2s", "--request-timeout", "5s", "--first-byte-timeout", "1s", "--heartbeat", "1s", "--prefix-cache", "false")
 
     def test_the_head_waits_for_the_first_token(self):
         """30 rows of prompt: the head and the first chunk come together, not before."""
@@ -282,8 +282,8 @@ class Slow(Streams):
             self.assertIn(b'"text":"a"', connection.read_chunk())
 
     def test_a_long_prompt(self):
-        """200 rows take 2 s: the head comes after 1 s, a comment while nothing else is to be said, then the answer."""
-        with self.daemon.stream(prompt="x" * 200, max_tokens=3, ignore_eos=True, logit_bias={"97": 100}) as connection:
+        """350 rows take 3.5 s: the head comes after 1 s, comments while nothing else is to be said, then the answer."""
+        with self.daemon.stream(prompt="x" * 350, max_tokens=3, ignore_eos=True, logit_bias={"97": 100}) as connection:
             response = connection.read_response()
             self.assertEqual(response.status, 200)
             self.assertTrue(response.body.startswith(b":"), response.body[:100])
