@@ -58,7 +58,9 @@ class Daemon:
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
         try:
-            self.port = int(self.wait_line(r"http://127\.0\.0\.1:(\d+)").group(1))
+            host, port = self.wait_line(r"http://(127\.0\.0\.1|\[::1\]):(\d+)").groups()
+            self.address = (host.strip("[]"), int(port))
+            self.port = int(port)
             if ready:
                 self.wait_ready()
                 self.model = self.get("/v1/models").json()["data"][0]["id"]
@@ -101,7 +103,7 @@ class Daemon:
     # ---- requests ----
 
     def connect(self, **options):
-        return raw.Connection(self.port, **options)
+        return raw.Connection(self.address, **options)
 
     def request(self, method, path, body=b"", headers=()):
         if not isinstance(body, bytes):

@@ -28,12 +28,12 @@ class Response:
 
 
 class Connection:
-    def __init__(self, port, timeout=TIMEOUT, receive_buffer=None):
-        self.socket = socket.socket()
+    def __init__(self, address, timeout=TIMEOUT, receive_buffer=None):
+        self.socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(timeout)
-        self.socket.connect(("127.0.0.1", port))
+        self.socket.connect(address)
         self.buffer = b""
         self.raw = b""  # everything received
 
@@ -59,6 +59,13 @@ class Connection:
         try:
             self.socket.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def try_shutdown(self):
+        """FIN: nothing more will be sent."""
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:
             pass
 
     def _receive(self):

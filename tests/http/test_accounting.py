@@ -3,6 +3,8 @@
 States are reached by looking at /metrics, never by waiting a while; each test proves by a counter that it took the path it is about."""
 import json
 import os
+import random
+import resource
 import signal
 import socket
 import subprocess
@@ -136,7 +138,7 @@ class Gone(harness.DaemonCase):
             port, model, mine = int(sys.argv[1]), sys.argv[2], []
             for i in range(12):
                 body = {"model": model, "prompt": "x" * (1 + 300 * (i % 4)), "max_tokens": 3000, "ignore_eos": True, "stream": i % 3 > 0, "n": 1 + i % 2}
-                mine.append(raw.Connection(port))
+                mine.append(raw.Connection(("127.0.0.1", port)))
                 mine[-1].send(raw.request_bytes("POST", "/v1/completions", json.dumps(body).encode()))
             print("sent", flush=True)
             sys.stdin.read()
@@ -175,8 +177,6 @@ class Churn(harness.DaemonCase):
     flags = (*harness.MOCK, "--max-sequences", "8", "--max-queue", "32")
 
     def test_churn(self):
-        import random
-
         threads, count, errors = 8, harness.rounds(250, 40), []
         before = self.daemon.gauge("requests_aborted_total")
 
@@ -225,6 +225,83 @@ class Churn(harness.DaemonCase):
                 gauges = {k: v for k, v in page.items() if k.startswith(("kvasir_requests_running", "kvasir_requests_waiting"))}
                 self.assertEqual(len(gauges), 2)
                 self.assertEqual(set(gauges.values()), {0}, i)
+
+
+    def test_many_streams(self):
+        """All at once, five times more than run at a time: every one complete, in order, and the same."""
+        count, fields = harness.rounds(32 + 8, 20), {"temperature": 0, "max_tokens": 200, "ignore_eos": True, "stream_options": {"include_usage": True}}
+        alone = harness.events(self.read(self.daemon.stream(**fields)))
+        streams = [self.daemon.stream(**fields) for _ in range(count)]
+        for stream in streams:
+            chunks = harness.events(self.read(stream))
+            self.assertEqual(harness.text_of(chunks), harness.text_of(alone))
+            self.assertEqual(chunks[-1]["usage"]["completion_tokens"], 200)
+
+    def read(self, connection):
+        with connection:
+            response = connection.read_response()
+            self.assertEqual(response.status, 200, response)
+            return response.body
+
+
+class Connections(unittest.TestCase):
+    def test_more_than_allowed(self):
+        """The others wait, and get their turn when one leaves: accepting does not freeze while all connections are streams."""
+        with harness.Daemon(*harness.MOCK, "--max-connections", "8", "--mock-tokens-per-second", "2000", "--max-sequences", "32") as daemon:
+            streams = []
+            for _ in range(6):
+                streams.append(daemon.stream(**LONG))
+                streams[-1].read_head()
+            asking = [daemon.connect() for _ in range(20)]
+            for connection in asking:
+                connection.send(raw.request_bytes("GET", "/health", headers={"Connection": "close"}))
+            for connection in asking[:10]:
+                self.assertEqual(connection.read_response().status, 200)
+            for stream in streams:
+                stream.close()
+            for connection in asking[10:]:
+                self.assertEqual(connection.read_response().status, 200)
+            for connection in asking:
+                connection.close()
+            daemon.wait_idle()
+
+    def test_no_descriptors(self):
+        """When the process has no descriptor left it goes on with what it has, and takes new connections once there is room."""
+        with harness.Daemon(*harness.MOCK) as daemon, daemon.connect() as kept:
+            kept.send(raw.request_bytes("GET", "/health"))
+            self.assertEqual(kept.read_response().status, 200)
+            limit = descriptors(daemon) + 10
+            resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+            many = [daemon.connect() for _ in range(50)]
+            for _ in range(5):
+                kept.send(raw.request_bytes("POST", "/v1/completions", json.dumps({"model": daemon.model, "prompt": "a", "max_tokens": 3}).encode()))
+                self.assertEqual(kept.read_response().status, 200)
+            for connection in many:
+                connection.close()
+            self.assertEqual(daemon.complete(max_tokens=1).status, 200)
+
+    def test_idle_costs_nothing(self):
+        """Processor time over some watchdog periods, with connections open and none of them saying anything."""
+        notify = Notify()
+        self.addCleanup(notify.close)
+        with harness.Daemon(*harness.MOCK, environment={"NOTIFY_SOCKET": notify.path, "WATCHDOG_USEC": "500000"}) as daemon:
+            idle = [daemon.connect() for _ in range(50)]
+            for connection in idle[:25]:
+                connection.send(raw.request_bytes("GET", "/health"))
+                self.assertEqual(connection.read_response().status, 200)
+
+            def seconds():
+                with open(f"/proc/{daemon.process.pid}/stat") as file:
+                    return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+            for _ in range(2):
+                notify.wait("WATCHDOG=1")
+            before = seconds()
+            for _ in range(6):
+                notify.wait("WATCHDOG=1")
+            self.assertLess(seconds() - before, 0.3)
+            for connection in idle:
+                connection.close()
 
 
 class SlowReaders(harness.DaemonCase):
@@ -574,12 +651,34 @@ class Supervised(unittest.TestCase):
             wrong.flush()
             for flags, words in ((("-m", "/nonexistent/model.gguf"), "/nonexistent/model.gguf"), (("-m", broken.name), os.path.basename(broken.name)), (("--config", wrong.name), "prot"),
                                  ((*harness.MOCK, "--port", "99999"), "port"), ((*harness.MOCK, "--no-such-flag"), "no-such-flag"), ((*harness.MOCK, "--host", "0.0.0.0"), "api_key_file"),
-                                 ((*harness.MOCK, "--api-key-file", empty.name), os.path.basename(empty.name)), ((*harness.MOCK, "--api-key-file", "/nonexistent/keys"), "/nonexistent/keys")):
+                                 ((*harness.MOCK, "--api-key-file", empty.name), os.path.basename(empty.name)), ((*harness.MOCK, "--api-key-file", "/nonexistent/keys"), "/nonexistent/keys"), (("--backend", "cpu"), "model")):
                 with self.subTest(flags=flags):
                     environment = {name: value for name, value in os.environ.items() if not name.startswith("KVASIR_")}
                     result = subprocess.run([harness.PROGRAM, "serve", "--port", "0", *flags], env=environment, capture_output=True, timeout=harness.DEADLINE, text=True)
                     self.assertEqual(result.returncode, 2, result)
                     self.assertIn(words, result.stderr)
+
+    def test_a_port_in_use(self):
+        """May be free the next time: another exit status than for what will not mend itself."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            result = subprocess.run([harness.PROGRAM, "serve", *harness.MOCK, "--port", port], capture_output=True, timeout=harness.DEADLINE, text=True)
+        self.assertEqual(result.returncode, 1, result)
+        self.assertIn(port, result.stderr)
+
+    def test_ipv6(self):
+        with harness.Daemon(*harness.MOCK, "--host", "::1") as daemon:
+            self.assertEqual(daemon.get("/v1/models", {"Host": f"[::1]:{daemon.port}"}).status, 200)
+
+    def test_a_line_a_request(self):
+        with harness.Daemon(*harness.MOCK) as daemon:
+            self.assertEqual(daemon.complete({"X-Request-Id": "traced-1"}, max_tokens=3, ignore_eos=True).status, 200)
+            line = daemon.wait_line(r"traced-1").string
+            for word in ("prompt=", "cached=", "tokens=3", "preemptions=0", "finish=length", "status=200"):
+                self.assertIn(word, line)
+            with daemon.stream({"X-Request-Id": "traced-2"}, max_tokens=4000, ignore_eos=True) as connection:
+                connection.read_head()
+            self.assertIn("finish=abort", daemon.wait_line(r"traced-2").string)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Bodies first (a table of fields and values), then the wire: framing that could smuggle a request past a proxy, slowness, excess."""
 import itertools
 import json
+import random
 import select
-import socket
 import unittest
 import unittest.mock
 
@@ -149,6 +149,30 @@ class Bodies(harness.DaemonCase):
             response = self.post(whole[:end])
             self.assertEqual(response.status, 400, whole[:end])
             self.assertEqual(response.json()["error"]["type"], "invalid_request_error")
+        self.works()
+
+    def test_mutations_of_a_body(self):
+        """Bytes changed, taken away and put in at random: an answer or a reason, always in JSON, and never a stop."""
+        whole = json.dumps({"model": self.daemon.model, "prompt": ["hello", "é😀"], "max_tokens": 2, "logit_bias": {"65": -1.5}, "stop": ["x", "yz"], "seed": 7, "n": 1, "top_p": 0.9,
+                            "stream_options": None, "echo": True, "logprobs": 2}).encode()
+        chance = random.Random(20240917)
+        seen = set()
+        for _ in range(harness.rounds(1500, 150)):
+            body = bytearray(whole)
+            for _ in range(chance.choice((1, 1, 2, 5))):
+                at = chance.randrange(len(body))
+                byte = chance.choice((chance.randrange(256), ord(chance.choice('{}[]",:0123456789.eE-+\\ntfu '))))
+                if (kind := chance.randrange(3)) == 0:
+                    body[at] = byte
+                elif kind == 1:
+                    del body[at : at + chance.choice((1, 1, 8))]
+                else:
+                    body.insert(at, byte)
+            response = self.post(bytes(body))
+            seen.add(response.status)
+            self.assertIn(response.status, (200, 400, 404), (bytes(body), response))
+            self.assertIn("error" if response.status != 200 else "choices", response.json())
+        self.assertEqual(seen, {200, 400, 404})
         self.works()
 
     def test_empty_body(self):
@@ -408,11 +432,35 @@ class Framing(harness.DaemonCase):
                      b"GET health HTTP/1.1", b"GET http://evil.example/health HTTP/1.1", b"CONNECT evil.example:443 HTTP/1.1", b"G\x00T /health HTTP/1.1", b"SSH-2.0-x", b"PRI * HTTP/2.0"):
             with self.subTest(case=case), self.daemon.connect() as connection:
                 connection.try_send(case + b"\r\nHost: localhost\r\n\r\n")
-                connection.socket.shutdown(socket.SHUT_WR)
+                connection.try_shutdown()
                 answer = connection.read_to_end()
                 self.assertNotIn(b"\r\n200 ", answer)
                 if answer and not answer.startswith(b"HTTP/1.1 200"):
                     self.assertRegex(answer, rb"^HTTP/1\.[01] [45]\d\d ")
+        self.assertWorks()
+
+    def test_mutations_of_a_request(self):
+        """The same for the whole message: whatever it has become, the next client is served."""
+        body = json.dumps({"model": self.daemon.model, "prompt": "a", "max_tokens": 1}).encode()
+        whole = raw.request_bytes("POST", "/v1/completions", body, {"Expect": "100-continue", "Connection": "keep-alive", "X-Request-Id": "a"})
+        head = whole.index(b"\r\n\r\n") + 4
+        chance = random.Random(4)
+        for i in range(harness.rounds(400, 60)):
+            data = bytearray(whole)
+            for _ in range(chance.choice((1, 2, 4))):
+                at = chance.randrange(head)
+                if chance.randrange(2):
+                    data[at] = chance.choice((chance.randrange(256), 13, 10, 32, 58, 0))
+                else:
+                    del data[at : at + chance.choice((1, 2, 10))]
+            with self.daemon.connect() as connection:
+                connection.try_send(bytes(data))
+                connection.try_shutdown()
+                answer = connection.read_to_end()
+            if answer:
+                self.assertRegex(answer, rb"^HTTP/1\.[01] [1245]\d\d ", bytes(data))
+            if i % 20 == 0:
+                self.assertWorks()
         self.assertWorks()
 
     def test_chunk_sizes(self):

@@ -363,6 +363,7 @@ class Keys(unittest.TestCase):
                 daemon.model = daemon.get("/v1/models", {"Authorization": "Bearer sk-first"}).json()["data"][0]["id"]
                 self.wrong_keys(daemon)
                 self.limit(daemon)
+                self.caches(daemon)
                 daemon.wait_idle()
             self.assertNotIn("sk-first", daemon.log())
 
@@ -395,6 +396,17 @@ class Keys(unittest.TestCase):
             stream.close()
             daemon.wait_idle()
             self.assertEqual(first.completions.create(**fields, max_tokens=1).usage.completion_tokens, 1)
+
+
+    def caches(self, daemon):
+        """What one key has asked is not found faster by another."""
+        def cached(key, **extra):
+            with client(daemon, key) as connection:
+                answer = connection.completions.create(model=daemon.model, prompt="one and the same " * 6, max_tokens=1, extra_body=extra)
+                return answer.usage.prompt_tokens_details.cached_tokens
+
+        self.assertEqual([cached("sk-first"), cached("sk-first"), cached("sk-second"), cached("sk-second")], [0, 96, 0, 96])
+        self.assertEqual([cached("sk-first", cache_salt="x"), cached("sk-first", cache_salt="x"), cached("sk-first")], [0, 96, 96])
 
 
 class Retries(unittest.TestCase):
