@@ -1,4 +1,4 @@
-/* Monotonic time. The scheduler and the kernels never read it: time is an argument there. */
+/* Monotonic time. The scheduler never reads it: time is an argument there. Kernels read it only to say how long phases took, when asked. */
 #pragma once
 
 #include <stdint.h>

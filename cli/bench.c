@@ -36,7 +36,10 @@ struct bench {
     struct bench_driver *driver;
     uint32_t n_rows;
     struct bench_row rows[2 * BENCH_LIST_MAX];
-    double *samples; /* [rounds] tokens a second */
+    double *samples;   /* [rounds] tokens a second */
+    uint32_t n_phases; /* --phases */
+    struct bench_phases phases[2 * BENCH_LIST_MAX];
+    struct bench_ceilings ceilings;
 };
 
 static enum status read_options(struct bench *bench, struct error *error) {
@@ -44,7 +47,7 @@ static enum status read_options(struct bench *bench, struct error *error) {
     enum status status = bench_list_parse(config->bench.prompts, "--prompt", 0, 1u << 24, &bench->prompts, error);
     if (status == STATUS_OK) status = bench_list_parse(config->bench.batches, "--batch", 1, 4096, &bench->batches, error);
     if (status != STATUS_OK) return status;
-    for (uint32_t i = 0; i < bench->batches.count; i++)
+    for (uint32_t i = 0; config->bench.generate > 0 && i < bench->batches.count; i++)
         if (bench->batches.values[i] > config->max_rows)
             return error_set(error, STATUS_INVALID, "--batch: %" PRIu32 " sequences need as many rows in a step; --max-rows is %" PRIu32,
                              bench->batches.values[i], config->max_rows);
@@ -164,12 +167,39 @@ static enum status measure(struct bench *bench, struct error *error) {
     return status;
 }
 
+/* --phases: the same steps once more, with the backend's clock on them. */
+static enum status measure_phases(struct bench *bench, struct error *error) {
+    const struct config *config = bench->config;
+    const struct program *program = model_program(bench->model);
+    uint32_t rounds = config->bench.rounds;
+    enum status status = bench_measure_ceilings(bench_driver_threads(bench->driver), model_bytes(bench->model), &bench->ceilings, error);
+    for (uint32_t i = 0; i < bench->n_rows && status == STATUS_OK; i++) {
+        const struct bench_row *row = &bench->rows[i];
+        struct bench_phases *phases = &bench->phases[bench->n_phases];
+        if (row->n_prompt) {
+            status = bench_phases_prompt(bench->driver, program, row->n_prompt, rounds, phases, error);
+        } else {
+            if (bench->n_phases == 0 || phases[-1].n_prompt) status = read_contexts(bench, error); /* sequence 0 held prompts */
+            if (status == STATUS_OK)
+                status = bench_phases_generation(bench->driver, program, row->batch, row->context, row->n_gen, rounds, phases, error);
+        }
+        if (status != STATUS_OK) break;
+        bench_phases_rate(phases, &bench->ceilings);
+        bench->n_phases++;
+    }
+    return status;
+}
+
 static void print(const struct bench *bench) {
     struct bench_report report = {
         .config = bench->config,
         .model = bench->model,
         .backend = bench_driver_describe(bench->driver),
         .kv_dtype = bench_driver_kv_dtype(bench->driver),
+        .threads = bench_driver_threads(bench->driver),
+        .n_phases = bench->n_phases,
+        .phases = bench->phases,
+        .ceilings = bench->ceilings,
         .n_rows = bench->n_rows,
         .rows = bench->rows,
     };
@@ -188,6 +218,7 @@ int command_bench(const struct config *config, const char *argument) {
     if (status == STATUS_OK) status = open_model(&bench, &error);
     if (status == STATUS_OK) status = open_driver(&bench, &error);
     if (status == STATUS_OK) status = measure(&bench, &error);
+    if (status == STATUS_OK && config->bench.phases) status = measure_phases(&bench, &error);
     if (status == STATUS_OK) print(&bench);
     bench_driver_close(bench.driver);
     model_close(bench.model);

@@ -55,14 +55,56 @@ enum status bench_driver_prompt(struct bench_driver *driver, uint32_t sequence, 
 /* One step of the first `batch` sequences: each takes in its last sampled token and samples the next. */
 enum status bench_driver_generate(struct bench_driver *driver, uint32_t batch, struct error *error);
 
+/* Nanoseconds spent in each kind of phase since the last call, if the driver was opened to time them (bench.phases). */
+void bench_driver_take_phases(struct bench_driver *driver, uint64_t ns[PHASE_KINDS]);
+uint32_t bench_driver_max_rows(const struct bench_driver *driver);
+uint32_t bench_driver_threads(const struct bench_driver *driver);
+double bench_driver_slot_bytes(const struct bench_driver *driver); /* K and V of one lane's slot, as cached */
+
+/* ---- bench_phases.c: the forward pass by phases ---- */
+struct bench_phase_row {
+    enum phase_kind kind;
+    double us;          /* all layers together; the median of the rounds */
+    double macs, bytes; /* multiply-adds; bytes that must be read: weights as the file stores them once a step, keys and values once a step */
+    double gmac_s, gb_s, of_ceiling; /* of_ceiling: of the nearer of the two ceilings, 0..1 */
+};
+struct bench_ceilings {
+    double gmac_s; /* of the widest integer dot product this CPU has, from registers */
+    double gb_s;   /* read from a buffer as large as the model's weights */
+    const char *instruction;
+};
+struct bench_phases {
+    const char *test; /* "pp": one whole prompt; "tg": one step */
+    uint32_t batch, n_prompt, n_gen, context;
+    struct bench_phase_row rows[PHASE_KINDS];
+};
+/* The driver was opened to time phases. Of sequence 0, or of the first `batch` ones, which have `context` tokens in the cache and room for n_gen more. */
+enum status bench_phases_prompt(struct bench_driver *driver, const struct program *program, uint32_t n_prompt, uint32_t rounds,
+                                struct bench_phases *phases, struct error *error);
+enum status bench_phases_generation(struct bench_driver *driver, const struct program *program, uint32_t batch, uint32_t context, uint32_t n_gen,
+                                    uint32_t rounds, struct bench_phases *phases, struct error *error);
+void bench_phases_rate(struct bench_phases *phases, const struct bench_ceilings *ceilings);
+
+/* ---- bench_ceiling.c ---- */
+enum status bench_measure_ceilings(uint32_t threads, uint64_t weight_bytes, struct bench_ceilings *ceilings, struct error *error);
+/* bench_peak*.c: runs `rounds` rounds of independent integer dot products in registers; returns multiply-adds done. */
+double bench_peak_generic(uint64_t rounds);
+double bench_peak_avx2(uint64_t rounds);
+double bench_peak_avxvnni(uint64_t rounds);
+double bench_peak_avx512(uint64_t rounds);
+
 /* ---- bench_print.c ---- */
 struct bench_report {
     const struct config *config;
     const struct model *model;
     const char *backend; /* bench_driver_describe */
     enum kv_dtype kv_dtype;
+    uint32_t threads;
     uint32_t n_rows;
     const struct bench_row *rows;
+    uint32_t n_phases; /* 0: --phases was not asked */
+    const struct bench_phases *phases;
+    struct bench_ceilings ceilings;
 };
 void bench_print_table(const struct bench_report *report, FILE *out); /* llama-bench's columns, as a Markdown table */
 void bench_print_json(const struct bench_report *report, FILE *out);

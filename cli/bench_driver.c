@@ -2,6 +2,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/check.h"
 #include "base/random.h"
@@ -29,6 +30,7 @@ struct bench_driver {
     struct sample *samples;
     struct sample_result *results;
     struct sampling greedy;
+    uint64_t phase_ns[PHASE_KINDS];
 };
 
 /* Block b of a lane, as a pool under many sequences that grow together would place it: whole extents, taken in turn by every lane of every sequence. */
@@ -79,9 +81,10 @@ enum status bench_driver_open(const struct config *config, const struct model *m
     uint64_t blocks = ((uint64_t)size->max_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     blocks = (blocks + extent - 1) / extent * extent;
     uint64_t total = blocks * size->max_sequences * program_lanes(program);
-    if (total > UINT32_MAX / 2)
-        return error_set(error, STATUS_NO_MEMORY, "bench: %" PRIu32 " sequences of %" PRIu32 " tokens are too many", size->max_sequences,
-                         size->max_tokens);
+    uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    if (total > UINT32_MAX / 2 || total * block_bytes > memory)
+        return error_set(error, STATUS_NO_MEMORY, "bench: %" PRIu32 " sequences of %" PRIu32 " tokens do not fit this machine's memory",
+                         size->max_sequences, size->max_tokens);
     struct backend_limits limits = {
         .kv_dtype = dtype,
         .n_blocks = (uint32_t)total,
@@ -94,11 +97,14 @@ enum status bench_driver_open(const struct config *config, const struct model *m
         .progress = progress_report,
         .progress_context = progress,
     };
-    struct backend *backend = NULL;
-    status = ops->prepare(program, &limits, &backend, error);
-    if (status != STATUS_OK) return status;
     struct bench_driver *driver = check_calloc(1, sizeof *driver);
-    *driver = (struct bench_driver){.backend = backend, .program = program, .size = *size, .kv_dtype = dtype};
+    *driver = (struct bench_driver){.program = program, .size = *size, .kv_dtype = dtype};
+    if (config->bench.phases) limits.phase_ns = driver->phase_ns;
+    status = ops->prepare(program, &limits, &driver->backend, error);
+    if (status != STATUS_OK) {
+        free(driver);
+        return status;
+    }
     driver->n_lanes = program_lanes(program);
     driver->lane_blocks = (uint32_t)blocks;
     allocate(driver);
@@ -124,6 +130,25 @@ void bench_driver_close(struct bench_driver *driver) {
 }
 
 const char *bench_driver_describe(const struct bench_driver *driver) { return driver->backend->ops->describe(driver->backend); }
+
+void bench_driver_take_phases(struct bench_driver *driver, uint64_t ns[PHASE_KINDS]) {
+    memcpy(ns, driver->phase_ns, sizeof driver->phase_ns);
+    memset(driver->phase_ns, 0, sizeof driver->phase_ns);
+}
+
+/* From "cpu avx512bf16, 2 threads": what the backend made of "auto". */
+uint32_t bench_driver_threads(const struct bench_driver *driver) {
+    const char *comma = strrchr(bench_driver_describe(driver), ',');
+    long threads = comma ? strtol(comma + 1, NULL, 10) : 0;
+    return threads > 0 ? (uint32_t)threads : 1;
+}
+
+uint32_t bench_driver_max_rows(const struct bench_driver *driver) { return driver->size.max_rows; }
+
+double bench_driver_slot_bytes(const struct bench_driver *driver) {
+    return (double)driver->backend->ops->block_bytes(driver->program, driver->kv_dtype) / BLOCK_TOKENS;
+}
+
 enum kv_dtype bench_driver_kv_dtype(const struct bench_driver *driver) { return driver->kv_dtype; }
 
 void bench_driver_truncate(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens) {
@@ -161,6 +186,8 @@ static enum status step(struct bench_driver *driver, const struct batch *batch, 
 
 enum status bench_driver_prompt(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens, uint64_t seed, struct error *error) {
     enum status status = STATUS_OK;
+    driver->next[sequence] =
+        (int32_t)(random_at(seed, sequence, n_tokens, 0) % driver->program->n_vocab); /* where there is no prompt to sample after */
     for (uint32_t done = 0; done < n_tokens && status == STATUS_OK;) {
         uint32_t n_rows = n_tokens - done < driver->size.max_rows ? n_tokens - done : driver->size.max_rows;
         struct batch batch = empty_batch(driver);

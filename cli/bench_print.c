@@ -31,6 +31,23 @@ static void test_name(const struct bench_row *row, char *name, size_t size) {
         snprintf(name, size, "%s%" PRIu32 " @ d%" PRIu32, row->test, row->n_gen, row->context);
 }
 
+static void print_phases(const struct bench_report *report, const struct bench_phases *phases, FILE *out) {
+    char test[32];
+    struct bench_row row = {.test = phases->test, .n_prompt = phases->n_prompt, .n_gen = phases->n_gen, .context = phases->context};
+    double total = 0;
+    test_name(&row, test, sizeof test);
+    fprintf(out, "\n%s, batch %" PRIu32 ", microseconds of %s; ceilings %.0f GMAC/s (%s), %.1f GB/s\n\n", test, phases->batch,
+            phases->n_prompt ? "the prompt" : "a step", report->ceilings.gmac_s, report->ceilings.instruction, report->ceilings.gb_s);
+    fprintf(out, "| phase     |         us |   GMAC/s |     GB/s | of ceiling |\n| --------- | ---------: | -------: | -------: | ---------: |\n");
+    for (int kind = 0; kind < PHASE_KINDS; kind++) {
+        const struct bench_phase_row *phase = &phases->rows[kind];
+        total += phase->us;
+        fprintf(out, "| %-9s | %10.1f | %8.1f | %8.1f | %8.0f %% |\n", phase_kind_name(phase->kind), phase->us, phase->gmac_s, phase->gb_s,
+                100 * phase->of_ceiling);
+    }
+    fprintf(out, "| all       | %10.1f |          |          |            |\n", total);
+}
+
 void bench_print_table(const struct bench_report *report, FILE *out) {
     char cpu[128];
     cpu_name(cpu, sizeof cpu);
@@ -46,6 +63,7 @@ void bench_print_table(const struct bench_report *report, FILE *out) {
                 (double)model_bytes(report->model) / 0x1p20, (double)model_parameters(report->model) / 1e6, row->batch, test, row->tok_s,
                 row->tok_s_min, row->tok_s_max);
     }
+    for (uint32_t i = 0; i < report->n_phases; i++) print_phases(report, &report->phases[i], out);
     fprintf(out, "\nt/s: the median of %" PRIu32 " rounds, greedy sampling included; each sequence has random tokens of its own.\n",
             report->config->bench.rounds);
 }
@@ -79,6 +97,34 @@ static void write_row(struct json_writer *json, const struct bench_row *row) {
     json_object_end(json);
 }
 
+static void write_phases(struct json_writer *json, const struct bench_report *report) {
+    json_key(json, "ceilings");
+    json_object(json);
+    key_double(json, "gmac_s", report->ceilings.gmac_s);
+    key_double(json, "gb_s", report->ceilings.gb_s);
+    key_text(json, "instruction", report->ceilings.instruction);
+    json_object_end(json);
+    json_key(json, "phases");
+    json_array(json);
+    for (uint32_t i = 0; i < report->n_phases * PHASE_KINDS; i++) {
+        const struct bench_phases *phases = &report->phases[i / PHASE_KINDS];
+        const struct bench_phase_row *row = &phases->rows[i % PHASE_KINDS];
+        json_object(json);
+        key_text(json, "test", phases->test);
+        key_unsigned(json, "batch", phases->batch);
+        key_unsigned(json, "n_prompt", phases->n_prompt);
+        key_unsigned(json, "n_gen", phases->n_gen);
+        key_unsigned(json, "context", phases->context);
+        key_text(json, "phase", phase_kind_name(row->kind));
+        key_double(json, "us", row->us);
+        key_double(json, "gmac_s", row->gmac_s);
+        key_double(json, "gb_s", row->gb_s);
+        key_double(json, "of_ceiling", row->of_ceiling);
+        json_object_end(json);
+    }
+    json_array_end(json);
+}
+
 void bench_print_json(const struct bench_report *report, FILE *out) {
     char cpu[128];
     cpu_name(cpu, sizeof cpu);
@@ -87,7 +133,7 @@ void bench_print_json(const struct bench_report *report, FILE *out) {
     json_begin(&json, &text);
     json_object(&json);
     key_text(&json, "model", model_name(report->model));
-    key_unsigned(&json, "threads", report->config->threads);
+    key_unsigned(&json, "threads", report->threads);
     key_text(&json, "commit", version_commit());
     key_text(&json, "cpu", cpu);
     key_text(&json, "backend", report->backend);
@@ -96,6 +142,7 @@ void bench_print_json(const struct bench_report *report, FILE *out) {
     json_array(&json);
     for (uint32_t i = 0; i < report->n_rows; i++) write_row(&json, &report->rows[i]);
     json_array_end(&json);
+    if (report->n_phases) write_phases(&json, report);
     json_object_end(&json);
     buffer_append_byte(&text, '\n');
     (void)fwrite(text.bytes, 1, text.length, out);

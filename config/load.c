@@ -292,7 +292,7 @@ static enum status load_flags(struct config *config, int argc, char **argv, int 
         if (status != STATUS_OK) break;
         if (flag.help) {
             *help = true;
-            continue;
+            break;
         }
         const char *value = flag.value;
         bool boolean = flag.option && flag.option->type == OPTION_BOOL;

@@ -195,7 +195,7 @@ enum status option_set(const struct option_info *option, struct config *config, 
                        struct error *error) {
     char *field = (char *)config + option->offset;
     if (field_is_text(option)) return set_text(option, field, text, length, where, error);
-    char quoted[80], copy[64];
+    char quoted[80], copy[64] = "";
     quote(text, length, quoted, sizeof quoted);
     if (length >= sizeof copy || memchr(text, '\0', length)) return error_set(error, STATUS_INVALID, "%s: %s is not a value", where, quoted);
     memcpy(copy, text, length);

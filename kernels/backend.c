@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "base/check.h"
+#include "kernels/cpu/isa.h"
 
 /* Best first: "auto" is the first one, which is why a backend that invents its numbers comes last. */
 const struct backend_ops *const backends[] = {
@@ -18,6 +19,13 @@ const struct backend_ops *backend_find(const char *name) {
     for (const struct backend_ops *const *ops = backends; *ops; ops++)
         if (strcmp((*ops)->name, name) == 0) return *ops;
     return NULL;
+}
+
+enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set) {
+    if (ops != &backend_cpu) return KV_F16;
+    for (const struct cpu_isa *const *isa = cpu_isas; !instruction_set && *isa; isa++)
+        if ((*isa)->present()) instruction_set = (*isa)->name; /* worst first */
+    return instruction_set && strcmp(instruction_set, "avx512bf16") == 0 ? KV_BF16 : KV_F16;
 }
 
 static const char *const kv_dtype_names[KV_DTYPES] = {[KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8"};

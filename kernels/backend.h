@@ -12,12 +12,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/block.h"
 #include "base/error.h"
 #include "kernels/program.h"
 #include "kernels/sample.h"
 #include "kernels/score.h"
-
-#define BLOCK_TOKENS 32
 
 enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
 const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
@@ -39,6 +38,8 @@ struct backend_limits {
     double mock_tokens_per_second; /* mock only: rate of each step's rows; 0: as fast as it goes */
     void (*progress)(void *context, double fraction); /* during prepare; may be NULL */
     void *progress_context;
+    uint64_t *phase_ns;      /* [PHASE_KINDS]: each step adds the nanoseconds from the end of the phase before to the end of this one, as the engine thread sees them.
+                                NULL: the clock is not read. For `bench --phases` */
 };
 
 /* One sequence's part of a batch. Its rows are contiguous, positions ascending. */
@@ -132,5 +133,7 @@ struct backend {
 /* NULL-terminated. A build without CUDA is a full build. */
 extern const struct backend_ops *const backends[];
 const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best present on this machine */
+/* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
+enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
 
 extern const struct backend_ops backend_cpu, backend_reference, backend_mock;

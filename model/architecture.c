@@ -119,7 +119,7 @@ static void read_heads(struct keys *keys, struct hyper_parameters *p) {
 /* As converters write it: a type, a factor; without a type the factor means linear. */
 static void read_scaling(struct keys *keys, struct rope_parameters *rope) {
     struct gguf_string type = {"linear", 6};
-    char found[32], words[160];
+    char found[32], words[256];
     read_f32(keys, "rope.scale_linear", GGUF_OPTIONAL, 0, 1e6, &rope->factor); /* the older name */
     read_f32(keys, "rope.scaling.factor", GGUF_OPTIONAL, 0, 1e6, &rope->factor);
     if (keys->status == STATUS_OK) keys->status = gguf_get_string(keys->gguf, key_of(keys, "rope.scaling.type"), GGUF_OPTIONAL, &type, keys->error);
@@ -166,7 +166,7 @@ static void read_rope(struct keys *keys, struct hyper_parameters *p) {
     /* Halves of a part of the head would pair other dimensions than kernels/program.h says. */
     bool whole = p->architecture->rope_pairs == ROPE_PAIRS_HALVES;
     if (rope->dims % 2 != 0 || rope->dims > p->head_dim || (whole && rope->dims != p->head_dim)) {
-        char words[160];
+        char words[256];
         (void)snprintf(words, sizeof words, "key %s is %" PRIu32 "; supported: %s the head dimension %" PRIu32, key_of(keys, "rope.dimension_count"),
                        rope->dims, whole ? "exactly" : "even and at most", p->head_dim);
         refuse(keys, words);
@@ -179,7 +179,7 @@ static void read_vocabulary(struct keys *keys, struct hyper_parameters *p) {
     if (keys->status != STATUS_OK) return;
     keys->status = gguf_get_array(keys->gguf, "tokenizer.ggml.tokens", GGUF_REQUIRED, GGUF_STRING, &tokens, keys->error);
     if (keys->status != STATUS_OK) return;
-    char words[160];
+    char words[256];
     if (tokens.count < 1 || tokens.count > MODEL_VOCAB_MAX) {
         (void)snprintf(words, sizeof words, "key tokenizer.ggml.tokens has %zu tokens; supported: 1 to %u", tokens.count, MODEL_VOCAB_MAX);
         refuse(keys, words);

@@ -29,19 +29,40 @@
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits "| ?[^" SPACES "\\p{L}\\p{N}]+[\\r\\n]*|" SPACE "*[\\r\\n]+|" SPACE         \
     "+(?!" NOT_SPACE ")|" SPACE "+"
 
+/* Mistral's: words begin where lower case meets upper case. */
+#define TEKKEN                                                                                                                                       \
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+|"                                                     \
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*|"                                                     \
+    "\\p{N}| ?[^" SPACES "\\p{L}\\p{N}]+[\\r\\n/]*|" SPACE "*[\\r\\n]+|" SPACE "+(?!" NOT_SPACE ")|" SPACE "+"
+
 /* clang-format off */
 static const struct entry {
     struct pre_tokenizer_traits traits;
+    bool alias; /* of the entry above it; not named in errors */
     const char *patterns[PATTERNS_MAX];
 } table[] = {
-    {{"default",   false, false}, {"[\\p{P}$+<=>^~|]+", GPT2, "\\p{N}+", "[0-9][0-9][0-9]"}},
-    {{"gpt-2",     false, false}, {GPT2}},
-    {{"smollm",    false, false}, {"\\p{N}", GPT2}},
-    {{"qwen2",     false, false}, {CL100K("\\p{N}")}},
-    {{"llama-bpe", true,  true},  {CL100K("\\p{N}{1,3}")}},
-    {{"llama3",    true,  true},  {CL100K("\\p{N}{1,3}")}},
-    {{"llama-v3",  true,  true},  {CL100K("\\p{N}{1,3}")}},
-    {{"deepseek-r1-qwen", false, false}, {CL100K("\\p{N}")}},
+    {{"default",          false, false}, false, {"[\\p{P}$+<=>^~|]+", GPT2, "\\p{N}+", "[0-9][0-9][0-9]"}},
+    {{"gpt-2",            false, false}, false, {GPT2}},
+    {{"phi-2",            false, false}, true,  {GPT2}},
+    {{"olmo",             false, false}, true,  {GPT2}},
+    {{"exaone4",          false, false}, true,  {GPT2}},
+    {{"smollm",           false, false}, false, {"\\p{N}", GPT2}},
+    {{"starcoder",        false, false}, true,  {"\\p{N}", GPT2}},
+    {{"refact",           false, false}, true,  {"\\p{N}", GPT2}},
+    {{"codeshell",        false, false}, true,  {"\\p{N}", GPT2}},
+    {{"command-r",        false, false}, true,  {"\\p{N}", GPT2}},
+    {{"qwen2",            false, false}, false, {CL100K("\\p{N}")}},
+    {{"deepseek-r1-qwen", false, false}, true,  {CL100K("\\p{N}")}},
+    {{"stablelm2",        false, false}, true,  {CL100K("\\p{N}")}},
+    {{"megrez",           false, false}, true,  {CL100K("\\p{N}")}},
+    {{"llama-bpe",        true,  true},  false, {CL100K("\\p{N}{1,3}")}},
+    {{"llama3",           true,  true},  true,  {CL100K("\\p{N}{1,3}")}},
+    {{"llama-v3",         true,  true},  true,  {CL100K("\\p{N}{1,3}")}},
+    {{"falcon3",          true,  true},  true,  {CL100K("\\p{N}{1,3}")}},
+    {{"lfm2",             true,  true},  true,  {CL100K("\\p{N}{1,3}")}},
+    {{"dbrx",             false, false}, true,  {CL100K("\\p{N}{1,3}")}},
+    {{"smaug-bpe",        false, false}, true,  {CL100K("\\p{N}{1,3}")}},
+    {{"tekken",           true,  true},  false, {TEKKEN}},
 };
 /* clang-format on */
 #define ENTRIES (sizeof table / sizeof *table)
@@ -55,8 +76,10 @@ struct pre_tokenizer {
 
 static enum status unsupported(struct gguf_string name, struct error *error) {
     char supported[256] = "", shown[64];
-    for (size_t i = 0, used = 0; i < ENTRIES && used < sizeof supported; i++)
+    for (size_t i = 0, used = 0; i < ENTRIES && used < sizeof supported; i++) {
+        if (table[i].alias) continue;
         used += (size_t)snprintf(supported + used, sizeof supported - used, "%s%s", i ? ", " : "", table[i].traits.name);
+    }
     return error_set(error, STATUS_UNSUPPORTED, "key tokenizer.ggml.pre is \"%s\"; supported: %s", gguf_printable(name, shown, sizeof shown),
                      supported);
 }

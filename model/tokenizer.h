@@ -14,8 +14,8 @@ struct tokenizer;
 #define TOKEN_NONE (-1)
 
 uint32_t tokenizer_vocabulary(const struct tokenizer *tokenizer);
-const char *tokenizer_kind(const struct tokenizer *tokenizer);          /* "bpe" or "spm" */
-const char *tokenizer_pre_tokenizer(const struct tokenizer *tokenizer); /* "smollm", ...; "" for spm */
+const char *tokenizer_kind(const struct tokenizer *tokenizer);          /* "bpe", "spm", or "bytes" (models without a file) */
+const char *tokenizer_pre_tokenizer(const struct tokenizer *tokenizer); /* "smollm", ...; "" where there is none */
 int32_t tokenizer_bos(const struct tokenizer *tokenizer); /* TOKEN_NONE: none */
 int32_t tokenizer_eos(const struct tokenizer *tokenizer);
 /* End of generation: EOS, and the end-of-turn tokens a model names (eot, <|im_end|>, <|eot_id|>, <|endoftext|>, ...). */

@@ -59,6 +59,14 @@ static size_t pool_add(struct loader *loader, const char *bytes, size_t length) 
     return at;
 }
 
+/* "<0x0A>": the byte, or -1. */
+static int byte_of(const char *text, size_t length) {
+    static const char digits[] = "0123456789ABCDEF";
+    if (length != 6 || memcmp(text, "<0x", 3) != 0 || text[5] != '>') return -1;
+    const char *high = memchr(digits, text[3], 16), *low = memchr(digits, text[4], 16);
+    return high && low ? (int)((high - digits) * 16 + (low - digits)) : -1;
+}
+
 /* Keys */
 
 static enum status read_types(struct loader *loader) {
@@ -71,11 +79,13 @@ static enum status read_types(struct loader *loader) {
         return FAIL(loader, STATUS_INVALID, "key tokenizer.ggml.token_type has %zu elements for %" PRIu32 " tokens", types.count,
                     tokenizer->n_tokens);
     for (uint32_t i = 0; i < tokenizer->n_tokens; i++) {
-        int32_t type = present ? gguf_array_i32(&types, i) : TOKEN_NORMAL;
+        struct token *token = &tokenizer->tokens[i];
+        bool byte = tokenizer->type == TOKENIZER_SPM && byte_of(tokenizer->pool + token->text, token->text_length) >= 0;
+        int32_t type = present ? gguf_array_i32(&types, i) : byte ? TOKEN_BYTE : TOKEN_NORMAL;
         if (type < 0 || type >= TOKEN_TYPES)
             return FAIL(loader, STATUS_INVALID, "key tokenizer.ggml.token_type: token %" PRIu32 " has type %" PRId32 " (0 to %d)", i, type,
                         TOKEN_TYPES - 1);
-        tokenizer->tokens[i].type = (uint8_t)type;
+        token->type = (uint8_t)type;
     }
     return STATUS_OK;
 }
@@ -213,14 +223,6 @@ static enum status read_merges(struct loader *loader) {
     return status;
 }
 
-/* "<0x0A>": the byte, or -1. */
-static int byte_of(const char *text, size_t length) {
-    static const char digits[] = "0123456789ABCDEF";
-    if (length != 6 || memcmp(text, "<0x", 3) != 0 || text[5] != '>') return -1;
-    const char *high = memchr(digits, text[3], 16), *low = memchr(digits, text[4], 16);
-    return high && low ? (int)((high - digits) * 16 + (low - digits)) : -1;
-}
-
 static enum status map_bytes(struct loader *loader) {
     struct tokenizer *tokenizer = loader->tokenizer;
     for (int byte = 0; byte < 256; byte++) tokenizer->byte_tokens[byte] = TOKEN_NONE;
@@ -340,8 +342,7 @@ static void find_ends(struct tokenizer *tokenizer) {
                                         "<eos>",
                                         "<|end_of_text|>",
                                         "<end_of_utterance>",
-                                        "<\xef\xbd\x9c"
-                                        "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>",
+                                        "<｜end▁of▁sentence｜>",
                                         "<|fim_pad|>",
                                         "<|repo_name|>",
                                         "<reponame>",

@@ -4,18 +4,24 @@
  * counts and block ids: no floats, no device memory, no text, no clock (time is an argument, used for order and ageing only), no randomness: the same calls give the same plans.
  *
  * A REQUEST is one prompt with n_candidates choices. A SEQUENCE is one choice that has its own table. Choice 0 reads the prompt; in the step that computes the
- * prompt's last row it is sampled n_candidates times, and the commit of that step forks choices 1..n-1 from it: full blocks by owner count, the last
- * partial block copied. A fork for which there are no blocks or places becomes a preempted sequence instead (it recomputes, mostly from the prefix cache).
+ * prompt's last row it is sampled once for each choice, and the commit of that step forks choices 1..n-1 from it: full blocks by owner count, the last
+ * partial block copied. If choice 0 is aborted before that, the next live choice takes its place, with what it had computed. A fork for which there are no blocks or places becomes a preempted sequence instead (it recomputes, mostly from the prefix cache).
  *
  * A sequence has n_tokens known and n_computed in the cache; the plan hands out the step's cost budget so that the second catches up with the first. No prefill
  * phase, no decode phase. Order: running sequences that lack one token; those catching up, oldest first, in chunks; admission.
+ * Priority ages: a level is worth 2^31 ns (2.1 s) of waiting, so that whoever waits long enough is ahead of everything that arrives later.
  * Preempted = blocks given back, n_computed = 0, at the head of the waiting queue with its arrival time. No admission in a step that preempted; the oldest running sequence
  * is never preempted; victims: highest priority number first, then the youngest.
+ *
+ * Compression: a sequence stops at token indices fixed by its request (scheduler_points) until the caller has dealt with it (scheduler_due .. scheduler_compacted or
+ * scheduler_dropped): lanes get shorter, whole blocks come free, and the plan that follows admits with them. A preempted sequence reads up to the same points again. Sequence position
+ * (n_computed) and lane lengths are separate counters everywhere.
  *
  * One thread. Allocates in scheduler_new only. All arrays a plan points to are the scheduler's and stay until the next scheduler_plan. */
 #pragma once
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 struct scheduler;
@@ -32,8 +38,8 @@ struct scheduler_limits {
     uint32_t max_sequences;     /* running at once */
     uint32_t max_choices;       /* live choices in all, waiting ones included: the bound of every queue here */
     uint32_t max_model_len;     /* tokens of one sequence, prompt and generated */
-    uint32_t max_rows;          /* rows of one step */
-    uint32_t max_samples;       /* samples of one step */
+    uint32_t max_rows;          /* rows of one step, >= max_sequences */
+    uint32_t max_samples;       /* samples of one step, >= max_sequences */
     struct step_cost cost;
     double step_budget_us;      /* a plan stays under it unless its decode rows alone exceed it; at least one chunk of BLOCK_TOKENS rows always fits in */
     uint32_t watermark_blocks;  /* left free by admission */
@@ -41,16 +47,26 @@ struct scheduler_limits {
     uint64_t hash_seed;
 };
 
+/* Token indices at which a sequence is compressed, as functions of n_computed. */
+struct scheduler_points {
+    uint32_t reading;   /* multiples of it while the prompt is read; 0: none */
+    bool prompt_end;    /* once the prompt is computed */
+    uint32_t growing;   /* every so many tokens after the prompt; 0: none */
+};
+
 struct scheduler_request {
     uint64_t id;               /* never reused */
     void *owner;               /* handed back in plan entries */
-    uint32_t n_candidates;
+    uint32_t n_candidates;     /* 1 .. max_samples - max_sequences + 1: a step in which all others decode still has room for them */
     int32_t *const *tokens;    /* [n_candidates], each with room for n_prompt + max_new; [0] holds the prompt. The scheduler copies the prompt on a fork, and reads
                                   ids for the prefix cache; the engine writes each sampled token at index n_tokens before scheduler_commit */
     uint32_t n_prompt, max_new; /* n_prompt >= 1; max_new 0: compute the prompt, sample nothing */
     int32_t priority;          /* lower first; ages */
     uint64_t arrival_ns;
     uint64_t cache_scope;      /* prefix cache entries are shared within a scope only */
+    struct scheduler_points points;
+    uint32_t peak_tokens;      /* the most slots a lane holds on average, once the prompt is compressed, or from the start if points.reading; 0: no bound */
+    bool private;              /* its blocks are never shared with the prefix cache, in neither direction; with peak_tokens its length is not bound by max_model_len */
     uint32_t first_needed_row; /* rows from here on must be computed, whatever the cache holds (0: no hit; UINT32_MAX: only the last one) */
 };
 
@@ -60,7 +76,7 @@ struct plan_entry {
     uint32_t choice;
     uint32_t first_token, n_rows;  /* rows are tokens [first_token, first_token + n_rows) of the choice, at those positions */
     uint32_t n_tokens;             /* known before this step */
-    uint32_t n_samples;            /* 0 while catching up; 1; or n_candidates in the step that ends the prompt of choice 0 */
+    uint32_t n_samples;            /* 0 while catching up; 1; or, in the step that ends the prompt, one for each choice of the request that still lives */
     uint32_t cached_tokens;        /* taken from the prefix cache at the latest admission */
     bool first_run;                /* the request's first rows ever are in this step */
     const uint32_t *lane_first;    /* [n_lanes] index in plan.block_ids of the lane's first block */
@@ -71,8 +87,9 @@ struct plan {
     uint32_t n_entries;
     const struct plan_entry *entries;
     uint32_t n_rows, n_samples;
+    const uint32_t *sample_choice; /* [n_samples] the choice each sample is for: entry order, choices ascending within an entry */
     const uint32_t *block_ids;     /* the table arena */
-    /* Block copies (last partial blocks of forks) to carry out before the rows run. */
+    /* Block copies (last partial blocks of forks) to carry out, in this order, before the rows run. A plan without entries has none. */
     uint32_t n_copies;
     const uint32_t *copy_source, *copy_destination;
 };
@@ -83,12 +100,22 @@ struct scheduler_stats {
     uint64_t preemptions, forks, forks_recomputed, blocks_copied;
     uint64_t prefix_queries, prefix_hits, prefix_partial_hits; /* queries and hits in tokens; partial_hits in admissions */
     uint64_t prefix_evictions;                       /* entries */
+    uint64_t prefix_steals;                          /* entries that left the cache because their owner was compressed */
+    uint64_t compaction_copies;                      /* shared blocks that a compaction could not write in place */
+    uint64_t compaction_skips;                       /* lanes left as they were, for lack of blocks to copy to */
+    uint64_t compaction_drops;                       /* whole blocks dropped without moving data */
+    uint64_t compactions, replays;                   /* sequences compressed; of them, at a point passed before a preemption */
+    uint64_t pressure_compactions;
+    uint64_t blocks_freed;                           /* by compression */
+    uint64_t admissions_by_compression;              /* for which the blocks freed since the plan before were needed */
     uint64_t chunks;                                 /* entries with n_rows > 1 that did not reach n_tokens */
     uint64_t steps;
 };
 
 struct scheduler *scheduler_new(const struct scheduler_limits *limits);
 void scheduler_free(struct scheduler *scheduler);
+/* What scheduler_new allocates: tables, prefix cache, queues. */
+uint64_t scheduler_bytes(const struct scheduler_limits *limits);
 
 /* The most blocks this request can ever hold at its peak; a request for which this exceeds n_blocks must be refused by the caller. */
 uint64_t scheduler_peak_blocks(const struct scheduler_limits *limits, uint32_t n_prompt, uint32_t max_new);
@@ -106,6 +133,46 @@ void scheduler_commit(struct scheduler *scheduler, const bool *ended);
 /* Between steps, at any state of the choice (waiting, running, not yet forked, preempted): it is over, its blocks are back when this returns.
  * Unknown or ended: ignored, returns false. */
 bool scheduler_abort(struct scheduler *scheduler, uint64_t id, uint32_t choice);
+
+/* Compression, between steps and before the next plan. */
+struct scheduler_due {
+    void *owner;
+    uint64_t request_id;
+    uint32_t choice;
+    uint32_t n_computed, n_prompt;
+    bool pressure;               /* not at a point of its own: scheduler_press asked for it, now or before it was preempted */
+    const uint32_t *block_ids;   /* the table arena */
+    const uint32_t *lane_first, *lane_tokens; /* as in plan_entry */
+};
+/* The next sequence that waits at a point, oldest first; false: none. It must be dealt with by exactly one of the next three. */
+bool scheduler_next_due(struct scheduler *scheduler, struct scheduler_due *due);
+
+/* What a compaction moves, lane by lane. */
+struct scheduler_lane_move {
+    bool moves;                  /* false: the lane stays as it is (nothing to evict, or no blocks to copy to) */
+    const uint32_t *source;      /* ids of the lane's blocks, in order */
+    const uint32_t *destination; /* [blocks of n_keep slots]: equal to the leading source ids, or fresh where those are shared */
+    uint32_t n_keep;
+};
+/* The caller keeps n_keep[lane] slots of each lane, the first one evicted being first_evicted[lane] (lane_tokens if none is). Blocks from there on are written: those that only the
+ * prefix cache holds beside this sequence leave it, those that another sequence holds are replaced by fresh ones. Returns [n_lanes] moves, valid until scheduler_compacted. */
+const struct scheduler_lane_move *scheduler_compact(struct scheduler *scheduler, const struct scheduler_due *due, const uint32_t *n_keep, const uint32_t *first_evicted);
+/* The moves have been carried out: lanes are cut, blocks given back. */
+void scheduler_compacted(struct scheduler *scheduler, const struct scheduler_due *due);
+/* Whole blocks [first[lane], first[lane] + count[lane]) of each lane leave; no data moves. */
+void scheduler_dropped(struct scheduler *scheduler, const struct scheduler_due *due, const uint32_t *first, const uint32_t *count);
+/* Nothing is evicted at this point. */
+void scheduler_kept(struct scheduler *scheduler, const struct scheduler_due *due);
+
+/* Makes the first `count` blocks of every lane of a due sequence its own, so that they may be written: *n copies from source to destination must be carried out at once. false: not enough
+ * blocks; the sequence has been preempted and is no longer due. */
+bool scheduler_own_first(struct scheduler *scheduler, const struct scheduler_due *due, uint32_t count, uint32_t *n, const uint32_t **source, const uint32_t **destination);
+
+/* Pressure: the running sequence that was compressed longest ago among those for which may(context, owner) is true becomes due. It will be compressed at the same token index again
+ * if it has to be recomputed. false: there is none. */
+bool scheduler_press(struct scheduler *scheduler, bool (*may)(void *context, void *owner), void *context);
+/* While set, nothing new is admitted (preempted sequences are). */
+void scheduler_hold_admission(struct scheduler *scheduler, bool hold);
 
 /* Gives back what the prefix cache holds (tests, memory pressure). */
 void scheduler_drop_prefix_cache(struct scheduler *scheduler);

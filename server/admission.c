@@ -164,6 +164,7 @@ static void admit(struct serving *serving) {
     collect_stop_tokens(serving);
     if (!submit_all(serving)) {
         server->metrics.rejected_queue++;
+        serving->rejected = true;
         api_error_set(&error, 503, "server_error", "queue_full", NULL, "Too many requests are waiting. Try again later.");
         error.retry_after_s = 1;
         serving_fail(serving, &error);

@@ -63,7 +63,7 @@ static void resume(struct exchange *exchange) {
     if (!exchange->suspended) return;
     exchange->suspended = false;
     MHD_resume_connection(exchange->connection->mhd);
-    exchange->connection->http->pump_again = true;
+    http_pump(exchange->connection->http);
 }
 
 static void answered(struct exchange *exchange, int status, const char *content_type) {
@@ -125,7 +125,10 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
     struct exchange *exchange = *slot;
     struct connection *connection = connection_of(mhd);
     *slot = NULL;
-    if (connection && !connection->gone) connection_deadline(connection, http->limits.idle_timeout_s);
+    if (connection && !connection->gone) {
+        connection_deadline(connection, http->limits.idle_timeout_s);
+        if (connection->half_closed) connection->deadline_ns = clock_now_ns(); /* nothing more can come: the next tick ends it */
+    }
     if (!exchange) return;
     if (why != MHD_REQUEST_TERMINATED_COMPLETED_OK) exchange->aborted = true;
     exchange->suspended = false; /* a connection that ends is not to be resumed */
@@ -136,6 +139,7 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
     http->hooks.finished(http->hooks.context, exchange);
     uncharge(exchange);
     exchange->connection->exchange = NULL;
+    if (!exchange->connection->gone) connection_watch(exchange->connection);
     if (exchange->previous)
         exchange->previous->next = exchange->next;
     else
@@ -226,6 +230,13 @@ static enum MHD_Result visit_field(void *context, enum MHD_ValueKind kind, const
     return MHD_YES;
 }
 
+/* In the middle of a body: libmicrohttpd can answer only at its end, which a client that waits for the answer may never send. */
+static void refuse_at_once(struct exchange *exchange, const struct api_error *error) {
+    exchange->aborted = exchange->close = true;
+    answered(exchange, error->status, NULL);
+    wire_refuse(exchange->connection, exchange->id, error);
+}
+
 /* Framing, Host, Origin and size. true: refused, an answer is set. */
 static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const char *version) {
     const struct http_limits *limits = &exchange->connection->http->limits;
@@ -256,8 +267,11 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
         api_error_set(&error, 413, "invalid_request_error", "body_too_large", NULL, "The body has %llu bytes; at most %" PRIu64 " are allowed.",
                       declared, limits->max_body);
         /* A little too long is read and dropped, so that the client sees the answer; a client that waits for 100 Continue sees it at once. */
-        if (declared > 2 * limits->max_body || exchange_header(exchange, "Expect")) exchange->close = exchange->finished_body = true;
-        reply_error(exchange, &error);
+        if (exchange_header(exchange, "Expect")) exchange->close = exchange->finished_body = true;
+        if (declared > 2 * limits->max_body && !exchange->finished_body)
+            refuse_at_once(exchange, &error);
+        else
+            reply_error(exchange, &error);
         return true;
     }
     return false;
@@ -277,15 +291,15 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     http->exchanges = exchange;
     http->n_exchanges++;
     connection->exchange = exchange;
+    connection_watch(connection);
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));
     connection_deadline(connection, http->limits.body_timeout_s);
     if (!refuse(exchange, mhd, version)) http->hooks.headers(http->hooks.context, exchange);
     if (exchange->status == 0) return MHD_YES;
     exchange->discard = true;
-    const char *length = exchange_header(exchange, "Content-Length");
-    bool body = (length && strcmp(length, "0") != 0) || exchange_header(exchange, "Transfer-Encoding");
-    if (!body || exchange->finished_body || exchange_header(exchange, "Expect")) return queue_answer(exchange);
+    /* Queued before its body, an answer ends the connection: only where that is wanted, or the client waits for 100 Continue. */
+    if (exchange->finished_body || exchange_header(exchange, "Expect")) return queue_answer(exchange);
     return MHD_YES;
 }
 
@@ -296,7 +310,7 @@ static enum MHD_Result take_body(struct exchange *exchange, const char *bytes, s
     *length = 0;
     exchange->body_seen += n;
     if (exchange->discard) /* bounded: somebody who goes on for ever is cut off */
-        return exchange->body_seen > 2 * http->limits.max_body + 65536 ? MHD_NO : MHD_YES;
+        return exchange->body_seen > 4 * http->limits.max_body + (1u << 20) ? MHD_NO : MHD_YES;
     if (exchange->body_seen > http->limits.max_body) {
         api_error_set(&error, 413, "invalid_request_error", "body_too_large", NULL, "The body has more than %" PRIu64 " bytes.",
                       http->limits.max_body);
@@ -309,7 +323,7 @@ static enum MHD_Result take_body(struct exchange *exchange, const char *bytes, s
         exchange->discard = true;
         uncharge(exchange);
         buffer_done(&exchange->body);
-        reply_error(exchange, &error);
+        refuse_at_once(exchange, &error);
         return MHD_YES;
     }
     buffer_append(&exchange->body, bytes, n);
@@ -328,6 +342,7 @@ enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const
     if (exchange->state == EXCHANGE_BODY) { /* all is in */
         exchange->connection->deadline_ns = 0;
         exchange->state = EXCHANGE_ASKED;
+        if (exchange->aborted) return MHD_NO; /* it has been answered on the wire */
         if (exchange->status)
             exchange->state = EXCHANGE_ANSWER;
         else

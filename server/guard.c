@@ -24,7 +24,7 @@ void guard_field(struct guard *guard, const char *name, size_t name_length, cons
         if ((unsigned char)value[i] < 0x20 && value[i] != '\t') problem = "a header field's value has a control character";
     if (is(name, name_length, "Content-Length")) {
         guard->content_lengths++;
-        if (value_length == 0 || value_length > 18) problem = "Content-Length is malformed";
+        if (value_length == 0 || value_length > 19) problem = "Content-Length is malformed";
         for (size_t i = 0; i < value_length && !problem; i++)
             if (value[i] < '0' || value[i] > '9') problem = "Content-Length is malformed";
     } else if (is(name, name_length, "Transfer-Encoding")) {
@@ -44,6 +44,47 @@ const char *guard_verdict(const struct guard *guard, bool http_1_1) {
     if (guard->transfer_encodings && !http_1_1) return "Transfer-Encoding needs HTTP/1.1";
     if (guard->hosts > 1) return "more than one Host";
     if (guard->hosts == 0 && http_1_1) return "Host is missing";
+    return NULL;
+}
+
+/* The line at *at without its end, moving on; false: no line end in what is there. */
+static bool next_line(const char *bytes, size_t length, size_t *at, const char **line, size_t *line_length) {
+    const char *end = memchr(bytes + *at, '\n', length - *at);
+    if (!end) return false;
+    *line = bytes + *at;
+    *line_length = (size_t)(end - *line);
+    *at += *line_length + 1;
+    if (*line_length && (*line)[*line_length - 1] == '\r') (*line_length)--;
+    return true;
+}
+
+static bool ends_with(const char *line, size_t length, const char *end) {
+    return length >= strlen(end) && memcmp(line + length - strlen(end), end, strlen(end)) == 0;
+}
+
+static void head_field(struct guard *guard, const char *line, size_t length) {
+    const char *colon = memchr(line, ':', length);
+    if (line[0] == ' ' || line[0] == '\t' || !colon) {
+        if (!guard->problem) guard->problem = colon ? "a header field is folded" : "a header field has no colon";
+        return;
+    }
+    const char *value = colon + 1, *end = line + length;
+    while (value < end && (*value == ' ' || *value == '\t')) value++;
+    while (end > value && (end[-1] == ' ' || end[-1] == '\t')) end--;
+    guard_field(guard, line, (size_t)(colon - line), value, (size_t)(end - value));
+}
+
+const char *guard_head(const char *bytes, size_t length) {
+    struct guard guard = {0};
+    const char *line;
+    size_t at = 0, n;
+    if (!next_line(bytes, length, &at, &line, &n)) return NULL;
+    bool http_1_1 = ends_with(line, n, " HTTP/1.1");
+    if (!http_1_1 && !ends_with(line, n, " HTTP/1.0")) return NULL;
+    while (next_line(bytes, length, &at, &line, &n)) {
+        if (n == 0) return guard_verdict(&guard, http_1_1);
+        head_field(&guard, line, n);
+    }
     return NULL;
 }
 

@@ -15,6 +15,10 @@ void guard_field(struct guard *guard, const char *name, size_t name_length, cons
 /* After all fields: NULL, or why the request must be refused and the connection closed. */
 const char *guard_verdict(const struct guard *guard, bool http_1_1);
 
+/* The same over a whole head as it lies in the socket, before libmicrohttpd reads it: it answers a bad Content-Length or a missing Host by itself, with two heads and HTML, and lets a
+ * NUL or an empty name pass. NULL: nothing wrong, or the head is not complete, or these bytes do not begin with a request line (then the guard over the parsed fields decides). */
+const char *guard_head(const char *bytes, size_t length);
+
 /* Is the host of a Host field ("name", "name:port", "[::1]:8080") one of localhost, 127.0.0.0/8, [::1], `bound` or the comma list `allowed` ("*": any)? */
 bool guard_host_allowed(const char *host, const char *bound, const char *allowed);
 /* The same for an Origin field ("http://name:port"). "null" is nobody's. */

@@ -19,7 +19,15 @@
 
 #define PUMP_SPINS 16
 
+static void on_idle(uv_idle_t *idle) { (void)idle; } /* its being active is all */
+
 /* ---- the pump ---- */
+
+void http_pump(struct http *http) {
+    if (http->due || !http->daemon) return;
+    http->due = true;
+    CHECK(uv_idle_start(&http->idle, on_idle) == 0);
+}
 
 static void on_timer(uv_timer_t *timer) { http_pump(timer->data); }
 
@@ -29,30 +37,32 @@ static void on_epoll(uv_poll_t *poll, int status, int events) {
     http_pump(poll->data);
 }
 
-/* Runs libmicrohttpd until it has nothing to do at once; then arms a timer with what it asks for. Its sockets are edge-triggered: skipping that timer hangs connections. */
-void http_pump(struct http *http) {
-    if (http->pumping) { /* from within a hook: the outer call sees to it */
-        http->pump_again = true;
-        return;
-    }
-    if (!http->daemon) return;
-    http->pumping = true;
+/* Runs libmicrohttpd until it has nothing to do at once; then arms a timer with what it asks for. Its sockets are edge-triggered: skipping that timer hangs
+ * connections. */
+static void run(struct http *http) {
     MHD_UNSIGNED_LONG_LONG timeout = 0;
     bool more = true;
     for (int spin = 0; more && spin < PUMP_SPINS; spin++) {
-        http->closed_one = http->pump_again = false;
+        http->closed_one = false;
         (void)MHD_run(http->daemon);
         /* After a close the accept socket is offered again only at the beginning of the next run. */
         bool due = MHD_get_timeout(http->daemon, &timeout) == MHD_YES;
-        more = (due && timeout == 0) || http->closed_one || http->pump_again;
+        more = (due && timeout == 0) || http->closed_one;
         if (!due) timeout = UINT64_MAX;
     }
-    http->pumping = false;
     if (more) timeout = 0; /* next turn of the loop: others get theirs */
     if (timeout == UINT64_MAX)
         (void)uv_timer_stop(&http->timer);
     else
         (void)uv_timer_start(&http->timer, on_timer, timeout, 0);
+}
+
+static void on_check(uv_check_t *check) {
+    struct http *http = check->data;
+    if (!http->due || !http->daemon) return;
+    http->due = false;
+    (void)uv_idle_stop(&http->idle);
+    run(http);
 }
 
 /* ---- connections ---- */
@@ -74,21 +84,29 @@ static void cut(struct connection *connection) {
     (void)shutdown(connection->socket, SHUT_RDWR);
 }
 
-static void on_disconnect(uv_poll_t *watcher, int status, int events) {
+static void on_socket(uv_poll_t *watcher, int status, int events) {
     struct connection *connection = watcher->data;
-    if (status >= 0 && !(events & UV_DISCONNECT)) return;
-    (void)uv_poll_stop(watcher); /* level-triggered */
-    connection->watching = false;
     struct http *http = connection->http;
-    /* A request that came together with the end of the stream, and can be answered at once, is: half of all shell one-liners do that. */
+    http_pump(http);
+    if (status >= 0 && !(events & UV_DISCONNECT)) { /* bytes, and no request yet: the first look at them is ours */
+        if (!connection->exchange && !connection->gone) (void)wire_look(connection);
+        return;
+    }
+    (void)uv_poll_stop(watcher); /* level-triggered */
     connection->half_closed = true;
+    /* A request that came together with the end of the stream, and can be answered at once, is: half of all shell one-liners do that. The next tick cuts what is left. */
     if (status >= 0 && !connection->exchange) {
-        connection->deadline_ns = clock_now_ns(); /* the next tick cuts what is left of it */
-        http_pump(http);
+        if (!connection->gone) (void)wire_look(connection);
+        connection->deadline_ns = clock_now_ns();
         return;
     }
     cut(connection);
-    http_pump(http);
+}
+
+/* New bytes are looked at between requests only; the peer's leaving always. */
+void connection_watch(struct connection *connection) {
+    if (connection->half_closed) return;
+    (void)uv_poll_start(&connection->watcher, connection->exchange ? UV_DISCONNECT : UV_DISCONNECT | UV_READABLE, on_socket);
 }
 
 static void watcher_closed(uv_handle_t *handle) { free(handle->data); }
@@ -103,10 +121,14 @@ static void connection_opened(struct http *http, struct MHD_Connection *mhd, voi
     http->connections = connection;
     http->n_connections++;
     connection_deadline(connection, http->limits.header_timeout_s);
+    /* What a client does not read waits as tokens of 24 bytes in our memory, not as text in the kernel's (which would take 4 MiB a connection). */
+    int send_bytes = HTTP_SEND_BYTES;
+    (void)setsockopt(connection->socket, SOL_SOCKET, SO_SNDBUF, &send_bytes, sizeof send_bytes);
     CHECK(uv_poll_init_socket(http->loop, &connection->watcher, connection->socket) == 0);
     connection->watcher.data = connection;
-    connection->watching = uv_poll_start(&connection->watcher, UV_DISCONNECT, on_disconnect) == 0;
     *slot = connection;
+    /* libmicrohttpd reads at once after this. */
+    if (!wire_look(connection)) connection_watch(connection);
 }
 
 /* libmicrohttpd closes the socket after this. */
@@ -228,7 +250,7 @@ enum status http_start(struct http **result, uv_loop_t *loop, const char *host, 
         {MHD_OPTION_CONNECTION_LIMIT, (intptr_t)limits->max_connections + HTTP_RESERVE, NULL},
         {MHD_OPTION_CONNECTION_TIMEOUT, 0, NULL}, /* ours are absolute */
         {MHD_OPTION_CONNECTION_MEMORY_LIMIT, 32768, NULL},
-        {MHD_OPTION_STRICT_FOR_CLIENT, 1, NULL},
+        {MHD_OPTION_STRICT_FOR_CLIENT, 0, NULL}, /* a missing Host is the guard's: 1 answers it with two heads */
         {MHD_OPTION_END, 0, NULL},
     };
     /* The logger comes first: options before it would speak to stderr. */
@@ -243,7 +265,10 @@ enum status http_start(struct http **result, uv_loop_t *loop, const char *host, 
     }
     int epoll = MHD_get_daemon_info(http->daemon, MHD_DAEMON_INFO_EPOLL_FD)->epoll_fd;
     CHECK(uv_poll_init(loop, &http->epoll, epoll) == 0 && uv_timer_init(loop, &http->timer) == 0 && uv_timer_init(loop, &http->tick) == 0);
-    http->epoll.data = http->timer.data = http->tick.data = http;
+    CHECK(uv_check_init(loop, &http->check) == 0 && uv_idle_init(loop, &http->idle) == 0);
+    http->look = check_calloc(HTTP_LOOK_BYTES, 1);
+    http->epoll.data = http->timer.data = http->tick.data = http->check.data = http;
+    CHECK(uv_check_start(&http->check, on_check) == 0);
     CHECK(uv_poll_start(&http->epoll, UV_READABLE, on_epoll) == 0);
     CHECK(uv_timer_start(&http->tick, on_tick, HTTP_TICK_MS, HTTP_TICK_MS) == 0);
     http_pump(http);
@@ -266,10 +291,7 @@ void http_drain(struct http *http) {
     http->draining = true;
     int listener = MHD_quiesce_daemon(http->daemon);
     if (listener >= 0) (void)close(listener);
-    for (struct connection *connection = http->connections, *next; connection; connection = next) {
-        next = connection->next;
-        if (!connection->exchange) cut(connection);
-    }
+    /* Idle connections stay: what still comes on them is told to go elsewhere, which a bare close would not. */
     http_pump(http);
 }
 
@@ -280,7 +302,7 @@ void http_stop(struct http *http) {
         next = connection->next;
         cut(connection);
     }
-    for (int i = 0; i < PUMP_SPINS && http->n_connections; i++) http_pump(http);
+    for (int i = 0; i < PUMP_SPINS && http->n_connections; i++) run(http);
     (void)uv_poll_stop(&http->epoll);
     struct MHD_Daemon *daemon = http->daemon;
     http->daemon = NULL;
@@ -288,6 +310,11 @@ void http_stop(struct http *http) {
     uv_close((uv_handle_t *)&http->epoll, NULL);
     uv_close((uv_handle_t *)&http->timer, NULL);
     uv_close((uv_handle_t *)&http->tick, NULL);
+    uv_close((uv_handle_t *)&http->check, NULL);
+    uv_close((uv_handle_t *)&http->idle, NULL);
 }
 
-void http_free(struct http *http) { free(http); }
+void http_free(struct http *http) {
+    free(http->look);
+    free(http);
+}

@@ -36,6 +36,8 @@ struct http_hooks {
     void (*answered)(void *context, struct exchange *exchange);
     /* Over, the connection may be gone: the last chance to look at it (access log). */
     void (*finished)(void *context, struct exchange *exchange);
+    /* Refused on the wire, without an exchange. */
+    void (*refused)(void *context, int status, const char *why);
     void *context;
 };
 
@@ -59,12 +61,12 @@ enum status http_start(struct http **http, uv_loop_t *loop, const char *host, ui
                        const struct http_hooks *hooks, struct error *error);
 void http_set_limits(struct http *http, const struct http_limits *limits);
 const char *http_url(const struct http *http); /* "http://127.0.0.1:8080" */
-/* No new connections; idle ones are closed, the others after the answer they wait for. */
+/* No new connections; those there are end with their next answer. */
 void http_drain(struct http *http);
 uint32_t http_connections(const struct http *http);
 /* Requests whose answer is not complete. */
 uint32_t http_exchanges(const struct http *http);
-/* Lets libmicrohttpd run. Needed after exchange_wake or a late answer that did not happen inside one of the hooks; once for many. */
+/* libmicrohttpd is to run, in this turn of the loop. Needed after exchange_wake or a late answer that did not happen inside one of the hooks; cheap to say often. */
 void http_pump(struct http *http);
 /* Ends every exchange (owners are told) and closes every socket. The loop must run once more to free the handles, then http_free. */
 void http_stop(struct http *http);

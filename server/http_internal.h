@@ -3,12 +3,15 @@
 
 #include <microhttpd.h>
 
+#include "server/api_error.h"
 #include "server/http.h"
 
 #define HTTP_TICK_MS 250
 #define HTTP_RESERVE 32    /* connections beyond max_connections that are still accepted, so that /health answers when all others are taken */
 #define HTTP_BODIES_MAX 32 /* memory of all bodies together: so many times max_body */
 #define EXCHANGE_HEADERS_MAX 6
+#define HTTP_LOOK_BYTES 32768
+#define HTTP_SEND_BYTES 65536 /* of a socket's buffer */
 
 struct connection {
     struct connection *next, *previous;
@@ -18,8 +21,8 @@ struct connection {
     int socket;
     uint64_t deadline_ns; /* 0: none */
     uv_poll_t watcher;
-    bool half_closed;    /* the peer has sent its last byte */
-    bool watching, gone; /* gone: the peer left, or a deadline passed */
+    bool half_closed; /* the peer has sent its last byte */
+    bool gone;        /* the peer left, or a deadline passed */
 };
 
 enum exchange_state {
@@ -58,21 +61,30 @@ struct http {
     struct http_hooks hooks;
     uv_poll_t epoll;
     uv_timer_t timer, tick;
+    uv_check_t check; /* runs libmicrohttpd behind all watchers of this turn: they look at new bytes first */
+    uv_idle_t idle;   /* active while a run is due: the loop does not sleep before it */
+    char *look;       /* HTTP_LOOK_BYTES, for peeking */
     struct connection *connections;
     struct exchange *exchanges;
     uint32_t n_connections, n_exchanges;
     uint64_t body_bytes;
-    bool draining, stopping, closed_one, pumping, pump_again;
+    bool draining, stopping, closed_one, due;
     char url[600];
     char id_prefix[17];
     uint64_t next_id;
 };
 
+/* wire.c: what is said on a socket behind libmicrohttpd's back, while it has nothing to say there itself. */
+/* Looks at the bytes of a request that begins. true: refused, and the connection is cut. */
+bool wire_look(struct connection *connection);
+/* A whole error answer, and the end of our side. What the peer still sends is libmicrohttpd's to read and drop. */
+void wire_refuse(struct connection *connection, const char *id, const struct api_error *error);
 /* exchange.c */
 enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const char *url, const char *method, const char *version,
                                 const char *upload, size_t *upload_length, void **slot);
 void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, enum MHD_RequestTerminationCode why);
 void exchange_gone(struct exchange *exchange);
 /* http.c */
+void connection_watch(struct connection *connection);
 struct connection *connection_of(struct MHD_Connection *mhd);
 void connection_deadline(struct connection *connection, uint32_t seconds);

@@ -41,11 +41,12 @@ struct server {
     pthread_t loader;
     bool loader_joined;
     _Atomic uint32_t load_permille;
-    enum status load_status; /* written before `loaded` is sent */
+    struct server_model loading_model; /* this and the next two: written before `loaded` is sent */
+    enum status load_status;
     struct error load_error;
     uint32_t told_percent;
 
-    struct server_model model; /* valid from SERVER_SERVING on */
+    struct server_model model; /* all zero until it is loaded */
     char fingerprint[40];
     uint64_t next_request, seed;
     struct serving *servings;
@@ -67,6 +68,7 @@ void route_headers(void *context, struct exchange *exchange);
 void route_request(void *context, struct exchange *exchange);
 void route_answered(void *context, struct exchange *exchange);
 void route_finished(void *context, struct exchange *exchange);
+void route_refused(void *context, int status, const char *why);
 
 /* utility.c: the small endpoints. */
 void utility_health(struct server *server, struct exchange *exchange);

@@ -182,6 +182,7 @@ static bool key_is_new(struct reader *reader, uint32_t key) {
 /* A key and its colon. */
 static bool read_key(struct reader *reader) {
     uint32_t key;
+    if (reader->depth == 1) reader->member = 0;
     if (at_end(reader) || peek(reader) != '"') return fail(reader, "a key in quotes was expected");
     if (!read_string(reader, &key)) return false;
     if (reader->depth == 1) {

@@ -49,18 +49,23 @@ static enum status read_file(const char *path, char **text, size_t *length, stru
     return STATUS_OK;
 }
 
-static void put_digest(struct keys *keys, const uint8_t digest[SHA256_BYTES]) {
+static uint32_t find_digest(const struct keys *keys, const uint8_t digest[SHA256_BYTES]) {
     for (uint32_t i = 0; i < keys->n_keys; i++)
-        if (memcmp(keys->keys[i].digest, digest, SHA256_BYTES) == 0) {
-            keys->keys[i].valid = true;
-            return;
-        }
-    if (keys->n_keys == keys->capacity) {
+        if (memcmp(keys->keys[i].digest, digest, SHA256_BYTES) == 0) return i;
+    return KEY_NONE;
+}
+
+/* Into a free entry, or a new one. */
+static void put_digest(struct keys *keys, const uint8_t digest[SHA256_BYTES]) {
+    uint32_t i = 0;
+    while (i < keys->n_keys && (keys->keys[i].valid || keys->keys[i].live)) i++;
+    if (i == keys->capacity) {
         keys->capacity = keys->capacity ? keys->capacity * 2 : 16;
         keys->keys = check_realloc(keys->keys, keys->capacity, sizeof *keys->keys);
     }
-    keys->keys[keys->n_keys] = (struct key){.valid = true};
-    memcpy(keys->keys[keys->n_keys++].digest, digest, SHA256_BYTES);
+    if (i == keys->n_keys) keys->n_keys++;
+    keys->keys[i] = (struct key){.valid = true};
+    memcpy(keys->keys[i].digest, digest, SHA256_BYTES);
 }
 
 /* Digests of the file's keys into `found`. */
@@ -82,7 +87,7 @@ static enum status parse(const char *path, const char *text, size_t length, stru
         if (found->n_keys == KEYS_MAX) return error_set(error, STATUS_INVALID, "%s: more than %d keys", path, KEYS_MAX);
         uint8_t digest[SHA256_BYTES];
         sha256(first, n, digest);
-        put_digest(found, digest);
+        if (find_digest(found, digest) == KEY_NONE) put_digest(found, digest);
     }
     if (found->n_keys == 0) return error_set(error, STATUS_INVALID, "%s: no key in it (one a line, # begins a comment)", path);
     return STATUS_OK;
@@ -103,22 +108,10 @@ enum status keys_load(struct keys *keys, const char *path, struct error *error) 
             return status;
         }
     }
-    /* Live requests hold an index: a key that is gone stays as an invalid entry until the process ends, or its entry is used again. */
-    for (uint32_t i = 0; i < keys->n_keys; i++) keys->keys[i].valid = false;
-    for (uint32_t i = 0; i < found.n_keys; i++) {
-        struct key *free_entry = NULL;
-        for (uint32_t j = 0; j < keys->n_keys && !free_entry; j++)
-            if (memcmp(keys->keys[j].digest, found.keys[i].digest, SHA256_BYTES) == 0) free_entry = &keys->keys[j];
-        for (uint32_t j = 0; j < keys->n_keys && !free_entry; j++)
-            if (!keys->keys[j].valid && keys->keys[j].live == 0) {
-                free_entry = &keys->keys[j];
-                memcpy(free_entry->digest, found.keys[i].digest, SHA256_BYTES);
-            }
-        if (free_entry)
-            free_entry->valid = true;
-        else
-            put_digest(keys, found.keys[i].digest);
-    }
+    /* Live requests hold an index: a key that is gone stays as an invalid entry until its entry is used again. First those that are still there, then the new ones. */
+    for (uint32_t i = 0; i < keys->n_keys; i++) keys->keys[i].valid = find_digest(&found, keys->keys[i].digest) != KEY_NONE;
+    for (uint32_t i = 0; i < found.n_keys; i++)
+        if (find_digest(keys, found.keys[i].digest) == KEY_NONE) put_digest(keys, found.keys[i].digest);
     keys->required = *path != '\0';
     keys->n_valid = found.n_keys;
     keys_done(&found);

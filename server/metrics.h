@@ -40,8 +40,7 @@ struct metrics {
     uint64_t finishes[METRIC_FINISHES];
     uint64_t prompt_tokens, cached_tokens, generation_tokens; /* of ended choices' requests; tokens as they came */
     uint64_t answers[METRIC_ROUTES][METRIC_CODES];
-    uint64_t rejected_queue, rejected_key, rejected_not_ready, client_gone, timeouts, stalls;
-    uint64_t tokenized;
+    uint64_t rejected_queue, rejected_key, rejected_not_ready, client_gone, timeouts;
     double bounds[48]; /* 1-2-5 series up to max_model_len */
 };
 

@@ -18,7 +18,7 @@ struct route {
 static const struct route routes[] = {
     {"/v1/completions", "/v1/completions", true, false, false, serving_start},
     {"/v1/models", "/v1/models", false, false, false, utility_models},
-    {"/v1/models/", "/v1/models/{id}", false, false, false, utility_model},
+    {"/v1/models/", "/v1/models/:id", false, false, false, utility_model},
     {"/tokenize", "/tokenize", true, false, false, utility_tokenize},
     {"/detokenize", "/detokenize", true, false, false, utility_detokenize},
     {"/health", "/health", false, true, true, utility_health},
@@ -28,16 +28,20 @@ static const struct route routes[] = {
 #define ROUTES (sizeof routes / sizeof *routes)
 _Static_assert(ROUTES < METRIC_ROUTES, "the last row of the counters is for paths without a route");
 
-const char *const route_names[] = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/tokenize", "/detokenize",
-                                   "/health",         "/version",   "/metrics",        "other"};
+const char *const route_names[] = {"/v1/completions", "/v1/models", "/v1/models/:id", "/tokenize", "/detokenize",
+                                   "/health",         "/version",   "/metrics",       "other"};
 _Static_assert(sizeof route_names / sizeof *route_names == ROUTES + 1, "one name a route");
 uint32_t route_count(void) { return (uint32_t)ROUTES; }
 
-static uint32_t find(const char *path) {
+static uint32_t find(const struct server *server, const char *path) {
     for (uint32_t i = 0; i < ROUTES; i++) {
         size_t length = strlen(routes[i].path);
         bool below = routes[i].path[length - 1] == '/';
-        if (below ? strncmp(path, routes[i].path, length) == 0 && path[length] : strcmp(path, routes[i].path) == 0) return i;
+        if (!below && strcmp(path, routes[i].path) == 0) return i;
+        /* One name below it; a served name may have slashes of its own ("org/model"). */
+        if (below && strncmp(path, routes[i].path, length) == 0 && path[length] &&
+            (!strchr(path + length, '/') || strcmp(path + length, server->model.served_name) == 0))
+            return i;
     }
     return UINT32_MAX;
 }
@@ -63,7 +67,7 @@ static bool authenticate(struct server *server, struct exchange *exchange, uint3
 void route_headers(void *context, struct exchange *exchange) {
     struct server *server = context;
     const char *method = exchange_method(exchange), *path = exchange_path(exchange);
-    uint32_t index = find(path);
+    uint32_t index = find(server, path);
     exchange_set_tag(exchange, index, KEY_NONE);
     const struct route *route = index < ROUTES ? &routes[index] : NULL;
     /* Who has no key learns nothing of which paths there are. OPTIONS never carries one. */
@@ -128,4 +132,10 @@ void route_finished(void *context, struct exchange *exchange) {
               exchange_request_id(exchange), method, path, exchange_status(exchange), (double)(clock_now_ns() - exchange_started_ns(exchange)) / 1e6,
               (unsigned long long)exchange_bytes_out(exchange), exchange_aborted(exchange) ? " client=gone" : "",
               exchange_notes(exchange)[0] ? " " : "", exchange_notes(exchange));
+}
+
+void route_refused(void *context, int status, const char *why) {
+    struct server *server = context;
+    metrics_answer(&server->metrics, UINT32_MAX, status);
+    log_info("request status=%d refused=\"%s\"", status, why);
 }

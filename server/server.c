@@ -13,6 +13,7 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "config/options.h"
 #include "server/internal.h"
 
 #define TICK_MS 250
@@ -76,7 +77,7 @@ static void progress(void *context, double fraction) {
 static void *load(void *context) {
     struct server *server = context;
     struct engine_hooks hooks = {.wake = wake, .context = server, .progress = progress, .progress_context = server};
-    server->load_status = server->setup->start(server->setup->context, &hooks, &server->model, &server->load_error);
+    server->load_status = server->setup->start(server->setup->context, &hooks, &server->loading_model, &server->load_error);
     (void)uv_async_send(&server->loaded);
     return NULL;
 }
@@ -87,10 +88,10 @@ static void on_loaded(uv_async_t *async) {
     CHECK(pthread_join(server->loader, NULL) == 0);
     server->loader_joined = true;
     if (server->load_status != STATUS_OK) {
-        server->model.engine = NULL;
         uv_stop(&server->loop);
         return;
     }
+    server->model = server->loading_model;
     const char *describe = engine_describe(server->model.engine);
     uint8_t digest[SHA256_BYTES];
     char words[CONFIG_TEXT + 256];
@@ -138,10 +139,18 @@ static void on_terminate(uv_signal_t *handle, int number) {
 
 /* ---- reload ---- */
 
-static void log_changes(const struct config *before, const struct config *after, const struct keys *keys) {
-    (void)before;
-    log_info("configuration read again: log_level=%s max_body=%llu max_requests_per_key=%u keys=%u", after->log_level,
-             (unsigned long long)after->max_body, after->max_requests_per_key, keys->n_valid);
+/* Each option that is another now, by the table. No option holds a secret: keys stand in a file of their own. */
+static void log_changes(const struct config *before, const struct config *after) {
+    unsigned changes = 0;
+    for (size_t i = 0; i < options_count(); i++) {
+        char was[CONFIG_TEXT], is[CONFIG_TEXT];
+        option_text(&options[i], before, was, sizeof was);
+        option_text(&options[i], after, is, sizeof is);
+        if (strcmp(was, is) == 0) continue;
+        log_info("reload: %s: %s -> %s", options[i].key, was, is);
+        changes++;
+    }
+    if (changes == 0) log_info("reload: no option changed");
 }
 
 static enum log_level level_of(const char *name) {
@@ -167,7 +176,8 @@ static void on_reload(uv_signal_t *handle, int number) {
         log_error("reload: %s; nothing was changed", error.text);
     } else {
         struct http_limits limits = http_limits_of(next);
-        log_changes(&server->config, next, &server->keys);
+        log_changes(&server->config, next);
+        if (server->keys.required) log_info("reload: %u keys", server->keys.n_valid);
         server->config = *next;
         http_set_limits(server->http, &limits);
         log_set_level(level_of(next->log_level));
@@ -274,7 +284,7 @@ static void stop_all(struct server *server) {
 static enum status start_all(struct server *server, struct error *error) {
     const struct config *config = &server->config;
     struct http_limits limits = http_limits_of(config);
-    struct http_hooks hooks = {route_headers, route_request, route_answered, route_finished, server};
+    struct http_hooks hooks = {route_headers, route_request, route_answered, route_finished, route_refused, server};
     enum status status = keys_load(&server->keys, config->api_key_file, error);
     if (status == STATUS_OK) status = http_start(&server->http, &server->loop, config->host, config->port, &limits, &hooks, error);
     if (status != STATUS_OK) return status;

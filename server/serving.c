@@ -64,7 +64,7 @@ static void unclose(struct serving *serving, struct choice *choice) {
         metrics->finishes[choice->finish_reason[0] == 's' ? METRIC_STOP : METRIC_LENGTH]++;
         histogram_observe(&metrics->histograms[METRIC_END_TO_END], (double)(now - serving->started_ns) / 1e9);
         histogram_observe(&metrics->histograms[METRIC_GENERATION_TOKENS], choice->n_events);
-    } else {
+    } else if (!serving->rejected) {
         metrics->finishes[choice->finish == FINISH_ERROR ? METRIC_ERROR : METRIC_ABORT]++;
     }
 }

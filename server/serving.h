@@ -23,7 +23,8 @@ struct serving {
     bool answered; /* a status has been decided */
     bool ended;    /* so has everything that follows it */
     bool failed, done_sent, heartbeat;
-    bool dirty; /* events came in this batch */
+    bool rejected; /* it never began: its choices are not counted as aborted */
+    bool dirty;    /* events came in this batch */
     struct completion_limits limits;
     struct completion completion;
     struct api_error error;

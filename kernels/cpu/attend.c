@@ -3,12 +3,14 @@
  * A unit is one KV head of one sequence and a tile of at most ATTEND_QUERIES of its query vectors (rows x heads of the group, row by row).
  * Where every sequence is a single tile, its unit appends its own rows first; else appending is a phase of its own, with a barrier behind it. */
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
+#include "base/half.h"
 #include "kernels/cpu/cpu.h"
 
-/* Norm (if any), rotation, scale of one head's vector; `out` [dims] is padded with zeros. */
-static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, const float *weight, float scale, float *out) {
+/* Norm (if any) and rotation of one head's vector; `out` [dims] is padded with zeros. */
+static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, const float *weight, float *out) {
     const struct program *p = cpu->program;
     const uint32_t d = p->head_dim, pairs = p->rope_dims / 2;
     const float *rope = cpu->rope + (size_t)row * p->rope_dims;
@@ -21,7 +23,6 @@ static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, co
         *a = x0 * c - x1 * s;
         *b = x0 * s + x1 * c;
     }
-    for (uint32_t i = 0; i < d; i++) out[i] *= scale;
     for (uint32_t i = d; i < cpu->kv.dims; i++) out[i] = 0;
 }
 
@@ -36,20 +37,46 @@ static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_seque
     const float *k = cpu->qkv + row * cpu->qkv_stride + (size_t)(p->n_heads + head) * p->head_dim;
     const float *v = k + (size_t)p->n_kv_heads * p->head_dim;
     const uint32_t block = table_of(cpu, sequence, lane)[slot / BLOCK_TOKENS];
-    prepare_head(cpu, row, k, cpu->layers[layer].k_norm, 1, scratch);
+    prepare_head(cpu, row, k, cpu->layers[layer].k_norm, scratch);
     cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot % BLOCK_TOKENS, scratch, v);
     cpu->positions[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = cpu->batch->positions[row];
+    if (cpu->limits.accumulators) cpu->accumulated[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = 0;
 }
 
-static void append_all(struct cpu *cpu, uint32_t layer, uint32_t worker) {
+/* The rotated query of a row that is among the last of its sequence, for scores to come. */
+static void keep_query(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t row, uint32_t query_head, const float *q) {
+    const struct program *p = cpu->program;
+    if (sequence->ring == 0 || sequence->first_row + sequence->n_rows - row > cpu->limits.ring_rows) return;
+    size_t at = ((size_t)(sequence->ring - 1) * p->n_layers + layer) * cpu->limits.ring_rows + (uint32_t)cpu->batch->positions[row] % cpu->limits.ring_rows;
+    at = (at * p->n_heads + query_head) * p->head_dim;
+    for (uint32_t i = 0; i < p->head_dim; i++) {
+        if (cpu->narrow_rings) ((uint16_t *)cpu->ring_queries)[at + i] = f16_from_float(q[i]);
+        else ((float *)cpu->ring_queries)[at + i] = q[i];
+    }
+}
+
+/* Each row's attention onto the slots it saw. Sums are whole numbers: order and company do not matter. */
+static void accumulate(struct cpu *cpu, const struct attend *attend, uint32_t n_splits, const float *states, size_t stride) {
+    for (uint32_t split = 0; split < n_splits; split++) {
+        const float *weights = cpu->isa->weights(attend, split, states, stride);
+        uint32_t first = split * SPLIT_SLOTS, last = attend->visible[attend->n_queries - 1];
+        for (uint32_t i = 0; i < SPLIT_SLOTS && first + i < last; i++) {
+            uint64_t sum = 0;
+            for (uint32_t q = 0; q < attend->n_queries; q++) sum += (uint64_t)llrint((double)weights[(size_t)q * SPLIT_SLOTS + i] * SCORE_ACCUMULATED_ONE);
+            size_t at = (size_t)attend->blocks[(first + i) / BLOCK_TOKENS] * BLOCK_TOKENS + (first + i) % BLOCK_TOKENS;
+            atomic_fetch_add_explicit(&cpu->accumulated[at], sum, memory_order_relaxed);
+        }
+    }
+}
+
+void stage_append(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
     const uint32_t n_kv = cpu->program->n_kv_heads;
-    struct share share = share_of(cpu, cpu->batch->n_rows * n_kv, false, worker);
-    for (uint32_t unit; share_next(cpu, &share, &unit);) {
+    for (uint32_t unit = first; unit < end; unit++) {
         uint32_t row = unit / n_kv;
         const struct batch_sequence *sequence = &cpu->batch->sequences[cpu->row_sequence[row]];
-        append_row(cpu, layer, sequence, row - sequence->first_row, unit % n_kv, cpu->workers_scratch[worker].queries);
+        append_row(cpu, stage->index, sequence, row - sequence->first_row, unit % n_kv, cpu->workers_scratch[worker].queries);
     }
-    workers_barrier(cpu->workers);
 }
 
 /* Output of query q of the tile, normalised, to where ATTN_OUT reads it. */
@@ -61,45 +88,133 @@ static void put_output(struct cpu *cpu, uint32_t row, uint32_t head, const float
     if (cpu->a.blocks && d % PANEL_K == 0) cpu->isa->quantize(to, d / PANEL_K, cpu->a.blocks + row * cpu->a.block_stride + (size_t)head * (d / PANEL_K));
 }
 
-static void attend_tile(struct cpu *cpu, uint32_t layer, uint32_t index, uint32_t tile, uint32_t head, uint32_t worker) {
-    const struct program *p = cpu->program;
-    const struct batch_sequence *sequence = &cpu->batch->sequences[index];
-    struct worker_scratch *own = &cpu->workers_scratch[worker];
-    const uint32_t lane = layer * p->n_kv_heads + head, group = p->n_heads / p->n_kv_heads;
-    if (cpu->fused_append)
-        for (uint32_t i = 0; i < sequence->n_rows; i++) append_row(cpu, layer, sequence, i, head, own->queries);
+/* A tile of query vectors of one KV head. */
+struct tile {
+    const struct batch_sequence *sequence;
+    uint32_t lane, head;     /* KV head */
+    uint32_t first, n;       /* query vectors of the sequence: row by row, heads of the group within */
+    uint32_t n_slots;        /* that its last row sees */
+};
 
-    struct attend attend = {.shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, sequence, lane), .scratch = own->attend};
-    const uint32_t first = tile * ATTEND_QUERIES, all = sequence->n_rows * group, stride = cpu->kv.dims + 2;
-    attend.n_queries = all - first < ATTEND_QUERIES ? all - first : ATTEND_QUERIES;
-    for (uint32_t q = 0; q < attend.n_queries; q++) {
-        uint32_t i = (first + q) / group, query_head = head * group + (first + q) % group, row = sequence->first_row + i;
-        float *query = own->queries + (size_t)q * cpu->kv.dims;
-        prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, p->attention_scale, query);
-        attend.query[q] = query;
-        attend.visible[q] = sequence->lane_tokens[lane] + i + 1;
-        float *state = own->states + (size_t)q * stride;
-        memset(state, 0, stride * sizeof *state);
-        state[0] = -INFINITY;
+static struct tile tile_of(const struct cpu *cpu, uint32_t layer, uint32_t index) {
+    const struct program *p = cpu->program;
+    const uint32_t n_kv = p->n_kv_heads, group = p->n_heads / n_kv;
+    uint32_t low = 0, high = cpu->batch->n_sequences; /* first_tile[low] * n_kv <= index < first_tile[high] * n_kv */
+    while (high - low > 1) {
+        uint32_t middle = (low + high) / 2;
+        if (cpu->first_tile[middle] * n_kv <= index) low = middle;
+        else high = middle;
     }
-    uint32_t n_splits = (attend.visible[attend.n_queries - 1] + SPLIT_SLOTS - 1) / SPLIT_SLOTS;
-    cpu->isa->attend(&attend, 0, n_splits, own->states, stride);
-    for (uint32_t q = 0; q < attend.n_queries; q++) {
-        uint32_t i = (first + q) / group, query_head = head * group + (first + q) % group;
-        put_output(cpu, sequence->first_row + i, query_head, own->states + (size_t)q * stride, own->row);
+    while (cpu->first_tile[low + 1] == cpu->first_tile[low]) low++; /* sequences without rows */
+    index -= cpu->first_tile[low] * n_kv;
+    struct tile tile = {.sequence = &cpu->batch->sequences[low], .head = index % n_kv, .first = index / n_kv * ATTEND_QUERIES};
+    tile.lane = layer * n_kv + tile.head;
+    uint32_t all = tile.sequence->n_rows * group;
+    tile.n = all - tile.first < ATTEND_QUERIES ? all - tile.first : ATTEND_QUERIES;
+    tile.n_slots = tile.sequence->lane_tokens[tile.lane] + (tile.first + tile.n - 1) / group + 1;
+    return tile;
+}
+
+static uint32_t splits_of(uint32_t n_slots) { return (n_slots + SPLIT_SLOTS - 1) / SPLIT_SLOTS; }
+
+/* Row and query head of vector q of the tile. */
+static uint32_t row_of(const struct cpu *cpu, const struct tile *tile, uint32_t q, uint32_t *query_head) {
+    const uint32_t group = cpu->program->n_heads / cpu->program->n_kv_heads;
+    *query_head = tile->head * group + (tile->first + q) % group;
+    return tile->sequence->first_row + (tile->first + q) / group;
+}
+
+static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *tile, struct worker_scratch *own, struct attend *attend) {
+    const struct program *p = cpu->program;
+    *attend = (struct attend){.shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, tile->sequence, tile->lane), .scratch = own->attend,
+                              .n_queries = tile->n};
+    for (uint32_t q = 0; q < tile->n; q++) {
+        uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
+        float *query = own->queries + (size_t)q * cpu->kv.dims;
+        prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, query);
+        keep_query(cpu, layer, tile->sequence, row, query_head, query);
+        for (uint32_t d = 0; d < p->head_dim; d++) query[d] *= p->attention_scale;
+        attend->query[q] = query;
+        attend->visible[q] = tile->sequence->lane_tokens[tile->lane] + (row - tile->sequence->first_row) + 1;
     }
 }
 
-void phase_attention(struct cpu *cpu, uint32_t layer, uint32_t worker) {
-    const uint32_t n_kv = cpu->program->n_kv_heads, n_sequences = cpu->batch->n_sequences;
-    if (!cpu->fused_append) append_all(cpu, layer, worker);
-    const uint32_t n_units = cpu->first_tile[n_sequences] * n_kv;
-    struct share share = share_of(cpu, n_units, n_units >= 8, worker);
-    uint32_t sequence = 0;
-    for (uint32_t unit; share_next(cpu, &share, &unit);) {
-        /* Units of a worker ascend. */
-        while (unit >= cpu->first_tile[sequence + 1] * n_kv) sequence++;
-        uint32_t within = unit - cpu->first_tile[sequence] * n_kv;
-        attend_tile(cpu, layer, sequence, within / n_kv, within % n_kv, worker);
+static void clear_states(float *states, uint32_t n, size_t stride) {
+    memset(states, 0, n * stride * sizeof *states);
+    for (uint32_t q = 0; q < n; q++) states[q * stride] = -INFINITY;
+}
+
+static void finish_tile(struct cpu *cpu, const struct tile *tile, const struct attend *attend, const float *states, size_t stride, struct worker_scratch *own) {
+    if (tile->sequence->accumulate) accumulate(cpu, attend, splits_of(tile->n_slots), states, stride);
+    for (uint32_t q = 0; q < tile->n; q++) {
+        uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
+        put_output(cpu, row, query_head, states + q * stride, own->row);
     }
+}
+
+/* Where the state of query q in a split of a tile lies, while splits are units. */
+static float *partial_of(const struct cpu *cpu, uint32_t tile, uint32_t split, uint32_t q) {
+    return cpu->partials + (((size_t)tile * cpu->n_splits + split) * ATTEND_QUERIES + q) * (cpu->kv.dims + 2);
+}
+
+void stage_attend(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    struct worker_scratch *own = &cpu->workers_scratch[worker];
+    const uint32_t layer = stage->index, pieces = cpu->n_splits ? cpu->n_splits : 1;
+    const size_t stride = cpu->kv.dims + 2;
+    for (uint32_t unit = first; unit < end; unit++) {
+        struct tile tile = tile_of(cpu, layer, unit / pieces);
+        uint32_t split = unit % pieces, n_splits = splits_of(tile.n_slots);
+        struct attend attend;
+        if (cpu->fused_append)
+            for (uint32_t i = 0; i < tile.sequence->n_rows; i++) append_row(cpu, layer, tile.sequence, i, tile.head, own->queries);
+        if (cpu->n_splits) {
+            if (split >= n_splits) continue;
+            load_queries(cpu, layer, &tile, own, &attend);
+            float *states = partial_of(cpu, unit / pieces, split, 0);
+            clear_states(states, tile.n, stride);
+            cpu->isa->attend(&attend, split, split + 1, states, stride);
+        } else {
+            load_queries(cpu, layer, &tile, own, &attend);
+            clear_states(own->states, tile.n, stride);
+            cpu->isa->attend(&attend, 0, n_splits, own->states, stride);
+            finish_tile(cpu, &tile, &attend, own->states, stride, own);
+        }
+    }
+}
+
+/* Splits that were units, in ascending order: the same folding that one worker does on its way. */
+void stage_merge(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    struct worker_scratch *own = &cpu->workers_scratch[worker];
+    const size_t stride = cpu->kv.dims + 2;
+    for (uint32_t unit = first; unit < end; unit++) {
+        struct tile tile = tile_of(cpu, stage->index, unit);
+        struct attend attend;
+        load_queries(cpu, stage->index, &tile, own, &attend);
+        clear_states(own->states, tile.n, stride);
+        for (uint32_t q = 0; q < tile.n; q++)
+            for (uint32_t split = 0; split < splits_of(attend.visible[q]); split++)
+                cpu->isa->merge(own->states + q * stride, partial_of(cpu, unit, split, q), cpu->kv.dims);
+        finish_tile(cpu, &tile, &attend, own->states, stride, own);
+    }
+}
+
+uint32_t plan_attention(struct cpu *cpu) {
+    const struct batch *batch = cpu->batch;
+    const uint32_t n_kv = cpu->program->n_kv_heads, n_tiles = cpu->first_tile[batch->n_sequences] * n_kv;
+    uint32_t most = 0;
+    for (uint32_t s = 0; s < batch->n_sequences; s++)
+        for (uint32_t lane = 0; lane < program_lanes(cpu->program); lane++) {
+            uint32_t n_splits = splits_of(batch->sequences[s].lane_tokens[lane] + batch->sequences[s].n_rows);
+            if (n_splits > most) most = n_splits;
+        }
+    /* Few tiles over long lanes would leave workers idle: then the splits of a tile are units. */
+    cpu->n_splits = 0;
+    if (most > 1 && n_tiles < 4 * workers_count(cpu->workers) && (size_t)n_tiles * most * ATTEND_QUERIES * (cpu->kv.dims + 2) <= PARTIAL_FLOATS)
+        cpu->n_splits = most;
+    cpu->fused_append = cpu->n_splits == 0;
+    for (uint32_t s = 0; s < batch->n_sequences; s++)
+        if (cpu->first_tile[s + 1] - cpu->first_tile[s] > 1) cpu->fused_append = false;
+    return n_tiles * (cpu->n_splits ? cpu->n_splits : 1);
 }

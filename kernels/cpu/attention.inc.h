@@ -205,53 +205,90 @@ static void merge(float *state, const float *next, uint32_t dims) {
         vf_store(state + 2 + i, vf_fma(vf_load(next + 2 + i), new, vf_mul(vf_load(state + 2 + i), old)));
 }
 
-static void attend_split(struct split *s, uint32_t split, float *state, size_t state_stride) {
-    const struct attend *a = s->a;
+static void scores(const struct split *s) {
+    switch (s->a->shape->dtype) {
+    case KV_F32: widen_scores(KV_F32, s); break;
+    case KV_F16: widen_scores(KV_F16, s); break;
+#ifdef BF16_PAIRS
+    case KV_BF16: bf16_scores(s); break;
+#else
+    case KV_BF16: widen_scores(KV_BF16, s); break;
+#endif
+    default: q8_scores(s); break;
+    }
+}
+
+static void values(const struct split *s) {
+    switch (s->a->shape->dtype) {
+    case KV_F32: widen_values(KV_F32, s); break;
+    case KV_F16: widen_values(KV_F16, s); break;
+#ifdef BF16_PAIRS
+    case KV_BF16: bf16_values(s); break;
+#else
+    case KV_BF16: widen_values(KV_BF16, s); break;
+#endif
+    default: q8_values(s); break;
+    }
+}
+
+/* Slots of the split that query q sees. */
+INLINE uint32_t split_count(const struct attend *a, uint32_t q, uint32_t slot) {
+    if (a->visible[q] <= slot) return 0;
+    return a->visible[q] - slot < SPLIT_SLOTS ? a->visible[q] - slot : SPLIT_SLOTS;
+}
+
+static struct split split_of(const struct attend *a, uint32_t split) {
+    const uint32_t n = a->n_queries, slot = split * SPLIT_SLOTS;
+    struct split s = {.a = a, .n_queries = n, .scores = (float *)(void *)a->scratch, .first_block = slot / BLOCK_TOKENS};
+    s.out = s.scores + (size_t)n * SPLIT_SLOTS;
+    s.pairs = (uint16_t *)(void *)(s.out + (size_t)n * (a->shape->dims + 2));
+    s.quants = (uint8_t *)(s.pairs + (size_t)n * SPLIT_SLOTS);
+    s.n_blocks = (split_count(a, n - 1, slot) + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    return s;
+}
+
+static void attend_split(const struct attend *a, uint32_t split, float *state, size_t state_stride) {
     const uint32_t dims = a->shape->dims, slot = split * SPLIT_SLOTS;
     uint32_t skip = 0; /* visible ascends: the first queries may end before this split */
     while (skip < a->n_queries && a->visible[skip] <= slot) skip++;
     if (skip == a->n_queries) return;
-    uint32_t most = a->visible[a->n_queries - 1] - slot;
-    if (most > SPLIT_SLOTS) most = SPLIT_SLOTS;
-    s->first_block = slot / BLOCK_TOKENS;
-    s->n_blocks = (most + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    const enum kv_dtype dtype = a->shape->dtype;
-    bool pairs = false;
-#ifdef BF16_PAIRS
-    pairs = dtype == KV_BF16;
-    if (pairs) bf16_scores(s);
-#endif
-    if (dtype == KV_F32) widen_scores(KV_F32, s);
-    else if (dtype == KV_F16) widen_scores(KV_F16, s);
-    else if (dtype == KV_Q8) q8_scores(s);
-    else if (!pairs) widen_scores(KV_BF16, s);
+    const struct split s = split_of(a, split);
+    scores(&s);
     float sums[ATTEND_QUERIES][2];
-    for (uint32_t q = 0; q < a->n_queries; q++) {
-        uint32_t count = q < skip ? 0 : a->visible[q] - slot;
-        soften(s, q, count < SPLIT_SLOTS ? count : SPLIT_SLOTS, pairs, sums[q]);
-    }
 #ifdef BF16_PAIRS
-    if (pairs) bf16_values(s);
+    const bool pairs = a->shape->dtype == KV_BF16;
+#else
+    const bool pairs = false;
 #endif
-    if (dtype == KV_F32) widen_values(KV_F32, s);
-    else if (dtype == KV_F16) widen_values(KV_F16, s);
-    else if (dtype == KV_Q8) q8_values(s);
-    else if (!pairs) widen_values(KV_BF16, s);
+    for (uint32_t q = 0; q < a->n_queries; q++) soften(&s, q, split_count(a, q, slot), pairs, sums[q]);
+    if (!a->sums_only) values(&s);
     for (uint32_t q = skip; q < a->n_queries; q++) {
-        float *next = s->out + (size_t)q * (dims + 2);
+        float *next = split_out(&s, q) - 2;
         next[0] = sums[q][0];
         next[1] = sums[q][1];
-        merge(state + q * state_stride, next, dims);
+        merge(state + q * state_stride, next, a->sums_only ? 0 : dims);
     }
 }
 
 static void attend(const struct attend *a, uint32_t first_split, uint32_t end_split, float *state, size_t state_stride) {
-    const uint32_t n = a->n_queries, dims = a->shape->dims;
-    struct split s = {.a = a, .n_queries = n, .scores = (float *)(void *)a->scratch};
-    s.out = s.scores + (size_t)n * SPLIT_SLOTS;
-    s.pairs = (uint16_t *)(void *)(s.out + (size_t)n * (dims + 2));
-    s.quants = (uint8_t *)(s.pairs + (size_t)n * SPLIT_SLOTS);
-    for (uint32_t split = first_split; split < end_split; split++) attend_split(&s, split, state, state_stride);
+    for (uint32_t split = first_split; split < end_split; split++) attend_split(a, split, state, state_stride);
+}
+
+static const float *weights(const struct attend *a, uint32_t split, const float *state, size_t state_stride) {
+    const uint32_t slot = split * SPLIT_SLOTS;
+    const struct split s = split_of(a, split);
+    if (s.n_blocks > 0) scores(&s);
+    for (uint32_t q = 0; q < a->n_queries; q++) {
+        float *x = s.scores + (size_t)q * SPLIT_SLOTS;
+        vf most = vf_set1(state[q * state_stride]), inverse = vf_set1(1.0f / state[q * state_stride + 1]);
+        uint32_t count = split_count(a, q, slot);
+        for (uint32_t i = 0; i < SPLIT_SLOTS; i += LANES) {
+            vf weight = vf_zero();
+            if (i < count) weight = vf_first(vf_mul(vf_exp(vf_sub(vf_load(x + i), most)), inverse), vf_zero(), (int)(count - i));
+            vf_store(x + i, weight);
+        }
+    }
+    return s.scores;
 }
 
 /* Finite: a NaN becomes 0, what is too large the largest. */
@@ -259,7 +296,7 @@ INLINE float finite_within(float x, float limit) { return x > limit ? limit : x 
 
 static void append_q8(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
     float *scales = (float *)(void *)(block + shape->scale_offset);
-    for (int which = 0; which < 2; which++) {
+    for (int which = 0; which < (v ? 2 : 1); which++) {
         const float *x = which ? v : k;
         float most = 0;
         for (uint32_t i = 0; i < shape->head_dim; i++) {
@@ -292,7 +329,7 @@ INLINE void append_elements(enum kv_dtype dtype, const struct kv_shape *shape, u
     for (uint32_t i = 0; i < shape->dims; i++) {
         bool real = i < shape->head_dim;
         put_element(dtype, block, (size_t)(i / 2) * 64 + slot * 2 + i % 2, real ? k[i] : 0);
-        put_element(dtype, block + shape->v_offset, ((size_t)(slot / 2) * shape->dims + i) * 2 + slot % 2, real ? v[i] : 0);
+        if (v) put_element(dtype, block + shape->v_offset, ((size_t)(slot / 2) * shape->dims + i) * 2 + slot % 2, real ? v[i] : 0);
     }
 }
 

@@ -159,12 +159,16 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     cpu->logits = take(arena, HEAD_ROWS * cpu->logits_stride, sizeof(float));
     cpu->head_rows = take(arena, limits->max_samples, sizeof(uint32_t));
     cpu->sample_row = take(arena, limits->max_samples, sizeof(uint32_t));
+    cpu->plain = take(arena, limits->max_samples, sizeof(bool));
+    cpu->partials = take(arena, PARTIAL_FLOATS, sizeof(float));
+    size_t chunks = (limits->max_samples + HEAD_ROWS - 1) / HEAD_ROWS;
+    cpu->stages = take(arena, 1 + (size_t)STAGES_A_LAYER * p->n_layers + 3 * chunks, sizeof(struct stage));
     cpu->first_tile = take(arena, (size_t)limits->max_sequences + 1, sizeof(uint32_t));
     cpu->row_sequence = take(arena, rows, sizeof(uint32_t));
     const uint32_t dims = cpu->kv.dims;
     size_t widest = p->n_embd > n_q ? p->n_embd : n_q;
     for (uint32_t w = 0; w < n_workers; w++) {
-        struct worker_scratch own;
+        struct worker_scratch own = {0};
         take_act(arena, &own.act, h, PRIVATE_ROWS, p->n_embd);
         own.row = take(arena, widest + PANEL_K, sizeof(float));
         own.queries = take(arena, (size_t)ATTEND_QUERIES * dims, sizeof(float));
@@ -172,9 +176,27 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
         own.attend = take(arena, attend_scratch_bytes(dims), 1);
         own.logits = take(arena, p->n_vocab, sizeof(float));
         own.sampler = take(arena, sampler_scratch_floats(p->n_vocab), sizeof(float));
+        own.best = take(arena, HEAD_ROWS, sizeof(float));
+        own.best_token = take(arena, HEAD_ROWS, sizeof(uint32_t));
         (void)take(arena, 4096, 1); /* no two workers on one page */
         if (cpu->workers_scratch) cpu->workers_scratch[w] = own;
     }
+}
+
+static void lay_out_pool(struct cpu *cpu, struct arena *arena) {
+    size_t slots = (size_t)cpu->limits.n_blocks * BLOCK_TOKENS;
+    cpu->pool = take(arena, cpu->limits.n_blocks, cpu->kv.bytes);
+    cpu->positions = take(arena, slots, sizeof *cpu->positions);
+    cpu->accumulated = take(arena, slots, sizeof *cpu->accumulated);
+}
+
+static void lay_out_rings(struct cpu *cpu, struct arena *arena) {
+    const struct program *p = cpu->program;
+    const struct backend_limits *limits = &cpu->limits;
+    cpu->narrow_rings = limits->kv_dtype != KV_F32;
+    size_t rows = (size_t)limits->n_rings * p->n_layers * limits->ring_rows, sinks = (size_t)limits->n_rings * program_lanes(p) * limits->sink_slots;
+    cpu->ring_queries = take(arena, rows * p->n_heads * p->head_dim, cpu->narrow_rings ? sizeof(uint16_t) : sizeof(float));
+    cpu->ring_sinks = take(arena, sinks * p->head_dim, sizeof(float));
 }
 
 static uint32_t count_of_workers(const struct backend_limits *limits) {
@@ -190,28 +212,29 @@ static void begin(struct cpu *cpu, const struct program *program, const struct b
 
 static uint32_t cpu_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
     struct cpu cpu;
-    struct arena weights = {0}, scratch = {0};
+    struct arena weights = {0}, rings = {0}, scratch = {0};
     begin(&cpu, program, limits);
     lay_out_weights(&cpu, &weights);
     lay_out_scratch(&cpu, &scratch, count_of_workers(limits));
+    lay_out_rings(&cpu, &rings);
     free(cpu.layers);
     uint32_t n = 0;
     if (n < max) lines[n++] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = weights.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "scratch", .count = 1, .bytes_each = scratch.used};
+    if (n < max) lines[n++] = (struct memory_line){.what = "query rings", .count = 1, .bytes_each = rings.used};
     return n;
 }
 
-/* The matrix being packed by all workers, each the strips it will read in short steps. */
+/* The matrix being packed by all workers: each begins with the strips that are its own in every step, and so touches that memory first. */
 struct packing {
     const struct panel *panel;
     const struct tensor *tensor;
-    uint32_t n_workers;
 };
 
-static void pack_share(void *context, uint32_t worker) {
+static void stage_pack(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)stage, (void)worker;
     const struct packing *packing = context;
-    uint64_t n = packing->panel->n_strips;
-    panel_pack(packing->panel, packing->tensor, (uint32_t)(n * worker / packing->n_workers), (uint32_t)(n * (worker + 1) / packing->n_workers));
+    panel_pack(packing->panel, packing->tensor, first, end);
 }
 
 /* Whole pages within the tensor; those at its ends belong to its neighbours too. */
@@ -223,7 +246,8 @@ static void drop_pages(const struct tensor *tensor) {
 
 static void pack(struct cpu *cpu, const struct panel *panel, const struct tensor *tensor) {
     if (!tensor->data) return;
-    workers_run(cpu->workers, pack_share, &(struct packing){panel, tensor, workers_count(cpu->workers)});
+    struct packing packing = {panel, tensor};
+    workers_run(cpu->workers, &packing, &(struct stage){.run = stage_pack, .n_units = panel->n_strips}, 1);
     if (cpu->limits.drop_source_pages) drop_pages(tensor);
 }
 
@@ -258,6 +282,7 @@ static void cpu_close(struct backend *backend) {
     workers_stop(cpu->workers);
     arena_close(&cpu->weights);
     arena_close(&cpu->pool_arena);
+    arena_close(&cpu->rings);
     arena_close(&cpu->scratch);
     free(cpu->workers_scratch);
     free(cpu->layers);
@@ -271,14 +296,17 @@ static enum status open_memory(struct cpu *cpu, uint32_t n_workers, struct error
     if (status) return status;
     lay_out_weights(cpu, &cpu->weights);
 
-    size_t slots = (size_t)cpu->limits.n_blocks * BLOCK_TOKENS;
     count = (struct arena){0};
-    (void)take(&count, cpu->limits.n_blocks, cpu->kv.bytes);
-    (void)take(&count, slots, sizeof(int32_t));
+    lay_out_pool(cpu, &count);
     status = arena_open(&cpu->pool_arena, count.used, "KV pool", error);
     if (status) return status;
-    cpu->pool = take(&cpu->pool_arena, cpu->limits.n_blocks, cpu->kv.bytes);
-    cpu->positions = take(&cpu->pool_arena, slots, sizeof(int32_t));
+    lay_out_pool(cpu, &cpu->pool_arena);
+
+    count = (struct arena){0};
+    lay_out_rings(cpu, &count);
+    status = arena_open(&cpu->rings, count.used, "query rings", error);
+    if (status) return status;
+    lay_out_rings(cpu, &cpu->rings);
 
     count = (struct arena){0};
     lay_out_scratch(cpu, &count, n_workers);
@@ -298,6 +326,7 @@ static enum status cpu_prepare(const struct program *program, const struct backe
     uint32_t n_workers = count_of_workers(limits);
     struct cpu *cpu = check_calloc(1, sizeof *cpu);
     begin(cpu, program, limits);
+    cpu->stages_before = 1;
     cpu->backend.ops = &backend_cpu;
     cpu->isa = isa;
     status = open_memory(cpu, n_workers, error);
@@ -317,27 +346,36 @@ static enum status cpu_prepare(const struct program *program, const struct backe
 
 static const char *cpu_describe(const struct backend *backend) { return ((const struct cpu *)backend)->description; }
 
+/* The answer is the highest logit's token and nothing else. */
+static bool is_plain(const struct sample *sample) {
+    const struct sampling *s = sample->sampling;
+    return s->temperature == 0 && s->n_top < 0 && sample->target < 0 && s->n_bias == 0 && !(sample->ban && s->n_banned) && s->repetition_penalty == 1 &&
+           s->presence_penalty == 0 && s->frequency_penalty == 0;
+}
+
 /* Rows to sequences, query tiles of each, distinct rows of the head. */
 static void index_batch(struct cpu *cpu, const struct batch *batch) {
     const struct backend_limits *limits = &cpu->limits;
     CHECK(batch->n_rows >= 1 && batch->n_rows <= limits->max_rows && batch->n_sequences <= limits->max_sequences && batch->n_samples <= limits->max_samples);
     uint32_t group = cpu->program->n_heads / cpu->program->n_kv_heads, row = 0;
     cpu->first_tile[0] = 0;
-    cpu->fused_append = true;
     for (uint32_t s = 0; s < batch->n_sequences; s++) {
         CHECK(batch->sequences[s].first_row == row && batch->sequences[s].n_rows <= batch->n_rows - row);
         for (uint32_t i = 0; i < batch->sequences[s].n_rows; i++) cpu->row_sequence[row++] = s;
         uint32_t tiles = (batch->sequences[s].n_rows * group + ATTEND_QUERIES - 1) / ATTEND_QUERIES;
         cpu->first_tile[s + 1] = cpu->first_tile[s] + tiles;
-        if (tiles > 1) cpu->fused_append = false;
     }
     CHECK(row == batch->n_rows);
     cpu->n_head_rows = 0;
     for (uint32_t i = 0; i < batch->n_samples; i++) {
         uint32_t sampled = batch->samples[i].row;
         CHECK(sampled < batch->n_rows && (i == 0 || sampled >= batch->samples[i - 1].row));
-        if (i == 0 || sampled != batch->samples[i - 1].row) cpu->head_rows[cpu->n_head_rows++] = sampled;
+        if (i == 0 || sampled != batch->samples[i - 1].row) {
+            cpu->plain[cpu->n_head_rows] = !cpu->tap;
+            cpu->head_rows[cpu->n_head_rows++] = sampled;
+        }
         cpu->sample_row[i] = cpu->n_head_rows - 1;
+        if (!is_plain(&batch->samples[i])) cpu->plain[cpu->n_head_rows - 1] = false;
     }
 }
 
@@ -374,6 +412,10 @@ const struct backend_ops backend_cpu = {
     .submit = cpu_submit,
     .sync = cpu_sync,
     .copy_blocks = cpu_copy_blocks,
+    .compact = cpu_compact,
     .read_f32 = cpu_read_f32,
+    .score = cpu_score,
+    .read_positions = cpu_read_positions,
+    .shift_sinks = cpu_shift_sinks,
     .tap_logits = cpu_tap_logits,
 };

@@ -9,6 +9,9 @@ enum {
     PRIVATE_ROWS = 4, /* up to so many rows every worker normalises for itself: cheaper than a barrier */
     PANEL_ROWS = 192, /* rows of activations that stay in a core's cache while the strips pass */
     HEAD_ROWS = 32,   /* rows whose logits exist at a time */
+    HEAD_STRIPS = 16, /* of the output head, a unit */
+    STAGES_A_LAYER = 10,
+    PARTIAL_FLOATS = 2 << 20,
 };
 
 struct layer {
@@ -21,12 +24,17 @@ struct layer {
 /* What one worker alone writes. */
 struct worker_scratch {
     struct act act;        /* PRIVATE_ROWS rows of n_embd */
+    uint64_t norm;         /* what `act` holds */
     float *row;            /* one row of any width, padded */
     float *queries;        /* [ATTEND_QUERIES][dims] */
     float *states;         /* [ATTEND_QUERIES][2 + dims] */
     uint8_t *attend;       /* attend_scratch_bytes */
     float *logits;         /* [n_vocab]: the copy that sampling may spoil */
     float *sampler;        /* sampler_scratch_floats */
+    const struct stage *best_stage; /* of which product, in which step (cpu->stages_before), `best` is */
+    uint64_t best_step;
+    float *best;           /* [HEAD_ROWS]: highest logit of the strips this worker multiplied, */
+    uint32_t *best_token;  /* and whose it is; lowest token among equals */
 };
 
 /* Memory that prepare takes from the system in one piece. */
@@ -43,7 +51,7 @@ struct cpu {
     struct workers *workers;
     char description[96];
 
-    struct arena weights, pool_arena, scratch;
+    struct arena weights, pool_arena, rings, scratch;
     struct layer *layers;
     const float *head_norm;
     struct panel head;
@@ -52,6 +60,11 @@ struct cpu {
     struct kv_shape kv;
     uint8_t *pool;      /* [n_blocks] blocks */
     int32_t *positions; /* [n_blocks][BLOCK_TOKENS] */
+    _Atomic uint64_t *accumulated; /* [n_blocks][BLOCK_TOKENS]: fixed point (kernels/score.h) */
+    /* Of each ring: queries of the last rows, position p at p % ring_rows, rotated, not scaled; unrotated keys of the sinks. f16 beside a pool of narrow types. */
+    bool narrow_rings;
+    void *ring_queries; /* [n_rings][n_layers][ring_rows][n_heads * head_dim], f16 or f32 */
+    float *ring_sinks;  /* [n_rings][n_lanes][sink_slots][head_dim] */
 
     /* Activations of a step */
     float *x;     /* [max_rows][n_embd]: the residual stream */
@@ -63,15 +76,22 @@ struct cpu {
     size_t logits_stride;
     uint32_t *head_rows;   /* distinct rows that a sample names */
     uint32_t *sample_row;  /* [max_samples]: index in head_rows */
+    bool *plain;           /* [max_samples], as head_rows: rows of which only the highest logit is asked: no logits are written */
     uint32_t *first_tile;  /* [max_sequences + 1]: query tiles before each sequence's, for one KV head */
     uint32_t *row_sequence;/* [max_rows] */
     struct worker_scratch *workers_scratch;
 
+    float *partials;       /* [PARTIAL_FLOATS]: states of single splits, where a lane is shared among workers */
+    struct stage *stages;  /* of a step */
+
     /* The step at hand */
     const struct batch *batch;
     struct sample_result *results;
+    uint32_t n_stages;
     uint32_t n_head_rows;
-    bool fused_append; /* each (sequence, KV head) is one unit, which appends before it attends */
+    uint32_t n_splits;  /* > 0: units of attention are single splits of a tile, this many each, merged in a stage of their own */
+    bool fused_append;  /* each (sequence, KV head) is one unit, which appends before it attends */
+    uint64_t stages_before;   /* stages before this step, and 1: tells a worker whether what it keeps is of this stage */
     float *tap;
 };
 
@@ -82,15 +102,21 @@ struct kv_shape kv_shape_of(const struct program *program, enum kv_dtype dtype);
 void cpu_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
 void cpu_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
 size_t cpu_block_bytes(const struct program *program, enum kv_dtype dtype);
+void cpu_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
+void cpu_compact(struct backend *backend, uint32_t count, const struct compaction *items);
+void cpu_shift_sinks(struct backend *backend, const struct shift_request *request);
+/* score.c */
+void cpu_score(struct backend *backend, const struct score_request *request, float *scores);
 
-/* attend.c, phases.c */
-void phase_attention(struct cpu *cpu, uint32_t layer, uint32_t worker);
-void phase_head(struct cpu *cpu, uint32_t worker);
-
-/* Units [next, end) of one worker: a fixed equal share, or whatever nobody has taken yet. */
-struct share {
-    uint32_t next, end, n;
-    bool dynamic;
-};
-struct share share_of(struct cpu *cpu, uint32_t n_units, bool dynamic, uint32_t worker);
-bool share_next(struct cpu *cpu, struct share *share, uint32_t *unit);
+/* Stages of a step (workers.h); `index` is the layer, in the head's stages the first row. */
+typedef void stage_function(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker);
+/* step.c */
+void put_row(struct cpu *cpu, const struct act *act, uint32_t row, const float *values, uint32_t n);
+/* attend.c */
+stage_function stage_append, stage_attend, stage_merge;
+/* Decides how attention is divided; returns its number of units. Sets fused_append and n_splits. */
+uint32_t plan_attention(struct cpu *cpu);
+/* head.c */
+stage_function stage_head_norm, stage_head_product, stage_sample;
+uint32_t head_units(const struct cpu *cpu);
+uint32_t samples_of_chunk(const struct cpu *cpu, uint32_t first_row, uint32_t *first_sample);

@@ -1,56 +1,121 @@
-/* The output head and sampling, for the rows that a sample names; HEAD_ROWS rows at a time, so that logits of a large batch need not exist at once. */
+/* The output head and sampling, for the rows that a sample names; HEAD_ROWS rows at a time, so that logits of a large batch need not exist at once.
+ * A row of which only the highest logit is asked (greedy, nothing adjusted, nothing reported) writes no logits: the product keeps its maximum. */
+#include <float.h>
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
 
-static void normalise_rows(struct cpu *cpu, uint32_t first, uint32_t n, uint32_t worker) {
-    const struct program *p = cpu->program;
-    struct worker_scratch *own = &cpu->workers_scratch[worker];
-    struct share share = share_of(cpu, n, false, worker);
-    for (uint32_t i; share_next(cpu, &share, &i);) {
-        float *out = cpu->z.values ? cpu->z.values + i * cpu->z.value_stride : own->row;
-        cpu->isa->norm(cpu->x + (size_t)cpu->head_rows[first + i] * p->n_embd, cpu->head_norm, p->n_embd, p->norm_epsilon, out);
-        if (cpu->z.blocks) cpu->isa->quantize(out, p->n_embd / PANEL_K, cpu->z.blocks + i * cpu->z.block_stride);
+uint32_t head_units(const struct cpu *cpu) { return (cpu->head.n_strips + HEAD_STRIPS - 1) / HEAD_STRIPS; }
+
+static uint32_t rows_of_chunk(const struct cpu *cpu, uint32_t first) {
+    return cpu->n_head_rows - first < HEAD_ROWS ? cpu->n_head_rows - first : HEAD_ROWS;
+}
+
+uint32_t samples_of_chunk(const struct cpu *cpu, uint32_t first_row, uint32_t *first_sample) {
+    uint32_t end_row = first_row + rows_of_chunk(cpu, first_row), first = *first_sample;
+    while (*first_sample < cpu->batch->n_samples && cpu->sample_row[*first_sample] < end_row) ++*first_sample;
+    return *first_sample - first;
+}
+
+/* Samples ascend by row: the first of those whose row is in the chunk. */
+static uint32_t first_sample_of(const struct cpu *cpu, uint32_t first_row) {
+    uint32_t low = 0, high = cpu->batch->n_samples;
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (cpu->sample_row[middle] < first_row) low = middle + 1;
+        else high = middle;
     }
-    workers_barrier(cpu->workers);
+    return low;
 }
 
-static void head_product(struct cpu *cpu, uint32_t n, uint32_t worker) {
+void stage_head_norm(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    const struct program *p = cpu->program;
+    float *out = cpu->workers_scratch[worker].row;
+    for (uint32_t i = first; i < end; i++) {
+        cpu->isa->norm(cpu->x + (size_t)cpu->head_rows[stage->index + i] * p->n_embd, cpu->head_norm, p->n_embd, p->norm_epsilon, out);
+        put_row(cpu, &cpu->z, i, out, p->n_embd);
+    }
+}
+
+static void head_strip(const struct cpu *cpu, uint32_t strip, uint32_t row, uint32_t n, float (*y)[STRIP_ROWS]) {
     const struct panel *head = &cpu->head;
-    bool is_float = panel_is_float(head->type);
-    const void *first = is_float ? (const void *)cpu->z.values : cpu->z.blocks;
-    size_t stride = is_float ? cpu->z.value_stride * sizeof(float) : cpu->z.block_stride * sizeof(struct act_block);
-    float y[HEAD_ROWS][STRIP_ROWS];
-    enum { STRIPS = 16 };
-    uint32_t n_units = (head->n_strips + STRIPS - 1) / STRIPS;
-    struct share share = share_of(cpu, n_units, true, worker);
-    for (uint32_t unit; share_next(cpu, &share, &unit);)
-        for (uint32_t strip = unit * STRIPS; strip < head->n_strips && strip < (unit + 1) * STRIPS; strip++) {
-            cpu->isa->product[head->type](head->data + strip * head->strip_bytes, head->n_blocks, first, stride, n, y);
-            for (uint32_t r = 0; r < n; r++) memcpy(cpu->logits + r * cpu->logits_stride + strip * STRIP_ROWS, y[r], sizeof y[r]);
-        }
-    workers_barrier(cpu->workers);
+    const uint8_t *data = head->data + strip * head->strip_bytes;
+    const struct act *z = &cpu->z;
+    if (panel_is_float(head->type)) cpu->isa->product[head->type](data, head->n_blocks, z->values + row * z->value_stride, z->value_stride * sizeof(float), n, y);
+    else cpu->isa->product[head->type](data, head->n_blocks, z->blocks + row * z->block_stride, z->block_stride * sizeof(struct act_block), n, y);
 }
 
-void phase_head(struct cpu *cpu, uint32_t worker) {
-    const uint32_t n_vocab = cpu->program->n_vocab;
-    const struct batch *batch = cpu->batch;
-    uint32_t first_sample = 0; /* samples ascend by row, and so by chunk */
-    for (uint32_t first = 0; first < cpu->n_head_rows; first += HEAD_ROWS) {
-        uint32_t n = cpu->n_head_rows - first < HEAD_ROWS ? cpu->n_head_rows - first : HEAD_ROWS, end_sample = first_sample;
-        normalise_rows(cpu, first, n, worker);
-        head_product(cpu, n, worker);
-        while (end_sample < batch->n_samples && cpu->sample_row[end_sample] < first + n) end_sample++;
-        struct share share = share_of(cpu, end_sample - first_sample, true, worker);
-        struct worker_scratch *own = &cpu->workers_scratch[worker];
-        for (uint32_t i; share_next(cpu, &share, &i);) {
-            uint32_t sample = first_sample + i;
-            const float *logits = cpu->logits + (cpu->sample_row[sample] - first) * cpu->logits_stride;
-            if (cpu->tap) memcpy(cpu->tap + (size_t)sample * n_vocab, logits, n_vocab * sizeof(float));
-            memcpy(own->logits, logits, n_vocab * sizeof(float));
-            sampler_sample(&batch->samples[sample], own->logits, n_vocab, own->sampler, &cpu->results[sample]);
+void stage_head_product(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    struct worker_scratch *own = &cpu->workers_scratch[worker];
+    const uint32_t n = rows_of_chunk(cpu, stage->index), n_strips = cpu->head.n_strips, n_vocab = cpu->program->n_vocab;
+    const bool *plain = cpu->plain + stage->index;
+    float y[HEAD_ROWS][STRIP_ROWS];
+    struct best_logits best[HEAD_ROWS];
+    if (own->best_stage != stage || own->best_step != cpu->stages_before) {
+        for (uint32_t r = 0; r < n; r++) own->best[r] = -__builtin_inff(), own->best_token[r] = 0;
+        own->best_stage = stage;
+        own->best_step = cpu->stages_before;
+    }
+    for (uint32_t r = 0; r < n; r++) best_logits_clear(&best[r]);
+    for (uint32_t strip = first * HEAD_STRIPS; strip < end * HEAD_STRIPS && strip < n_strips; strip++) {
+        head_strip(cpu, strip, 0, n, y);
+        if ((strip + 1) * STRIP_ROWS > n_vocab)
+            for (uint32_t r = 0; r < n; r++)
+                for (uint32_t i = n_vocab - strip * STRIP_ROWS; i < STRIP_ROWS; i++) y[r][i] = -__builtin_inff();
+        for (uint32_t r = 0; r < n; r++) {
+            if (plain[r]) cpu->isa->track(y[r], strip, &best[r]);
+            else memcpy(cpu->logits + r * cpu->logits_stride + strip * STRIP_ROWS, y[r], sizeof y[r]);
         }
-        workers_barrier(cpu->workers);
-        first_sample = end_sample;
+    }
+    for (uint32_t r = 0; r < n; r++)
+        for (uint32_t i = 0; plain[r] && i < STRIP_ROWS; i++) {
+            uint32_t token = best[r].strip[i] * STRIP_ROWS + i;
+            if (best[r].value[i] > own->best[r] || (best[r].value[i] == own->best[r] && token < own->best_token[r])) {
+                own->best[r] = best[r].value[i];
+                own->best_token[r] = token;
+            }
+        }
+}
+
+/* All logits of row r of the chunk into the worker's copy. */
+static void copy_logits(struct cpu *cpu, uint32_t r, bool written, float *logits) {
+    if (written) {
+        memcpy(logits, cpu->logits + r * cpu->logits_stride, cpu->program->n_vocab * sizeof *logits);
+        return;
+    }
+    for (uint32_t strip = 0; strip < cpu->head.n_strips; strip++) {
+        float y[1][STRIP_ROWS];
+        head_strip(cpu, strip, r, 1, y);
+        uint32_t left = cpu->program->n_vocab - strip * STRIP_ROWS;
+        memcpy(logits + (size_t)strip * STRIP_ROWS, y[0], (left < STRIP_ROWS ? left : STRIP_ROWS) * sizeof *logits);
+    }
+}
+
+void stage_sample(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    struct worker_scratch *own = &cpu->workers_scratch[worker];
+    const uint32_t n_vocab = cpu->program->n_vocab, first_sample = first_sample_of(cpu, stage->index);
+    for (uint32_t sample = first_sample + first; sample < first_sample + end; sample++) {
+        const uint32_t row = cpu->sample_row[sample], r = row - stage->index;
+        bool plain = cpu->plain[row];
+        if (plain) {
+            float best = -__builtin_inff();
+            uint32_t token = 0;
+            for (uint32_t w = 0; w < workers_count(cpu->workers); w++) {
+                const struct worker_scratch *other = &cpu->workers_scratch[w];
+                if (other->best_stage != stage - 1 || other->best_step != cpu->stages_before) continue;
+                if (other->best[r] > best || (other->best[r] == best && other->best_token[r] < token)) best = other->best[r], token = other->best_token[r];
+            }
+            /* Infinities are the sampler's business: it looks at the logits, which are made again. */
+            if (best >= -FLT_MAX && best <= FLT_MAX) {
+                cpu->results[sample] = (struct sample_result){.token = (int32_t)token};
+                continue;
+            }
+        }
+        copy_logits(cpu, r, !plain, own->logits);
+        if (cpu->tap) memcpy(cpu->tap + (size_t)sample * n_vocab, own->logits, n_vocab * sizeof(float));
+        sampler_sample(&cpu->batch->samples[sample], own->logits, n_vocab, own->sampler, &cpu->results[sample]);
     }
 }

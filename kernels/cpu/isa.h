@@ -20,7 +20,18 @@ struct attend {
     const float *query[ATTEND_QUERIES]; /* [dims], scaled */
     uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
     uint8_t *scratch;       /* attend_scratch_bytes */
+    bool sums_only;         /* maxima and sums, no output */
 };
+
+/* Highest logit of each row of the strips seen, and in which strip. */
+struct best_logits {
+    float value[STRIP_ROWS];
+    uint32_t strip[STRIP_ROWS];
+};
+
+static inline void best_logits_clear(struct best_logits *best) {
+    for (int i = 0; i < STRIP_ROWS; i++) best->value[i] = -__builtin_inff(), best->strip[i] = 0;
+}
 
 struct cpu_isa {
     const char *name;
@@ -32,14 +43,17 @@ struct cpu_isa {
     void (*quantize)(const float *x, uint32_t n_blocks, struct act_block *blocks);
     /* out = silu(gate) * up */
     void (*silu)(const float *gate, const float *up, uint32_t n, float *out);
-    /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless. */
+    /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless.
+     * v NULL: the key alone. */
     void (*append)(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v);
     /* Splits [first, end) of 256 slots, folded into the states in ascending order. A state begins as {-inf, 0, 0...}. */
     void (*attend)(const struct attend *attend, uint32_t first_split, uint32_t end_split, float *state, size_t state_stride);
+    /* After attend: the weights exp(score - maximum) / sum of one split, [n_queries][SPLIT_SLOTS], 0 where a query does not see. Points into the scratch. */
+    const float *(*weights)(const struct attend *attend, uint32_t split, const float *state, size_t state_stride);
     /* Folds the state of the next split(s) into `state`. */
     void (*merge)(float *state, const float *next, uint32_t dims);
-    /* Highest value and its lowest index; NaN counts as -inf. */
-    void (*argmax)(const float *x, uint32_t n, float *value, uint32_t *index);
+    /* Takes the logits of one more strip into the running maximum; the earlier strip stays where they are equal, NaN is passed over. */
+    void (*track)(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best);
 };
 
 /* Scores and weights of a split, one output and one quantised query each. */

@@ -10,5 +10,5 @@ static bool present(void) { return true; }
 
 const struct cpu_isa cpu_isa_generic = {
     .name = "generic", .text = "any CPU", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu, .append = append,
-    .attend = attend, .merge = merge, .argmax = argmax,
+    .attend = attend, .weights = weights, .merge = merge, .track = track,
 };

@@ -1,4 +1,5 @@
 /* The KV pool of the cpu backend: its layout (layout.h) and the services between steps. The engine's thread. */
+#include <math.h>
 #include <string.h>
 
 #include "base/check.h"
@@ -15,7 +16,7 @@ struct kv_shape kv_shape_of(const struct program *program, enum kv_dtype dtype) 
 }
 
 size_t cpu_block_bytes(const struct program *program, enum kv_dtype dtype) {
-    return kv_shape_of(program, dtype).bytes + BLOCK_TOKENS * sizeof(int32_t);
+    return kv_shape_of(program, dtype).bytes + BLOCK_TOKENS * (sizeof(int32_t) + sizeof(uint64_t));
 }
 
 void cpu_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination) {
@@ -24,6 +25,8 @@ void cpu_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *so
         CHECK(source[i] < cpu->limits.n_blocks && destination[i] < cpu->limits.n_blocks);
         if (source[i] == destination[i]) continue;
         memcpy(cpu->pool + destination[i] * cpu->kv.bytes, cpu->pool + source[i] * cpu->kv.bytes, cpu->kv.bytes);
+        for (size_t slot = 0; slot < BLOCK_TOKENS; slot++)
+            cpu->accumulated[(size_t)destination[i] * BLOCK_TOKENS + slot] = cpu->accumulated[(size_t)source[i] * BLOCK_TOKENS + slot];
         memcpy(cpu->positions + (size_t)destination[i] * BLOCK_TOKENS, cpu->positions + (size_t)source[i] * BLOCK_TOKENS, BLOCK_TOKENS * sizeof(int32_t));
     }
 }
@@ -55,4 +58,62 @@ void cpu_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float 
         }
     }
     *position = cpu->positions[(size_t)block * BLOCK_TOKENS + slot];
+}
+
+void cpu_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions) {
+    const struct cpu *cpu = (const struct cpu *)backend;
+    for (uint32_t i = 0; i < count; i++) {
+        CHECK(blocks[i] < cpu->limits.n_blocks);
+        memcpy(positions + (size_t)i * BLOCK_TOKENS, cpu->positions + (size_t)blocks[i] * BLOCK_TOKENS, BLOCK_TOKENS * sizeof *positions);
+    }
+}
+
+/* The rotation alone: what rope_magnitude did to the key when it was cached stays in it. */
+static void rotate(const struct program *p, double positions, float *x) {
+    uint32_t half = p->rope_dims / 2;
+    bool halves = p->rope_pairs == ROPE_PAIRS_HALVES;
+    for (uint32_t i = 0; i < half; i++) {
+        double c = cos(positions * p->rope_frequency[i]), s = sin(positions * p->rope_frequency[i]);
+        float *first = &x[halves ? i : 2 * i], *second = &x[halves ? i + half : 2 * i + 1];
+        double a = (double)*first, b = (double)*second;
+        *first = (float)(a * c - b * s);
+        *second = (float)(a * s + b * c);
+    }
+}
+
+struct shift {
+    struct cpu *cpu;
+    const struct shift_request *request;
+};
+
+static void shift_lane(struct cpu *cpu, const struct shift_request *request, uint32_t lane, struct worker_scratch *own) {
+    const struct program *p = cpu->program;
+    const uint32_t d = p->head_dim;
+    float *sinks = cpu->ring_sinks + ((size_t)(request->ring - 1) * program_lanes(p) + lane) * cpu->limits.sink_slots * d;
+    for (uint32_t i = 0; i < request->n_slots; i++, sinks += d) {
+        uint32_t block = request->block_ids[request->lane_first[lane] + i / BLOCK_TOKENS], slot = i % BLOCK_TOKENS;
+        int32_t position;
+        if (request->first) {
+            cpu_read_f32(&cpu->backend, block, slot, sinks, own->row, &position);
+            rotate(p, -(double)position, sinks);
+        } else {
+            position = cpu->positions[(size_t)block * BLOCK_TOKENS + slot];
+        }
+        memcpy(own->queries, sinks, d * sizeof *sinks);
+        rotate(p, (double)position + request->shift, own->queries);
+        cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot, own->queries, NULL);
+    }
+}
+
+static void stage_shift(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)stage;
+    const struct shift *shift = context;
+    for (uint32_t lane = first; lane < end; lane++) shift_lane(shift->cpu, shift->request, lane, &shift->cpu->workers_scratch[worker]);
+}
+
+void cpu_shift_sinks(struct backend *backend, const struct shift_request *request) {
+    struct cpu *cpu = (struct cpu *)backend;
+    CHECK(request->ring >= 1 && request->ring <= cpu->limits.n_rings && request->n_slots <= cpu->limits.sink_slots);
+    struct shift shift = {cpu, request};
+    workers_run(cpu->workers, &shift, &(struct stage){.run = stage_shift, .n_units = program_lanes(cpu->program)}, 1);
 }

@@ -73,18 +73,10 @@ static void silu(const float *gate, const float *up, uint32_t n, float *out) {
     for (uint32_t j = i; j < n; j++) out[j] = o[j - i];
 }
 
-static void argmax(const float *x, uint32_t n, float *value, uint32_t *index) {
-    vf highest = vf_set1(-__builtin_inff());
-    uint32_t i = 0;
-    for (; i + LANES <= n; i += LANES) highest = vf_max(vf_load(x + i), highest);
-    float most = vf_reduce_max(highest);
-    for (; i < n; i++)
-        if (x[i] > most) most = x[i];
-    *value = most;
-    *index = 0;
-    for (i = 0; i < n; i++)
-        if (x[i] == most) {
-            *index = i;
-            return;
-        }
+static void track(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best) {
+    for (int i = 0; i < STRIP_ROWS; i++) {
+        bool higher = logits[i] > best->value[i];
+        best->value[i] = higher ? logits[i] : best->value[i];
+        best->strip[i] = higher ? strip : best->strip[i];
+    }
 }

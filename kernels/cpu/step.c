@@ -1,72 +1,70 @@
-/* One step of the cpu backend: every worker walks the phases, a barrier after each. Products and what is fused with them are here; attention is in attend.c,
- * the output head and sampling in head.c.
+/* One step of the cpu backend, as a list of stages (workers.h). Products and what is fused with them are here; attention is in attend.c, the output head and
+ * sampling in head.c.
  *
- * A layer has five barriers (six where prompt rows are many: rows are normalised in shares, not by every worker for itself). */
+ * A layer of a short step is five stages: norm and q|k|v; rotation, append and attention; output and residual; norm and gate|up and activation; down and
+ * residual. With many rows normalising, and with prompts appending, are stages of their own. */
 #include <math.h>
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
 
-struct share share_of(struct cpu *cpu, uint32_t n_units, bool dynamic, uint32_t worker) {
-    uint32_t n = workers_count(cpu->workers);
-    if (dynamic) return (struct share){.n = n_units, .dynamic = true};
-    return (struct share){.next = (uint32_t)((uint64_t)n_units * worker / n), .end = (uint32_t)((uint64_t)n_units * (worker + 1) / n)};
-}
-
-bool share_next(struct cpu *cpu, struct share *share, uint32_t *unit) {
-    if (share->dynamic) {
-        *unit = workers_take(cpu->workers, 1);
-        return *unit < share->n;
-    }
-    *unit = share->next;
-    return share->next++ < share->end;
-}
-
-/* Short steps split the work evenly and beforehand: shares stay in the same core's cache, nobody touches a common counter. In long ones a core that is
- * slower, or busy with something else, takes less. */
-static bool long_step(const struct cpu *cpu) { return cpu->batch->n_rows >= 16; }
-
-static void embed(struct cpu *cpu, uint32_t worker) {
+static void embed_row(struct cpu *cpu, uint32_t row) {
     const struct program *p = cpu->program;
     const struct batch *batch = cpu->batch;
-    struct share share = share_of(cpu, batch->n_rows, false, worker);
-    for (uint32_t row; share_next(cpu, &share, &row);) {
-        float *x = cpu->x + (size_t)row * p->n_embd;
-        if (cpu->embedding.data) tensor_row_f32(&cpu->embedding, (uint32_t)batch->tokens[row], x);
-        else panel_row_f32(&cpu->head, (uint32_t)batch->tokens[row], x);
-        float *rope = cpu->rope + (size_t)row * p->rope_dims;
-        for (uint32_t i = 0; i < p->rope_dims / 2; i++) {
-            double angle = (double)batch->positions[row] * p->rope_frequency[i];
-            rope[2 * i] = (float)cos(angle) * p->rope_magnitude;
-            rope[2 * i + 1] = (float)sin(angle) * p->rope_magnitude;
-        }
+    float *x = cpu->x + (size_t)row * p->n_embd;
+    if (cpu->embedding.data) tensor_row_f32(&cpu->embedding, (uint32_t)batch->tokens[row], x);
+    else panel_row_f32(&cpu->head, (uint32_t)batch->tokens[row], x);
+    float *rope = cpu->rope + (size_t)row * p->rope_dims;
+    for (uint32_t i = 0; i < p->rope_dims / 2; i++) {
+        double angle = (double)batch->positions[row] * p->rope_frequency[i];
+        rope[2 * i] = (float)(cos(angle) * (double)p->rope_magnitude);
+        rope[2 * i + 1] = (float)(sin(angle) * (double)p->rope_magnitude);
     }
 }
 
-static void put_row(struct cpu *cpu, const struct act *act, uint32_t row, const float *values, uint32_t n) {
+static void stage_embed(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)stage, (void)worker;
+    for (uint32_t row = first; row < end; row++) embed_row(context, row);
+}
+
+void put_row(struct cpu *cpu, const struct act *act, uint32_t row, const float *values, uint32_t n) {
     if (act->values) {
         float *to = act->values + row * act->value_stride;
-        if (to != values) memcpy(to, values, n * sizeof *to);
+        memcpy(to, values, n * sizeof *to);
         for (size_t i = n; i < act->value_stride; i++) to[i] = 0;
     }
     if (act->blocks) cpu->isa->quantize(values, n / PANEL_K, act->blocks + row * act->block_stride);
 }
 
-/* Normalises all rows of x: with few, each worker for itself and into its own memory; with many, in shares and a barrier. */
-static const struct act *normalise(struct cpu *cpu, const float *weight, uint32_t worker) {
+static void normalise(struct cpu *cpu, const float *weight, const struct act *act, uint32_t first, uint32_t end, uint32_t worker) {
     const struct program *p = cpu->program;
-    struct worker_scratch *own = &cpu->workers_scratch[worker];
-    const uint32_t n_rows = cpu->batch->n_rows;
-    bool alone = n_rows <= PRIVATE_ROWS;
-    const struct act *act = alone ? &own->act : &cpu->h;
-    struct share share = {.end = n_rows};
-    if (!alone) share = share_of(cpu, n_rows, false, worker);
-    for (uint32_t row; share_next(cpu, &share, &row);) {
-        cpu->isa->norm(cpu->x + (size_t)row * p->n_embd, weight, p->n_embd, p->norm_epsilon, own->row);
-        put_row(cpu, act, row, own->row, p->n_embd);
+    float *out = cpu->workers_scratch[worker].row;
+    for (uint32_t row = first; row < end; row++) {
+        cpu->isa->norm(cpu->x + (size_t)row * p->n_embd, weight, p->n_embd, p->norm_epsilon, out);
+        put_row(cpu, act, row, out, p->n_embd);
     }
-    if (!alone) workers_barrier(cpu->workers);
-    return act;
+}
+
+static bool few_rows(const struct cpu *cpu) { return cpu->batch->n_rows <= PRIVATE_ROWS; }
+
+static void stage_attention_norm(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    normalise(cpu, cpu->layers[stage->index].attention_norm, &cpu->h, first, end, worker);
+}
+
+static void stage_mlp_norm(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    normalise(cpu, cpu->layers[stage->index].mlp_norm, &cpu->h, first, end, worker);
+}
+
+/* The normed rows: of many, a stage of its own made them; few are made by every worker for itself, when it takes its first unit of the stage. */
+static const struct act *normed(struct cpu *cpu, const struct stage *stage, const float *weight, uint32_t worker) {
+    if (!few_rows(cpu)) return &cpu->h;
+    struct worker_scratch *own = &cpu->workers_scratch[worker];
+    uint64_t norm = cpu->stages_before + (uint64_t)(stage - cpu->stages);
+    if (own->norm != norm) normalise(cpu, weight, &own->act, 0, cpu->batch->n_rows, worker);
+    own->norm = norm;
+    return &own->act;
 }
 
 static void multiply(struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows, float (*y)[STRIP_ROWS]) {
@@ -118,19 +116,20 @@ static void qkv_unit(struct cpu *cpu, const struct layer *layer, const struct ac
     }
 }
 
-static void attention_in(struct cpu *cpu, const struct layer *layer, uint32_t worker) {
-    const struct act *act = normalise(cpu, layer->attention_norm, worker);
-    uint32_t n_strips = layer->q.n_strips + layer->k.n_strips + layer->v.n_strips;
-    struct share share = share_of(cpu, units_of(cpu, n_strips), long_step(cpu), worker);
-    for (uint32_t unit; share_next(cpu, &share, &unit);) qkv_unit(cpu, layer, act, unit_of(cpu, unit, n_strips));
+static uint32_t qkv_strips(const struct layer *layer) { return layer->q.n_strips + layer->k.n_strips + layer->v.n_strips; }
+
+static void stage_qkv(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    const struct layer *layer = &cpu->layers[stage->index];
+    const struct act *act = normed(cpu, stage, layer->attention_norm, worker);
+    for (uint32_t unit = first; unit < end; unit++) qkv_unit(cpu, layer, act, unit_of(cpu, unit, qkv_strips(layer)));
 }
 
 /* x += W act: ATTN_OUT and MLP_OUT. */
-static void add_product(struct cpu *cpu, const struct panel *panel, const struct act *act, uint32_t worker) {
+static void add_product(struct cpu *cpu, const struct panel *panel, const struct act *act, uint32_t first, uint32_t end_unit) {
     const uint32_t n_embd = cpu->program->n_embd;
-    struct share share = share_of(cpu, units_of(cpu, panel->n_strips), long_step(cpu), worker);
     float y[TILE_ROWS][STRIP_ROWS];
-    for (uint32_t index; share_next(cpu, &share, &index);) {
+    for (uint32_t index = first; index < end_unit; index++) {
         struct unit unit = unit_of(cpu, index, panel->n_strips);
         uint32_t n = columns_of(panel, unit.group);
         for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
@@ -162,41 +161,65 @@ static void mlp_unit(struct cpu *cpu, const struct layer *layer, const struct ac
     }
 }
 
-static void mlp_in(struct cpu *cpu, const struct layer *layer, uint32_t worker) {
-    const struct act *act = normalise(cpu, layer->mlp_norm, worker);
-    uint32_t n_groups = (layer->gate.n_strips + 1) / 2;
-    struct share share = share_of(cpu, units_of(cpu, n_groups), long_step(cpu), worker);
-    for (uint32_t unit; share_next(cpu, &share, &unit);) mlp_unit(cpu, layer, act, unit_of(cpu, unit, n_groups));
+static void stage_attention_out(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)worker;
+    struct cpu *cpu = context;
+    add_product(cpu, &cpu->layers[stage->index].o, &cpu->a, first, end);
+}
+
+static uint32_t mlp_groups(const struct layer *layer) { return (layer->gate.n_strips + 1) / 2; }
+
+static void stage_mlp_in(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct cpu *cpu = context;
+    const struct layer *layer = &cpu->layers[stage->index];
+    const struct act *act = normed(cpu, stage, layer->mlp_norm, worker);
+    for (uint32_t unit = first; unit < end; unit++) mlp_unit(cpu, layer, act, unit_of(cpu, unit, mlp_groups(layer)));
+}
+
+static void stage_mlp_out(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)worker;
+    struct cpu *cpu = context;
+    add_product(cpu, &cpu->layers[stage->index].down, &cpu->g, first, end);
 }
 
 /* Head dims that are no whole blocks could not be quantised head by head. */
-static void quantize_attention(struct cpu *cpu, uint32_t worker) {
-    if (!cpu->a.blocks || cpu->program->head_dim % PANEL_K == 0) return;
-    struct share share = share_of(cpu, cpu->batch->n_rows, false, worker);
-    for (uint32_t row; share_next(cpu, &share, &row);)
-        cpu->isa->quantize(cpu->a.values + row * cpu->a.value_stride, (uint32_t)cpu->a.block_stride, cpu->a.blocks + row * cpu->a.block_stride);
-    workers_barrier(cpu->workers);
-}
-
-static void walk(void *context, uint32_t worker) {
+static void stage_quantize_attention(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)stage, (void)worker;
     struct cpu *cpu = context;
-    embed(cpu, worker);
-    workers_barrier(cpu->workers);
-    for (uint32_t i = 0; i < cpu->program->n_layers; i++) {
-        const struct layer *layer = &cpu->layers[i];
-        attention_in(cpu, layer, worker);
-        workers_barrier(cpu->workers);
-        phase_attention(cpu, i, worker);
-        workers_barrier(cpu->workers);
-        quantize_attention(cpu, worker);
-        add_product(cpu, &layer->o, &cpu->a, worker);
-        workers_barrier(cpu->workers);
-        mlp_in(cpu, layer, worker);
-        workers_barrier(cpu->workers);
-        add_product(cpu, &layer->down, &cpu->g, worker);
-        workers_barrier(cpu->workers);
-    }
-    phase_head(cpu, worker);
+    for (uint32_t row = first; row < end; row++)
+        cpu->isa->quantize(cpu->a.values + row * cpu->a.value_stride, (uint32_t)cpu->a.block_stride, cpu->a.blocks + row * cpu->a.block_stride);
 }
 
-void cpu_step(struct cpu *cpu) { workers_run(cpu->workers, walk, cpu); }
+static void add_stage(struct cpu *cpu, stage_function *run, uint32_t n_units, uint32_t index) {
+    cpu->stages[cpu->n_stages++] = (struct stage){.run = run, .n_units = n_units, .index = index};
+}
+
+static void plan_layer(struct cpu *cpu, uint32_t i, uint32_t attention_units) {
+    const struct layer *layer = &cpu->layers[i];
+    const uint32_t n_rows = cpu->batch->n_rows, n_kv = cpu->program->n_kv_heads, norms = few_rows(cpu) ? 0 : n_rows;
+    add_stage(cpu, stage_attention_norm, norms, i);
+    add_stage(cpu, stage_qkv, units_of(cpu, qkv_strips(layer)), i);
+    add_stage(cpu, stage_append, cpu->fused_append ? 0 : n_rows * n_kv, i);
+    add_stage(cpu, stage_attend, attention_units, i);
+    add_stage(cpu, stage_merge, cpu->n_splits ? attention_units / cpu->n_splits : 0, i);
+    add_stage(cpu, stage_quantize_attention, cpu->a.blocks && cpu->program->head_dim % PANEL_K ? n_rows : 0, i);
+    add_stage(cpu, stage_attention_out, units_of(cpu, layer->o.n_strips), i);
+    add_stage(cpu, stage_mlp_norm, norms, i);
+    add_stage(cpu, stage_mlp_in, units_of(cpu, mlp_groups(layer)), i);
+    add_stage(cpu, stage_mlp_out, units_of(cpu, layer->down.n_strips), i);
+}
+
+void cpu_step(struct cpu *cpu) {
+    cpu->n_stages = 0;
+    uint32_t attention_units = plan_attention(cpu), first_sample = 0;
+    add_stage(cpu, stage_embed, cpu->batch->n_rows, 0);
+    for (uint32_t i = 0; i < cpu->program->n_layers; i++) plan_layer(cpu, i, attention_units);
+    for (uint32_t row = 0; row < cpu->n_head_rows; row += HEAD_ROWS) {
+        uint32_t n = cpu->n_head_rows - row < HEAD_ROWS ? cpu->n_head_rows - row : HEAD_ROWS;
+        add_stage(cpu, stage_head_norm, n, row);
+        add_stage(cpu, stage_head_product, head_units(cpu), row);
+        add_stage(cpu, stage_sample, samples_of_chunk(cpu, row, &first_sample), row);
+    }
+    workers_run(cpu->workers, cpu, cpu->stages, cpu->n_stages);
+    cpu->stages_before += cpu->n_stages;
+}

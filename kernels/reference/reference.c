@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "kernels/reference/internal.h"
 
 #define SPLIT_SLOTS 256 /* attention adds up a lane in pieces that begin at multiples of this */
@@ -123,7 +124,10 @@ static const char *reference_describe(const struct backend *backend) {
 /* Eight sums, so that additions overlap; always the same eight. */
 static float dot(const float *a, const float *b, uint32_t n) {
     double sum[8] = {0};
-    for (uint32_t i = 0; i < n; i++) sum[i % 8] += (double)a[i] * (double)b[i];
+    uint32_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (uint32_t j = 0; j < 8; j++) sum[j] += (double)a[i + j] * (double)b[i + j];
+    for (; i < n; i++) sum[i % 8] += (double)a[i] * (double)b[i];
     return (float)(((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
 }
 
@@ -293,6 +297,7 @@ static enum status reference_submit(struct backend *backend, const struct batch 
     const struct program *p = r->program;
     check_batch(r, batch);
     uint32_t rows = batch->n_rows;
+    uint64_t *phase_ns = r->limits.phase_ns, before = phase_ns ? clock_now_ns() : 0;
     for (uint32_t i = 0; i < p->n_phases; i++) {
         const struct phase *phase = &p->phases[i];
         const struct tensor *weight = &phase->weight[WEIGHT_ONLY];
@@ -309,6 +314,11 @@ static enum status reference_submit(struct backend *backend, const struct batch 
         case PHASE_MLP_OUT: add_product(r, weight, r->gate, rows); break;
         case PHASE_HEAD: head(r, phase, batch); break;
         case PHASE_KINDS: CHECK(!"a phase");
+        }
+        if (phase_ns) {
+            uint64_t now = clock_now_ns();
+            phase_ns[phase->kind] += now - before;
+            before = now;
         }
     }
     r->tap = NULL;

@@ -43,7 +43,9 @@ struct engine {
     struct memory_plan plan;
     uint32_t max_requests;    /* more: engine_submit says not now */
     bool held, stop, stalled; /* held: no steps */
-    const char *fail;         /* the next token of anybody is FINISH_ERROR with these words */
+    bool counted;             /* make `budget` more tokens, then none */
+    uint32_t budget;
+    const char *fail; /* the next token of anybody is FINISH_ERROR with these words */
     struct engine_stats stats;
     uint32_t aborts, n_requests;
 };
@@ -75,7 +77,7 @@ static bool fake_step_choice(struct engine *engine, struct request_state *state,
         fake_post(engine, &event);
         return true;
     }
-    if (engine->held) return false;
+    if (engine->held || (engine->counted && engine->budget == 0)) return false;
     if (!state->scheduled) {
         state->scheduled = true;
         state->scheduled_ns = clock_now_ns();
@@ -108,6 +110,7 @@ static bool fake_step_choice(struct engine *engine, struct request_state *state,
         event.sample.top[k].logprob = k == 0 ? event.sample.logprob : event.sample.logprob - (float)k;
     }
     choice->n_new++;
+    if (engine->counted) engine->budget--;
     bool stop = false;
     for (uint32_t k = 0; k < request->n_stop_tokens; k++) stop |= request->stop_tokens[k] == token;
     if (stop && choice->n_new > request->min_new)

@@ -227,6 +227,32 @@ static void until_metric(const struct daemon *daemon, const char *name, double w
         if (clock_now_ns() > end) fail_msg("%s is %g instead of %g", name, got, wanted);
 }
 
+static int dial_slow(const struct daemon *daemon) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)daemon->port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), bytes = 2048;
+    assert_true(fd >= 0);
+    assert_int_equal(setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes), 0);
+    assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    return fd;
+}
+
+static void begin_stream(int fd, unsigned tokens, const char *more) {
+    char body[200], request[400];
+    (void)snprintf(body, sizeof body, "{\"prompt\":\"abc\",\"max_tokens\":%u,\"stream\":true%s}", tokens, more);
+    (void)snprintf(request, sizeof request, "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %zu\r\n\r\n%s", strlen(body), body);
+    send_text(fd, request);
+}
+
+/* A stream whose first event has come. */
+static int start_stream(const struct daemon *daemon, unsigned tokens) {
+    int fd = dial(daemon);
+    begin_stream(fd, tokens, "");
+    struct buffer got = receive(fd, "data: ");
+    assert_non_null(strstr(got.bytes, "HTTP/1.1 200"));
+    buffer_done(&got);
+    return fd;
+}
+
 /* ---- tests ---- */
 
 static void test_routes(void **state) {
@@ -456,17 +482,120 @@ static void test_drain(void **state) {
     send_text(fd, request);
     until_metric(daemon, "kvasir_requests_waiting", 1);
     assert_int_equal(kill(getpid(), SIGTERM), 0);
-    struct buffer nothing = receive(idle, NULL); /* idle connections are closed */
-    assert_int_equal(nothing.length, 0);
+    /* No new connections; who has one is told to go elsewhere */
+    struct buffer told = {0};
+    for (int i = 0; i < 100 && !(told.bytes && strstr(told.bytes, "\"code\":\"draining\"")); i++) { /* until the signal was seen */
+        buffer_done(&told);
+        send_text(idle, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        told = receive(idle, "}\n");
+    }
+    assert_non_null(strstr(told.bytes, "HTTP/1.1 503"));
+    assert_non_null(strstr(told.bytes, "Retry-After: "));
+    buffer_done(&told);
+    int late = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)daemon->port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    assert_int_equal(connect(late, (struct sockaddr *)&address, sizeof address), -1);
+    assert_int_equal(errno, ECONNREFUSED);
+    (void)close(late);
     FAKE_SET(daemon->engine, held, false);
-    struct buffer answer = receive(fd, NULL); /* and the one in flight is answered */
+    struct buffer answer = receive(fd, NULL); /* the one in flight is answered */
     assert_non_null(strstr(answer.bytes, "\"text\":\"abc\""));
     assert_non_null(strstr(answer.bytes, "Connection: close"));
     buffer_done(&answer);
-    buffer_done(&nothing);
     (void)close(fd);
     (void)close(idle);
     daemon_join(daemon);
+}
+
+static void no_patience(struct config *config) { config->drain_timeout_s = 0; }
+
+/* The drain's time is over: a stream is told, and the daemon ends all the same. */
+static void test_drain_timeout(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_ready(no_patience);
+    FAKE_SET(daemon->engine, budget, 1);
+    FAKE_SET(daemon->engine, counted, true);
+    int fd = start_stream(daemon, 1000);
+    assert_int_equal(kill(getpid(), SIGTERM), 0);
+    struct buffer got = receive(fd, NULL);
+    assert_non_null(strstr(got.bytes, "\"code\":\"shutting_down\""));
+    assert_non_null(strstr(got.bytes, "data: [DONE]\n\n"));
+    buffer_done(&got);
+    (void)close(fd);
+    daemon_join(daemon);
+}
+
+static void short_stall(struct config *config) { config->stall_timeout_s = config->heartbeat_s = 1; }
+
+/* A client that reads nothing is cut off, and the engine told; one that waits in vain gets a comment. */
+static void test_stall_and_heartbeat(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_ready(short_stall);
+    int fd = dial_slow(daemon);
+    begin_stream(fd, 4000, ",\"logprobs\":20");
+    until_metric(daemon, "kvasir_clients_gone_total", 1);
+    until_metric(daemon, "kvasir_requests_running", 0);
+    (void)close(fd);
+    FAKE_SET(daemon->engine, budget, 1);
+    FAKE_SET(daemon->engine, counted, true);
+    fd = start_stream(daemon, 1000);
+    struct buffer got = receive(fd, "\r\n:\n\n\r\n"); /* a chunk that is a comment and nothing else */
+    assert_non_null(strstr(got.bytes, "\r\n:\n\n\r\n"));
+    buffer_done(&got);
+    (void)close(fd);
+    FAKE_SET(daemon->engine, counted, false);
+    daemon_end(daemon);
+}
+
+static char config_path[] = "/tmp/kvasir-test-config-XXXXXX";
+
+static void write_config(const char *text) {
+    FILE *file = fopen(config_path, "w");
+    assert_non_null(file);
+    assert_true(fputs(text, file) >= 0);
+    assert_int_equal(fclose(file), 0);
+}
+
+static void with_file(struct config *config) {
+    struct error error;
+    (void)snprintf(config->config_file, sizeof config->config_file, "%s", config_path);
+    assert_int_equal(config_load_file(config, config_path, &error), STATUS_OK);
+}
+
+/* Asks until a body of `length` spaces is answered with `status`: reloads take effect between two requests. */
+static void until_status(const struct daemon *daemon, size_t length, int status) {
+    uint64_t end = clock_now_ns() + WAIT_MS * 1000000ull;
+    char *body = check_calloc(length + 1, 1);
+    memset(body, ' ', length);
+    for (;;) {
+        struct answer answer = complete(daemon, body);
+        int got = answer.status;
+        answer_done(&answer);
+        if (got == status) break;
+        if (clock_now_ns() > end) fail_msg("%d instead of %d", got, status);
+    }
+    free(body);
+}
+
+static void test_reload(void **state) {
+    (void)state;
+    int fd = mkstemp(config_path);
+    assert_true(fd >= 0);
+    (void)close(fd);
+    write_config("[server]\nmax_body = \"2KiB\"\n");
+    struct daemon *daemon = daemon_ready(with_file);
+    until_status(daemon, 3000, 413);
+    write_config("[server]\nmax_body = \"4KiB\"\n");
+    assert_int_equal(kill(getpid(), SIGHUP), 0);
+    until_status(daemon, 3000, 400);                               /* read, and not JSON */
+    write_config("[server]\nmax_body = \"8KiB\"\nmax_bodi = 1\n"); /* broken: nothing changes */
+    assert_int_equal(kill(getpid(), SIGHUP), 0);
+    write_config("[server]\nmax_body = \"4KiB\"\nport = 1\n"); /* needs a restart: the rest is taken */
+    assert_int_equal(kill(getpid(), SIGHUP), 0);
+    until_status(daemon, 5000, 413);
+    until_status(daemon, 3000, 400);
+    daemon_end(daemon);
+    assert_int_equal(unlink(config_path), 0);
 }
 
 static void test_queue_full(void **state) {
@@ -505,6 +634,9 @@ static void test_framing(void **state) {
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked, identity\r\n\r\n",
         "GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
         "GET /health HTTP/1.1\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\n: nameless\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\001b\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n Content-Length: 7\r\n\r\n",
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: +5\r\n\r\n",
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5,5\r\n\r\n",
@@ -517,7 +649,9 @@ static void test_framing(void **state) {
         (void)send(fd, "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n", 42, MSG_NOSIGNAL);
         struct buffer got = receive(fd, NULL); /* to the end: the connection was closed */
         if (strstr(got.bytes, "\"version\"")) fail_msg("smuggled behind:\n%s\n%s", bad[i], got.bytes);
-        if (strstr(got.bytes, " 200 ")) fail_msg("accepted:\n%s\n%s", bad[i], got.bytes);
+        if (strncmp(got.bytes, "HTTP/1.1 4", 10) != 0) fail_msg("accepted:\n%s\n%s", bad[i], got.bytes);
+        if (strstr(got.bytes + 1, "HTTP/1.1 ") || !strstr(got.bytes, "{\"error\":{\"message\":"))
+            fail_msg("not one JSON answer:\n%s\n%s", bad[i], got.bytes);
         buffer_done(&got);
         (void)close(fd);
     }
@@ -657,6 +791,9 @@ int main(void) {
         cmocka_unit_test(test_deadlines_and_size),
         cmocka_unit_test(test_long_body),
         cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_drain_timeout),
+        cmocka_unit_test(test_stall_and_heartbeat),
+        cmocka_unit_test(test_reload),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,117 @@
+/* See block_table.h. */
+#include "blockmgr/block_table.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "base/block.h"
+#include "base/check.h"
+
+static uint32_t blocks_for(uint32_t tokens) { return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
+
+uint64_t block_tables_bytes(uint32_t n_tables, uint32_t n_lanes, uint32_t blocks_max) {
+    return (uint64_t)n_tables * n_lanes * ((uint64_t)blocks_max + 3) * sizeof(uint32_t);
+}
+
+void block_tables_init(struct block_tables *tables, struct block_pool *pool, uint32_t n_tables, uint32_t n_lanes, uint32_t blocks_max) {
+    size_t lanes, ids;
+    CHECK(size_mul(n_tables, n_lanes, &lanes) && size_mul(lanes, blocks_max, &ids) && ids < UINT32_MAX);
+    *tables =
+        (struct block_tables){.pool = pool, .n_tables = n_tables, .n_lanes = n_lanes, .blocks_max = blocks_max, .ids_bytes = ids * sizeof(uint32_t)};
+    tables->ids = mmap(NULL, tables->ids_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(tables->ids != MAP_FAILED);
+    tables->lane_first = check_calloc(lanes, sizeof *tables->lane_first);
+    tables->lane_tokens = check_calloc(lanes, sizeof *tables->lane_tokens);
+    tables->n_blocks = check_calloc(lanes, sizeof *tables->n_blocks);
+    for (size_t lane = 0; lane < lanes; lane++) tables->lane_first[lane] = (uint32_t)(lane * blocks_max);
+}
+
+void block_tables_done(struct block_tables *tables) {
+    (void)munmap(tables->ids, tables->ids_bytes);
+    free(tables->lane_first);
+    free(tables->lane_tokens);
+    free(tables->n_blocks);
+}
+
+uint64_t table_blocks(const struct block_tables *tables, uint32_t table) {
+    const uint32_t *blocks = table_lane_blocks(tables, table);
+    uint64_t sum = 0;
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) sum += blocks[lane];
+    return sum;
+}
+
+uint64_t table_missing(const struct block_tables *tables, uint32_t table, uint32_t rows) {
+    const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
+    uint64_t missing = 0;
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+        uint32_t needed = blocks_for(tokens[lane] + rows);
+        if (needed > blocks[lane]) missing += needed - blocks[lane];
+    }
+    return missing;
+}
+
+bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
+    if (table_missing(tables, table, rows) > tables->pool->n_free) return false;
+    const uint32_t *tokens = table_lane_tokens(tables, table);
+    uint32_t *blocks = table_lane_blocks(tables, table);
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+        uint32_t needed = blocks_for(tokens[lane] + rows), *ids = table_lane_ids(tables, table, lane);
+        CHECK(needed <= tables->blocks_max);
+        for (; blocks[lane] < needed; blocks[lane]++)
+            ids[blocks[lane]] = block_pool_take(tables->pool, blocks[lane] ? ids[blocks[lane] - 1] : BLOCK_NONE);
+    }
+    return true;
+}
+
+void table_fill(struct block_tables *tables, uint32_t table, uint32_t rows) {
+    uint32_t *tokens = table_lane_tokens(tables, table);
+    const uint32_t *blocks = table_lane_blocks(tables, table);
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+        tokens[lane] += rows;
+        CHECK(blocks_for(tokens[lane]) <= blocks[lane]);
+    }
+}
+
+void table_share(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t id) {
+    uint32_t *blocks = table_lane_blocks(tables, table);
+    CHECK(blocks[lane] < tables->blocks_max);
+    block_pool_share(tables->pool, id);
+    table_lane_ids(tables, table, lane)[blocks[lane]++] = id;
+}
+
+void table_truncate(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t tokens) {
+    uint32_t *filled = table_lane_tokens(tables, table) + lane, *blocks = table_lane_blocks(tables, table) + lane;
+    const uint32_t *ids = table_lane_ids(tables, table, lane);
+    CHECK(tokens <= *filled);
+    *filled = tokens;
+    while (*blocks > blocks_for(tokens)) block_pool_give(tables->pool, ids[--*blocks]);
+}
+
+void table_drop(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t first, uint32_t count) {
+    uint32_t *filled = table_lane_tokens(tables, table) + lane, *blocks = table_lane_blocks(tables, table) + lane,
+             *ids = table_lane_ids(tables, table, lane);
+    CHECK(first + count <= *filled / BLOCK_TOKENS);
+    for (uint32_t i = first; i < first + count; i++) block_pool_give(tables->pool, ids[i]);
+    memmove(ids + first, ids + first + count, (*blocks - first - count) * sizeof *ids);
+    *blocks -= count;
+    *filled -= count * BLOCK_TOKENS;
+}
+
+uint32_t table_replace(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t index) {
+    uint32_t *ids = table_lane_ids(tables, table, lane);
+    CHECK(index < table_lane_blocks(tables, table)[lane]);
+    uint32_t id = block_pool_take(tables->pool, index ? ids[index - 1] : BLOCK_NONE);
+    block_pool_give(tables->pool, ids[index]);
+    ids[index] = id;
+    return id;
+}
+
+void table_clear(struct block_tables *tables, uint32_t table) {
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+        uint32_t *blocks = table_lane_blocks(tables, table) + lane;
+        const uint32_t *ids = table_lane_ids(tables, table, lane);
+        while (*blocks > 0) block_pool_give(tables->pool, ids[--*blocks]);
+        table_lane_tokens(tables, table)[lane] = 0;
+    }
+}

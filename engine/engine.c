@@ -1,0 +1,297 @@
+/* The engine thread and its step, from letters to events. Nothing here allocates. It decides nothing about who runs (scheduler/), what a token is (kernels/), or what a client sees (server/).
+ *
+ * Why the outbox never overflows: a step starts only while so few events wait that, with all of its own, a terminal event for every live choice still fits. A choice is
+ * live, for the loop's count in engine_submit, until the loop has taken the last event of its request. So tokens + terminal events <= capacity, at all times. */
+#include "engine/engine.h"
+
+#include <string.h>
+
+#include "base/check.h"
+#include "base/clock.h"
+#include "engine/internal.h"
+
+/* ---- events: engine thread ---- */
+
+/* The choice's next event; a terminal one closes it, and the request with its last. Nothing of the request is touched after that: it is the loop's. */
+static void post(struct engine *engine, struct request_state *state, uint32_t choice, struct event event) {
+    struct request *request = state->request;
+    struct choice_state *mine = requests_choice(&engine->requests, state, choice);
+    CHECK(!mine->over);
+    event.id = request->id;
+    event.owner = request->owner;
+    event.choice = choice;
+    if (!mine->announced) event.cached_tokens = state->cached_tokens;
+    mine->announced = true;
+    struct posted posted = {.event = event};
+    if (event.finish != FINISH_NONE) {
+        posted.event.preemptions = mine->preemptions;
+        posted.event.scheduled_ns = state->scheduled_ns;
+        mine->over = true;
+        if (--state->n_open == 0) {
+            posted.n_released = request->n_candidates;
+            requests_remove(&engine->requests, state);
+        }
+    }
+    CHECK(mailbox_put(&engine->outbox, &posted));
+    engine->must_wake = true;
+}
+
+static void post_error(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
+    struct event event = {.finish = FINISH_ERROR};
+    size_t length = strnlen(words, sizeof event.error - 1);
+    memcpy(event.error, words, length);
+    post(engine, state, choice, event);
+}
+
+/* Applies to one choice or all; a request whose last choice ends is gone, so whether it goes on is known before. */
+static void for_choices(struct engine *engine, struct request_state *state, uint32_t choice,
+                        void (*end)(struct engine *, struct request_state *, uint32_t, const char *), const char *words) {
+    uint32_t first = choice == ENGINE_ALL_CHOICES ? 0 : choice, last = choice == ENGINE_ALL_CHOICES ? state->request->n_candidates : choice + 1;
+    uint32_t n_open = state->n_open;
+    for (uint32_t c = first; c < last && n_open > 0; c++) {
+        if (requests_choice(&engine->requests, state, c)->over) continue;
+        n_open--;
+        end(engine, state, c, words);
+    }
+}
+
+static void abort_choice(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
+    (void)words;
+    (void)scheduler_abort(engine->scheduler, state->request->id, choice);
+    post(engine, state, choice, (struct event){.finish = FINISH_ABORTED});
+}
+
+static void fail_choice(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
+    (void)scheduler_abort(engine->scheduler, state->request->id, choice);
+    post_error(engine, state, choice, words);
+}
+
+/* ---- inbox ---- */
+
+static bool tokens_known(const struct engine *engine, const struct request *request) {
+    for (uint32_t i = 0; i < request->n_prompt; i++)
+        if (request->tokens[0][i] < 0 || (uint32_t)request->tokens[0][i] >= engine->n_vocab) return false;
+    return true;
+}
+
+static void take_submit(struct engine *engine, struct request *request) {
+    struct request_state *state = requests_add(&engine->requests, request);
+    if (!tokens_known(engine, request)) {
+        for_choices(engine, state, ENGINE_ALL_CHOICES, post_error, "the prompt has a token id outside the vocabulary");
+        return;
+    }
+    const struct scheduler_request asked = {.id = request->id,
+                                            .owner = request,
+                                            .n_candidates = request->n_candidates,
+                                            .tokens = request->tokens,
+                                            .n_prompt = request->n_prompt,
+                                            .max_new = request->max_new,
+                                            .priority = request->priority,
+                                            .arrival_ns = request->arrival_ns,
+                                            .cache_scope = request->cache_scope,
+                                            .first_needed_row = request->prompt_results ? 0 : UINT32_MAX};
+    CHECK(scheduler_add(engine->scheduler, &asked)); /* engine_submit counts to the same bound */
+}
+
+static void drain_inbox(struct engine *engine) {
+    struct letter letter;
+    while (mailbox_take(&engine->inbox, &letter)) {
+        if (letter.kind == LETTER_SUBMIT) {
+            take_submit(engine, letter.request);
+            continue;
+        }
+        struct request_state *state = requests_find(&engine->requests, letter.id);
+        if (state && (letter.choice == ENGINE_ALL_CHOICES || letter.choice < state->request->n_candidates))
+            for_choices(engine, state, letter.choice, abort_choice, NULL);
+    }
+}
+
+/* ---- the step ---- */
+
+/* What the plan says about each sequence's life, before it runs. */
+static void note_entries(struct engine *engine, const struct plan *plan, uint64_t now) {
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        const struct plan_entry *entry = &plan->entries[e];
+        struct request *request = entry->owner;
+        struct request_state *state = request->state;
+        struct choice_state *choice = requests_choice(&engine->requests, state, entry->choice);
+        if (entry->first_run) state->scheduled_ns = now;
+        if (entry->choice == 0 && choice->n_generated == 0) state->cached_tokens = entry->cached_tokens;
+        if (entry->first_token < choice->next_row) choice->preemptions++; /* it starts again */
+        choice->next_row = entry->first_token + entry->n_rows;
+        uint32_t end = choice->next_row < request->n_prompt ? choice->next_row : request->n_prompt;
+        if (entry->first_token < request->n_prompt) engine->stats.prompt_tokens += end - entry->first_token;
+    }
+}
+
+static void count_rows(struct engine_stats *stats, uint32_t n_rows) {
+    static const uint32_t bounds[] = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
+    uint32_t b = 0;
+    while (b < sizeof bounds / sizeof *bounds && n_rows > bounds[b]) b++;
+    stats->step_rows_bucket[b]++;
+    stats->step_rows_sum += n_rows;
+}
+
+static enum finish finish_of(const struct request *request, const struct choice_state *choice, int32_t token) {
+    uint32_t n_generated = choice->n_generated + 1;
+    if (choice->n_generated >= request->min_new)
+        for (uint32_t i = 0; i < request->n_stop_tokens; i++)
+            if (request->stop_tokens[i] == token) return FINISH_STOP;
+    return n_generated >= request->max_new ? FINISH_LENGTH : FINISH_NONE;
+}
+
+/* Results to where they belong: prompt log-probabilities, tokens, who is over. */
+static void take_results(struct engine *engine, const struct plan *plan) {
+    struct batch_builder *builder = &engine->builder;
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        struct request *request = plan->entries[e].owner;
+        if (builder->n_targets[e] == 0) continue;
+        memcpy(&request->prompt_results[request->state->prompt_results_next], &builder->results[builder->first_target[e]],
+               builder->n_targets[e] * sizeof *builder->results);
+        request->state->prompt_results_next += builder->n_targets[e];
+    }
+    for (uint32_t i = 0; i < builder->n_draws; i++) {
+        const struct draw *draw = &builder->draws[i];
+        struct request *request = draw->state->request;
+        struct choice_state *choice = requests_choice(&engine->requests, draw->state, draw->choice);
+        int32_t token = builder->results[draw->result].token;
+        CHECK(token >= 0 && (uint32_t)token < engine->n_vocab);
+        builder->finishes[i] = FINISH_NONE;
+        builder->ended[i] = true;
+        if (choice->over) continue; /* aborted before it forked */
+        request->tokens[draw->choice][draw->n_tokens] = token;
+        builder->finishes[i] = finish_of(request, choice, token);
+        builder->ended[i] = builder->finishes[i] == FINISH_STOP;
+        choice->n_generated++;
+        choice->next_row = draw->n_tokens;
+    }
+}
+
+/* A prompt that is read and wants nothing more. */
+static void post_finished_prompts(struct engine *engine, const struct plan *plan) {
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        const struct plan_entry *entry = &plan->entries[e];
+        if (entry->n_samples > 0 || entry->first_token + entry->n_rows < entry->n_tokens) continue;
+        struct request_state *state = ((struct request *)entry->owner)->state;
+        if (state->request->max_new > 0) continue;
+        struct event event = {.finish = FINISH_LENGTH};
+        for (uint32_t c = 0, n = state->n_open; n > 0; c++)
+            if (!requests_choice(&engine->requests, state, c)->over) {
+                n--;
+                post(engine, state, c, event);
+            }
+    }
+}
+
+static void post_results(struct engine *engine, const struct plan *plan) {
+    const struct batch_builder *builder = &engine->builder;
+    for (uint32_t i = 0; i < builder->n_draws; i++) {
+        const struct draw *draw = &builder->draws[i];
+        if (builder->ended[i] && builder->finishes[i] != FINISH_STOP) continue; /* was over before */
+        engine->stats.generation_tokens++;
+        post(engine, draw->state, draw->choice,
+             (struct event){.has_token = true, .finish = builder->finishes[i], .sample = builder->results[draw->result]});
+    }
+    post_finished_prompts(engine, plan);
+}
+
+/* The backend failed: what it left in the blocks of this step is unknown. The choices that ran end, all of a request whose prompt was being read, and the prefix cache lets go of
+ * everything, as it may have taken over such blocks. */
+static void fail_step(struct engine *engine, const struct plan *plan, const char *words) {
+    struct batch_builder *builder = &engine->builder;
+    for (uint32_t i = 0; i < builder->n_draws; i++) {
+        const struct draw *draw = &builder->draws[i];
+        builder->ended[i] = true;
+        if (!requests_choice(&engine->requests, draw->state, draw->choice)->over) draw->state->request->tokens[draw->choice][draw->n_tokens] = 0;
+    }
+    scheduler_commit(engine->scheduler, builder->ended);
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        const struct plan_entry *entry = &plan->entries[e];
+        struct request_state *state = requests_find(&engine->requests, entry->request_id); /* NULL: ended with an entry before */
+        if (state) for_choices(engine, state, entry->n_tokens > state->request->n_prompt ? entry->choice : ENGINE_ALL_CHOICES, fail_choice, words);
+    }
+    scheduler_drop_prefix_cache(engine->scheduler);
+}
+
+static enum status run(struct engine *engine, struct error *error) {
+    struct backend *backend = engine->backend;
+    enum status status = backend->ops->submit(backend, &engine->builder.batch, error);
+    return status == STATUS_OK ? backend->ops->sync(backend, engine->builder.results, error) : status;
+}
+
+/* false: there is nothing to do. */
+static bool step(struct engine *engine) {
+    uint64_t start = clock_now_ns();
+    const struct plan *plan = scheduler_plan(engine->scheduler, start);
+    if (plan->n_copies > 0) engine->backend->ops->copy_blocks(engine->backend, plan->n_copies, plan->copy_source, plan->copy_destination);
+    if (plan->n_entries == 0) return false;
+    note_entries(engine, plan, start);
+    batch_build(&engine->builder, &engine->requests, plan);
+    count_rows(&engine->stats, plan->n_rows);
+    uint64_t built = clock_now_ns();
+
+    struct error error = {.text = ""};
+    enum status status = run(engine, &error);
+    uint64_t synced = clock_now_ns();
+
+    if (status == STATUS_OK) {
+        take_results(engine, plan);
+        scheduler_commit(engine->scheduler, engine->builder.ended);
+        post_results(engine, plan);
+    } else {
+        fail_step(engine, plan, error.text);
+    }
+    uint64_t end = clock_now_ns();
+    engine->stats.schedule_ns += (built - start) + (end - synced);
+    engine->stats.busy_ns += end - start;
+    return true;
+}
+
+/* ---- the thread ---- */
+
+void engine_publish(struct engine *engine) {
+    struct engine_stats *stats = &engine->stats;
+    struct scheduler_stats now;
+    scheduler_stats(engine->scheduler, &now);
+    stats->running = now.running;
+    stats->waiting = now.waiting;
+    stats->blocks_total = now.blocks_total;
+    stats->blocks_used = now.blocks_used;
+    stats->blocks_cached = now.blocks_cached;
+    stats->block_bytes = engine->plan.block_bytes;
+    stats->steps = now.steps;
+    stats->preemptions = now.preemptions;
+    stats->forks = now.forks;
+    stats->blocks_copied = now.blocks_copied;
+    stats->chunks = now.chunks;
+    stats->prefix_queries = now.prefix_queries;
+    stats->prefix_hits = now.prefix_hits;
+    stats->prefix_partial_hits = now.prefix_partial_hits;
+    stats->prefix_evictions = now.prefix_evictions;
+    publisher_write(&engine->publisher, stats);
+}
+
+static bool outbox_has_room(struct engine *engine) { return mailbox_room(&engine->outbox) >= (size_t)engine->plan.max_choices + engine->sizes.draws; }
+
+/* Until a letter comes, the engine is stopped, or (if that is what it waits for) events were taken. */
+static void sleep_until_rung(struct engine *engine, bool wants_room) {
+    uint32_t ticket = bell_begin(&engine->bell, wants_room);
+    bool news = mailbox_waiting(&engine->inbox) > 0 || atomic_load(&engine->stop) || (wants_room && outbox_has_room(engine));
+    if (!news) bell_wait(&engine->bell, ticket);
+    atomic_store_explicit(&engine->progress_ns, clock_now_ns(), memory_order_relaxed);
+    bell_end(&engine->bell);
+}
+
+void engine_serve(struct engine *engine) {
+    for (bool stop = false; !stop;) {
+        stop = atomic_load(&engine->stop); /* before the inbox: what was submitted before the stop is seen */
+        drain_inbox(engine);
+        while (stop && engine->requests.oldest) for_choices(engine, engine->requests.oldest, ENGINE_ALL_CHOICES, abort_choice, NULL);
+        bool has_room = outbox_has_room(engine), stepped = !stop && has_room && step(engine);
+        engine_publish(engine);
+        atomic_store_explicit(&engine->progress_ns, clock_now_ns(), memory_order_relaxed);
+        if (engine->must_wake && engine->hooks.wake) engine->hooks.wake(engine->hooks.context);
+        engine->must_wake = false;
+        if (!stepped && !stop) sleep_until_rung(engine, !has_room);
+    }
+}

@@ -1,0 +1,166 @@
+/* Private state of the engine, shared by its own files: engine.c (the step, the thread), start.c (life, calls), requests.c (who lives), batch.c (a plan made numbers), publish.c (what other threads read).
+ * Tests use engine_start_on to put a backend of their own below the engine. */
+#pragma once
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "base/mailbox.h"
+#include "engine/engine.h"
+#include "scheduler/scheduler.h"
+
+/* ---- who lives: engine thread ---- */
+
+struct choice_state {
+    uint32_t n_generated;
+    uint32_t next_row; /* the token that its next row is, unless it was preempted */
+    uint32_t preemptions;
+    bool over;      /* its terminal event is posted */
+    bool announced; /* its first event is posted */
+};
+
+struct request_state {
+    struct request *request;
+    uint64_t scheduled_ns;
+    uint32_t cached_tokens;
+    uint32_t first_choice;        /* in requests.choices: n_candidates of them */
+    uint32_t n_open;              /* choices without a terminal event */
+    uint32_t prompt_results_next; /* prompt_results below are written and belong to the loop once an event was posted: never written again */
+    struct request_state *older, *newer;
+};
+
+/* Every live request, by id and in order of arrival. Sized once. */
+struct requests {
+    uint32_t max_choices;
+    struct request_state *states; /* [max_choices] */
+    struct request_state **free_states;
+    uint32_t n_free;
+    struct choice_state *choices; /* [max_choices]: ranges in order of arrival, moved together when the end is reached */
+    uint32_t choices_end;
+    struct request_state **table; /* [table_mask + 1] open addressing by id; NULL: empty */
+    uint32_t table_mask;
+    struct request_state *oldest, *newest;
+};
+
+uint64_t requests_bytes_per_choice(void);
+void requests_init(struct requests *requests, uint32_t max_choices);
+void requests_done(struct requests *requests);
+/* There must be room: the sum of n_candidates of all live requests is <= max_choices. Sets request->state. */
+struct request_state *requests_add(struct requests *requests, struct request *request);
+void requests_remove(struct requests *requests, struct request_state *state);
+struct request_state *requests_find(const struct requests *requests, uint64_t id); /* NULL: none */
+static inline struct choice_state *requests_choice(const struct requests *requests, const struct request_state *state, uint32_t choice) {
+    return &requests->choices[state->first_choice + choice];
+}
+
+/* ---- a plan made numbers: engine thread ---- */
+
+/* One sample that is drawn; sample i of the plan is draw i. */
+struct draw {
+    struct request_state *state;
+    uint32_t choice, n_tokens; /* where the token goes: tokens[choice][n_tokens] */
+    uint32_t result;           /* its index in the batch's samples */
+};
+
+struct batch_builder {
+    struct batch batch;
+    int32_t *tokens, *positions;        /* [max_rows] */
+    struct batch_sequence *sequences;   /* [max_sequences] */
+    struct sample *samples;             /* [max_samples] */
+    struct sample_result *results;      /* [max_samples] */
+    struct draw *draws;                 /* [max_draws] */
+    uint32_t *first_target, *n_targets; /* [max_sequences]: prompt log-probabilities of each entry, in samples */
+    bool *ended;                        /* [max_draws] */
+    enum finish *finishes;              /* [max_draws] */
+    uint32_t n_draws;
+    uint32_t max_rows, max_sequences, max_samples, max_draws;
+};
+
+void batch_builder_init(struct batch_builder *builder, uint32_t max_rows, uint32_t max_sequences, uint32_t max_samples, uint32_t max_draws);
+void batch_builder_done(struct batch_builder *builder);
+void batch_build(struct batch_builder *builder, const struct requests *requests, const struct plan *plan);
+
+/* ---- sizes that follow from the plan ---- */
+
+struct engine_sizes {
+    uint32_t draws;   /* of a step */
+    uint32_t samples; /* draws and prompt log-probabilities */
+    uint32_t inbox, outbox;
+};
+struct engine_sizes engine_sizes(const struct memory_plan *plan, const struct config *config);
+void engine_backend_limits(const struct memory_plan *plan, const struct config *config, struct backend_limits *limits);
+enum status engine_plan_memory_on(const struct backend_ops *ops, const struct config *config, const struct model *model, uint64_t available_bytes,
+                                  struct memory_plan *plan, struct error *error);
+
+/* ---- what other threads read ---- */
+
+#define STATS_WORDS ((sizeof(struct engine_stats) + 7) / 8)
+
+/* A sequence lock whose words are atomics: one writer, any readers. */
+struct publisher {
+    _Atomic uint32_t sequence;
+    _Atomic uint64_t words[STATS_WORDS];
+};
+void publisher_write(struct publisher *publisher, const struct engine_stats *stats);
+void publisher_read(const struct publisher *publisher, struct engine_stats *stats);
+
+/* The engine thread sleeps on a word that everybody who has news for it changes. */
+struct bell {
+    _Atomic uint32_t word; /* BELL_ASLEEP | BELL_WANTS_ROOM | count */
+};
+enum { BELL_ASLEEP = 1, BELL_WANTS_ROOM = 2, BELL_COUNT = 4 };
+/* After what it announces was stored. */
+void bell_ring(struct bell *bell);
+/* Rings if the sleeper waits for room in the outbox. */
+void bell_ring_room(struct bell *bell);
+/* Announces the sleep; then the caller looks once more, and either waits on `ticket` or not, and wakes in any case. */
+uint32_t bell_begin(struct bell *bell, bool wants_room);
+void bell_wait(struct bell *bell, uint32_t ticket);
+void bell_end(struct bell *bell);
+
+enum letter_kind { LETTER_SUBMIT, LETTER_ABORT };
+struct letter {
+    enum letter_kind kind;
+    struct request *request;
+    uint64_t id;
+    uint32_t choice;
+};
+struct posted {
+    struct event event;
+    uint32_t n_released; /* with a request's last event: its choices, which count against max_choices until the loop has taken it */
+};
+
+struct engine {
+    struct memory_plan plan;
+    struct engine_sizes sizes;
+    struct engine_hooks hooks;
+    struct backend *backend;
+    uint32_t n_vocab;
+    char description[160];
+
+    /* Loop thread */
+    uint32_t live_choices;
+
+    /* Shared */
+    struct mailbox inbox, outbox;
+    struct bell bell;
+    struct publisher publisher;
+    _Atomic bool stop;
+    _Atomic uint64_t progress_ns; /* the last step's end, or the last waking */
+
+    /* Engine thread */
+    pthread_t thread;
+    struct scheduler *scheduler;
+    struct requests requests;
+    struct batch_builder builder;
+    struct engine_stats stats;
+    bool must_wake; /* events were posted since the last wake */
+};
+
+/* engine_start below `ops` rather than the backend that the config names. */
+enum status engine_start_on(const struct backend_ops *ops, const struct config *config, const struct model *model, const struct engine_hooks *hooks,
+                            struct engine **engine, struct error *error);
+
+/* The engine thread's life, from the first letter to engine_stop. */
+void engine_serve(struct engine *engine);
+void engine_publish(struct engine *engine);

@@ -1,0 +1,219 @@
+/* The memory plan: everything large, from the configuration, the model, and the memory there is. Pure but for reading that. Any thread.
+ *
+ * What is asked for by name is granted or refused with the arithmetic; what is left to us is made to fit, and what was lowered is said. */
+#include <inttypes.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "engine/internal.h"
+#include "engine/system_memory.h"
+
+enum {
+    SEQUENCES_MIN = 64, /* of "auto": enough to fill a batch on two cores, */
+    SEQUENCES_MAX = 256,
+    SEQUENCES_PER_THREAD = 32,
+    BLOCKS_MAX = 1 << 28,
+    EXTENT_BYTES = 64 << 10,
+    EXTENT_BLOCKS = 64,
+    MODEL_LEN_MIN = 2 * BLOCK_TOKENS,
+    INBOX_SPARE = 64,
+    /* What scheduler and block manager keep: a block's id in a table and in the cache, owners, places in lists; a lane of a sequence; a choice. */
+    BYTES_PER_BLOCK = 40,
+    BYTES_PER_LANE = 16,
+    BYTES_PER_CHOICE = 256,
+};
+
+/* Memory that is left to the system, to other processes' growth, to the server's buffers. */
+static uint64_t usable(uint64_t available) { return available - available / 10; }
+
+static uint32_t thread_count(const struct config *config) {
+    cpu_set_t set;
+    if (config->threads) return config->threads;
+    if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
+    return (uint32_t)CPU_COUNT(&set);
+}
+
+static uint32_t auto_sequences(const struct config *config) {
+    uint64_t n = (uint64_t)thread_count(config) * SEQUENCES_PER_THREAD;
+    return n < SEQUENCES_MIN ? SEQUENCES_MIN : n > SEQUENCES_MAX ? SEQUENCES_MAX : (uint32_t)n;
+}
+
+static uint64_t blocks_of(const struct program *program, uint64_t tokens) {
+    return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS * program_lanes(program);
+}
+
+/* Draws: one for each running sequence, and a prompt's end draws for all of its candidates at once. Events that wait: all tokens of a step beside one terminal event a
+ * choice, for which there is always room, and as many again, so that a step need not wait for the last one's events to be taken. */
+struct engine_sizes engine_sizes(const struct memory_plan *plan, const struct config *config) {
+    struct engine_sizes sizes = {.draws = plan->max_sequences + config->max_choices};
+    sizes.samples = sizes.draws + plan->max_rows;
+    sizes.inbox = 3 * plan->max_choices + INBOX_SPARE;
+    sizes.outbox = 2 * plan->max_choices + sizes.draws;
+    return sizes;
+}
+
+void engine_backend_limits(const struct memory_plan *plan, const struct config *config, struct backend_limits *limits) {
+    *limits = (struct backend_limits){
+        .kv_dtype = plan->kv_dtype,
+        .n_blocks = plan->n_blocks,
+        .max_rows = plan->max_rows,
+        .max_sequences = plan->max_sequences,
+        .max_samples = engine_sizes(plan, config).samples,
+        .threads = config->threads,
+        .instruction_set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set,
+        .drop_source_pages = true,
+        .mock_tokens_per_second = config->mock_tokens_per_second,
+    };
+}
+
+static void add_line(struct memory_plan *plan, const char *what, uint64_t count, uint64_t bytes_each) {
+    CHECK(plan->n_lines < sizeof plan->lines / sizeof *plan->lines);
+    if (count == 0 || bytes_each == 0) return;
+    plan->lines[plan->n_lines++] = (struct memory_line){.what = what, .count = count, .bytes_each = bytes_each};
+    plan->total_bytes += count * bytes_each;
+}
+
+/* A mailbox rounds its capacity up to a power of two. */
+static uint64_t mailbox_places(uint32_t capacity) {
+    uint64_t places = 1;
+    while (places < capacity) places *= 2;
+    return places;
+}
+
+/* All that does not depend on the pool's size. */
+static void add_fixed_lines(const struct backend_ops *ops, const struct config *config, const struct program *program, struct memory_plan *plan) {
+    struct backend_limits limits;
+    struct memory_line lines[16];
+    engine_backend_limits(plan, config, &limits);
+    uint32_t n = ops->memory_plan(program, &limits, lines, sizeof lines / sizeof *lines);
+    for (uint32_t i = 0; i < n; i++) add_line(plan, lines[i].what, lines[i].count, lines[i].bytes_each);
+    struct engine_sizes sizes = engine_sizes(plan, config);
+    add_line(plan, "sequences", plan->max_sequences,
+             (uint64_t)program_lanes(program) * BYTES_PER_LANE + sizeof(struct plan_entry) + sizeof(struct batch_sequence) + 8);
+    add_line(plan, "choices", plan->max_choices, requests_bytes_per_choice() + BYTES_PER_CHOICE);
+    add_line(plan, "rows", plan->max_rows, 2 * sizeof(int32_t));
+    add_line(plan, "samples", sizes.samples, sizeof(struct sample) + sizeof(struct sample_result));
+    add_line(plan, "draws", sizes.draws, sizeof(struct draw) + sizeof(enum finish) + sizeof(bool));
+    add_line(plan, "inbox", mailbox_places(sizes.inbox), sizeof(struct letter));
+    add_line(plan, "outbox", mailbox_places(sizes.outbox), sizeof(struct posted));
+}
+
+#define MIB(bytes) ((double)(bytes) / 0x1p20)
+
+static enum status does_not_fit(const struct memory_plan *plan, const struct program *program, uint64_t pool_bytes, bool kv_memory_given,
+                                struct error *error) {
+    uint64_t blocks = blocks_of(program, plan->max_model_len), each = plan->block_bytes + (kv_memory_given ? 0 : BYTES_PER_BLOCK);
+    if (kv_memory_given)
+        return error_set(error, STATUS_INVALID,
+                         "engine.kv_memory: %.1f MiB do not hold one sequence of %u tokens: %u lanes x %u blocks x %zu bytes = %.1f MiB",
+                         MIB(pool_bytes), plan->max_model_len, program_lanes(program), (plan->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS,
+                         plan->block_bytes, MIB(blocks * each));
+    return error_set(
+        error, STATUS_NO_MEMORY,
+        "memory: %.1f MiB are available, 10 %% of that stays free, %.1f MiB go to weights and scratch; the rest, %.1f MiB, does not hold one "
+        "sequence of %u tokens: %" PRIu64 " blocks x %" PRIu64 " bytes = %.1f MiB",
+        MIB(plan->available_bytes), MIB(plan->total_bytes), MIB(pool_bytes), plan->max_model_len, blocks, each, MIB(blocks * each));
+}
+
+/* Lowers max_model_len to what the pool holds, where that is ours to choose. */
+static enum status fit_model_len(const struct config *config, const struct program *program, uint64_t blocks, uint64_t pool_bytes,
+                                 struct memory_plan *plan, struct error *error) {
+    if (blocks >= blocks_of(program, plan->max_model_len)) return STATUS_OK;
+    uint64_t holds = blocks / program_lanes(program) * BLOCK_TOKENS;
+    bool given = config->kv_memory != 0;
+    if (config->max_model_len) return does_not_fit(plan, program, pool_bytes, given, error);
+    uint32_t wanted = plan->max_model_len, least = wanted < MODEL_LEN_MIN ? wanted : MODEL_LEN_MIN;
+    if (holds < least) {
+        plan->max_model_len = least;
+        return does_not_fit(plan, program, pool_bytes, given, error);
+    }
+    plan->max_model_len = (uint32_t)holds;
+    (void)snprintf(plan->lowered, sizeof plan->lowered, "max_model_len %u -> %u: %s holds no more", wanted, plan->max_model_len,
+                   given ? "engine.kv_memory" : "free memory");
+    return STATUS_OK;
+}
+
+/* How many blocks: what is asked for or what is left, never more than all sequences together can use. */
+static enum status size_pool(const struct config *config, const struct program *program, struct memory_plan *plan, struct error *error) {
+    uint64_t left = usable(plan->available_bytes), pool_bytes;
+    left = left > plan->total_bytes ? left - plan->total_bytes : 0;
+    if (config->kv_memory) {
+        pool_bytes = config->kv_memory;
+        if (pool_bytes > plan->available_bytes || plan->total_bytes > plan->available_bytes - pool_bytes)
+            return error_set(error, STATUS_NO_MEMORY,
+                             "engine.kv_memory: %.1f MiB, with %.1f MiB of weights and scratch, exceed the %.1f MiB available", MIB(pool_bytes),
+                             MIB(plan->total_bytes), MIB(plan->available_bytes));
+    } else {
+        pool_bytes = left;
+    }
+    uint64_t blocks = pool_bytes / (plan->block_bytes + (config->kv_memory ? 0 : BYTES_PER_BLOCK));
+    enum status status = fit_model_len(config, program, blocks, pool_bytes, plan, error);
+    if (status != STATUS_OK) return status;
+    uint64_t useful = blocks_of(program, plan->max_model_len) * plan->max_sequences;
+    if (blocks > useful) blocks = useful;
+    if (blocks > BLOCKS_MAX) blocks = BLOCKS_MAX;
+    if (blocks < blocks_of(program, plan->max_model_len))
+        return error_set(error, STATUS_UNSUPPORTED, "engine.max_model_len: one sequence of %u tokens takes %" PRIu64 " blocks; %d are supported",
+                         plan->max_model_len, blocks_of(program, plan->max_model_len), BLOCKS_MAX);
+    plan->n_blocks = (uint32_t)blocks;
+    return STATUS_OK;
+}
+
+enum status engine_plan_memory_on(const struct backend_ops *ops, const struct config *config, const struct model *model, uint64_t available_bytes,
+                                  struct memory_plan *plan, struct error *error) {
+    const struct program *program = model_program(model);
+    *plan = (struct memory_plan){.available_bytes = available_bytes, .max_rows = config->max_rows};
+    if (!kv_dtype_parse(config->kv_dtype, &plan->kv_dtype))
+        plan->kv_dtype = backend_kv_dtype(ops, strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set);
+    plan->block_bytes = ops->block_bytes(program, plan->kv_dtype);
+    plan->extent_blocks = plan->block_bytes >= EXTENT_BYTES ? 1 : (uint32_t)(EXTENT_BYTES / plan->block_bytes);
+    if (plan->extent_blocks > EXTENT_BLOCKS) plan->extent_blocks = EXTENT_BLOCKS;
+    plan->max_sequences = config->max_sequences ? config->max_sequences : auto_sequences(config);
+    plan->max_choices = plan->max_sequences + config->max_queue;
+    if (config->max_model_len > program->context_train)
+        return error_set(error, STATUS_INVALID, "engine.max_model_len: %u tokens; the model was trained for %u", config->max_model_len,
+                         program->context_train);
+    plan->max_model_len = config->max_model_len ? config->max_model_len : program->context_train;
+    add_fixed_lines(ops, config, program, plan);
+    enum status status = size_pool(config, program, plan, error);
+    if (status != STATUS_OK) return status;
+    plan->kv_tokens = (uint64_t)plan->n_blocks / program_lanes(program) * BLOCK_TOKENS;
+    add_line(plan, "KV block", plan->n_blocks, plan->block_bytes);
+    add_line(plan, "block tables", plan->n_blocks, BYTES_PER_BLOCK);
+    if (plan->total_bytes > available_bytes)
+        return error_set(error, STATUS_NO_MEMORY, "memory: the plan takes %.1f MiB, %.1f MiB are available", MIB(plan->total_bytes),
+                         MIB(available_bytes));
+    return STATUS_OK;
+}
+
+enum status engine_plan_memory(const struct config *config, const struct model *model, struct memory_plan *plan, struct error *error) {
+    const struct backend_ops *ops = backend_find(config->backend);
+    if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
+    return engine_plan_memory_on(ops, config, model, system_memory_available(""), plan, error);
+}
+
+static const char *readable(uint64_t bytes, char text[32]) {
+    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+    double value = (double)bytes;
+    int unit = 0;
+    while (value >= 1024 && unit < 6) value /= 1024, unit++;
+    (void)snprintf(text, 32, unit ? "%.2f %s" : "%.0f %s", value, units[unit]);
+    return text;
+}
+
+void memory_plan_print(const struct memory_plan *plan, FILE *out) {
+    char total[32];
+    (void)fprintf(out, "%-16s %12s   %14s   %12s\n", "memory", "count", "bytes each", "total");
+    for (uint32_t i = 0; i < plan->n_lines; i++) {
+        const struct memory_line *line = &plan->lines[i];
+        (void)fprintf(out, "%-16s %12" PRIu64 " x %14" PRIu64 " = %12s\n", line->what, line->count, line->bytes_each,
+                      readable(line->count * line->bytes_each, total));
+    }
+    (void)fprintf(out, "%-16s %12s   %14s   %12s", "all", "", "", readable(plan->total_bytes, total));
+    if (plan->available_bytes != UINT64_MAX) (void)fprintf(out, " of %s available", readable(plan->available_bytes, total));
+    (void)fprintf(out, "\n%-16s %" PRIu64 " tokens (%s), %u sequences at once of at most %u tokens, %u rows a step\n", "KV cache", plan->kv_tokens,
+                  kv_dtype_name(plan->kv_dtype), plan->max_sequences, plan->max_model_len, plan->max_rows);
+    if (plan->lowered[0]) (void)fprintf(out, "%-16s %s\n", "lowered", plan->lowered);
+}

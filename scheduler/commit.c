@@ -1,0 +1,83 @@
+/* Closing a step: rows are in the cache, tokens are drawn, choices end. See scheduler.h. */
+#include <string.h>
+
+#include "scheduler/internal.h"
+
+/* Full runs of a sequence that nothing was evicted from join the prefix cache. */
+void join_prefix_cache(struct scheduler *s, uint32_t i) {
+    struct choice *choice = &s->choices[i];
+    const struct request *request = request_of(s, choice);
+    while (choice->joins && !choice->evicted && (choice->n_runs + 1) * BLOCK_TOKENS <= choice->n_computed) {
+        const int32_t *tokens = choice->tokens + (size_t)choice->n_runs * BLOCK_TOKENS;
+        uint32_t *ids = s->move_source; /* free between compactions */
+        for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) ids[lane] = table_lane_ids(&s->tables, choice->table, lane)[choice->n_runs];
+        uint32_t entry = prefix_cache_insert(&s->cache, request->asked.cache_scope, choice->leaf, tokens, ids);
+        if (entry == ENTRY_NONE) { /* another sequence was first: what follows could not be reached from here */
+            choice->joins = false;
+            return;
+        }
+        choice->leaf = entry;
+        choice->n_runs++;
+    }
+}
+
+/* A choice that is not the leader has its first token: it is over, or its table comes with the next plan. */
+static void first_token(struct scheduler *s, const struct choice *leader, uint32_t i, bool ended) {
+    struct choice *choice = &s->choices[i];
+    const struct request *request = request_of(s, choice);
+    memcpy(choice->tokens, leader->tokens, request->asked.n_prompt * sizeof *choice->tokens);
+    choice->n_tokens = request->asked.n_prompt + 1;
+    choice->state = CHOICE_FORKING;
+    if (ended || choice->n_tokens == choice_limit(request)) choice_end(s, i);
+}
+
+static void next_token(struct scheduler *s, uint32_t i, bool ended) {
+    struct choice *choice = &s->choices[i];
+    if (choice->silent) {
+        choice->state = CHOICE_LINGERING;
+        return;
+    }
+    choice->n_tokens++;
+    if (ended || choice->n_tokens == choice_limit(request_of(s, choice))) choice_end(s, i);
+}
+
+static void end_of_prompt(struct scheduler *s, uint32_t leader, const bool *ended) {
+    struct request *request = request_of(s, &s->choices[leader]);
+    for (uint32_t i = s->choices[request->first_choice].next; i != NONE; i = s->choices[i].next)
+        if (s->choices[i].state == CHOICE_UNFORKED) first_token(s, &s->choices[leader], i, ended[s->choices[i].index]);
+    next_token(s, leader, ended[0]);
+}
+
+static void end_without_tokens(struct scheduler *s, uint32_t leader) {
+    struct request *request = request_of(s, &s->choices[leader]);
+    for (uint32_t i = request->first_choice; i != NONE; i = s->choices[i].next)
+        if (i != leader && s->choices[i].state == CHOICE_UNFORKED) choice_end(s, i);
+    if (!s->choices[leader].silent) choice_end(s, leader);
+}
+
+void scheduler_commit(struct scheduler *s, const bool *ended) {
+    CHECK(s->planned);
+    s->planned = false;
+    s->stats.steps++;
+    for (uint32_t c = 0; c < s->n_copies; c++) block_pool_give(&s->pool, s->copy_source[c]);
+    s->stats.blocks_copied += s->n_copies;
+    uint32_t sample = 0;
+    for (uint32_t e = 0; e < s->plan.n_entries; e++) {
+        const struct plan_entry *entry = &s->entries[e];
+        uint32_t i = s->entry_choice[e], request = s->choices[i].request;
+        struct choice *choice = &s->choices[i];
+        table_fill(&s->tables, choice->table, entry->n_rows);
+        choice->n_computed += entry->n_rows;
+        s->stats.chunks += entry->n_rows > 1 && choice->n_computed < choice->n_tokens;
+        join_prefix_cache(s, i);
+        bool leads = choice->index == 0 && choice->n_tokens == s->requests[request].asked.n_prompt && choice->n_computed == choice->n_tokens;
+        if (leads && s->requests[request].asked.max_new == 0)
+            end_without_tokens(s, i);
+        else if (leads)
+            end_of_prompt(s, i, ended + sample);
+        else if (entry->n_samples)
+            next_token(s, i, ended[sample]);
+        sample += entry->n_samples;
+        request_settle(s, request);
+    }
+}

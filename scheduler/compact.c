@@ -1,0 +1,223 @@
+/* Compression's side of the scheduler: where sequences stop, and what happens to their lanes' blocks. See scheduler.h. */
+#include <string.h>
+
+#include "scheduler/internal.h"
+
+static void nearest(uint32_t *point, uint64_t candidate, uint32_t least) {
+    if (candidate >= least && candidate < *point) *point = (uint32_t)candidate;
+}
+
+uint32_t choice_next_point(struct scheduler *s, const struct choice *choice) {
+    const struct scheduler_points *points = &request_of(s, choice)->asked.points;
+    uint32_t n_prompt = request_of(s, choice)->asked.n_prompt, point = NONE;
+    uint32_t least =
+        choice->n_computed + (choice->n_computed == choice->handled_at || choice->n_computed == 0); /* a point here counts until it is dealt with */
+    if (points->reading) {
+        uint64_t next = ((uint64_t)least + points->reading - 1) / points->reading * points->reading;
+        if (next < n_prompt) nearest(&point, next, least);
+    }
+    if (points->prompt_end) nearest(&point, n_prompt, least);
+    if (points->growing) {
+        uint64_t steps = least <= n_prompt ? 1 : ((uint64_t)least - n_prompt + points->growing - 1) / points->growing;
+        nearest(&point, n_prompt + steps * points->growing, least);
+    }
+    for (uint32_t i = 0; i < choice->n_pressed; i++) nearest(&point, choice->pressed_at[i], least);
+    return point;
+}
+
+bool choice_is_due(struct scheduler *s, const struct choice *choice) {
+    return choice->n_computed > 0 && choice_next_point(s, choice) == choice->n_computed;
+}
+
+uint32_t choice_peak_tokens(struct scheduler *s, const struct choice *choice) {
+    const struct scheduler_request *asked = &request_of(s, choice)->asked;
+    uint32_t all = choice->n_tokens + 1;
+    if (asked->peak_tokens == 0) return all;
+    uint32_t held = asked->peak_tokens;
+    if (asked->points.reading)
+        held += asked->points.reading;
+    else if (held < asked->n_prompt)
+        held = asked->n_prompt;
+    /* Lanes differ: their blocks are at most one a lane more than the average needs. */
+    held += BLOCK_TOKENS;
+    return held < all ? held : all;
+}
+
+static bool was_pressed(const struct choice *choice) {
+    for (uint32_t i = 0; i < choice->n_pressed; i++)
+        if (choice->pressed_at[i] == choice->n_computed) return true;
+    return false;
+}
+
+bool scheduler_next_due(struct scheduler *s, struct scheduler_due *due) {
+    CHECK(!s->planned && s->due == NONE);
+    for (uint32_t at = 0; at < s->n_running; at++) {
+        struct choice *choice = &s->choices[s->running[at]];
+        if (!choice_is_due(s, choice)) continue;
+        const struct scheduler_request *asked = &request_of(s, choice)->asked;
+        *due = (struct scheduler_due){.owner = asked->owner,
+                                      .request_id = asked->id,
+                                      .choice = choice->index,
+                                      .n_computed = choice->n_computed,
+                                      .n_prompt = asked->n_prompt,
+                                      .pressure = was_pressed(choice),
+                                      .block_ids = s->tables.ids,
+                                      .lane_first = table_lane_first(&s->tables, choice->table),
+                                      .lane_tokens = table_lane_tokens(&s->tables, choice->table)};
+        s->due = s->running[at];
+        return true;
+    }
+    return false;
+}
+
+static struct choice *due_choice(struct scheduler *s) {
+    CHECK(s->due != NONE);
+    return &s->choices[s->due];
+}
+
+static void handled(struct scheduler *s) {
+    struct choice *choice = due_choice(s);
+    choice->handled_at = choice->n_computed;
+    s->due = NONE;
+}
+
+static void count_compaction(struct scheduler *s, struct choice *choice, uint32_t used_before) {
+    uint32_t freed = used_before - block_pool_used(&s->pool);
+    s->stats.compactions++;
+    s->stats.replays += choice->n_computed <= choice->seen_max;
+    s->stats.pressure_compactions += was_pressed(choice);
+    if (choice->n_computed > choice->seen_max) choice->seen_max = choice->n_computed;
+    choice->compacted_step = s->stats.steps + 1;
+    s->stats.blocks_freed += freed;
+    s->freed_since_plan += freed;
+}
+
+/* The block becomes writable: it leaves the prefix cache, or (shared with another sequence) is not. */
+static bool steal(struct scheduler *s, uint32_t id) {
+    if (s->pool.owners[id] > 1) return false;
+    if (s->pool.cached[id]) {
+        uint32_t before = s->cache.n_entries;
+        prefix_cache_remove(&s->cache, s->cache.entry_of[id]);
+        s->stats.prefix_steals += before - s->cache.n_entries;
+    }
+    return true;
+}
+
+static void move_lane(struct scheduler *s, uint32_t table, uint32_t lane, uint32_t n_keep, uint32_t first_evicted, struct scheduler_lane_move *move) {
+    uint32_t tokens = table_lane_tokens(&s->tables, table)[lane];
+    const uint32_t *ids = table_lane_ids(&s->tables, table, lane);
+    uint32_t *source = s->move_source + (size_t)lane * s->blocks_max, *destination = s->move_destination + (size_t)lane * s->blocks_max;
+    CHECK(n_keep <= tokens && first_evicted <= n_keep);
+    *move = (struct scheduler_lane_move){.n_keep = n_keep, .source = source, .destination = destination};
+    memcpy(source, ids, blocks_for(tokens) * sizeof *source);
+    memcpy(destination, ids, blocks_for(n_keep) * sizeof *destination);
+    if (n_keep == tokens) return;
+    uint32_t first = first_evicted / BLOCK_TOKENS, end = blocks_for(n_keep), shared = 0;
+    if (first_evicted == n_keep) first = end; /* only the end is cut */
+    for (uint32_t b = first; b < end; b++) shared += s->pool.owners[ids[b]] > 1;
+    if (!blocks_available(s, shared)) {
+        s->stats.compaction_skips++;
+        return;
+    }
+    for (uint32_t b = first; b < end; b++) {
+        if (steal(s, ids[b])) continue;
+        destination[b] = block_pool_take(&s->pool, b ? destination[b - 1] : BLOCK_NONE);
+        s->stats.compaction_copies++;
+    }
+    move->moves = true;
+}
+
+const struct scheduler_lane_move *scheduler_compact(struct scheduler *s, const struct scheduler_due *due, const uint32_t *n_keep,
+                                                    const uint32_t *first_evicted) {
+    struct choice *choice = due_choice(s);
+    CHECK(due->n_computed == choice->n_computed);
+    choice_leave_chain(s, s->due);
+    choice->evicted = true;
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) move_lane(s, choice->table, lane, n_keep[lane], first_evicted[lane], &s->moves[lane]);
+    return s->moves;
+}
+
+void scheduler_compacted(struct scheduler *s, const struct scheduler_due *due) {
+    struct choice *choice = due_choice(s);
+    CHECK(due->n_computed == choice->n_computed);
+    uint32_t before = block_pool_used(&s->pool);
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
+        const struct scheduler_lane_move *move = &s->moves[lane];
+        if (!move->moves) continue;
+        uint32_t *ids = table_lane_ids(&s->tables, choice->table, lane);
+        for (uint32_t b = 0; b < blocks_for(move->n_keep); b++) {
+            if (ids[b] == move->destination[b]) continue;
+            block_pool_give(&s->pool, ids[b]);
+            ids[b] = move->destination[b];
+        }
+        table_truncate(&s->tables, choice->table, lane, move->n_keep);
+    }
+    count_compaction(s, choice, before);
+    handled(s);
+}
+
+void scheduler_dropped(struct scheduler *s, const struct scheduler_due *due, const uint32_t *first, const uint32_t *count) {
+    struct choice *choice = due_choice(s);
+    CHECK(due->n_computed == choice->n_computed);
+    uint32_t before = block_pool_used(&s->pool);
+    choice_leave_chain(s, s->due);
+    choice->evicted = true;
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
+        if (count[lane] == 0) continue;
+        table_drop(&s->tables, choice->table, lane, first[lane], count[lane]);
+        s->stats.compaction_drops += count[lane];
+    }
+    count_compaction(s, choice, before);
+    handled(s);
+}
+
+void scheduler_kept(struct scheduler *s, const struct scheduler_due *due) {
+    CHECK(due->n_computed == due_choice(s)->n_computed);
+    handled(s);
+}
+
+bool scheduler_own_first(struct scheduler *s, const struct scheduler_due *due, uint32_t count, uint32_t *n, const uint32_t **source,
+                         const uint32_t **destination) {
+    struct choice *choice = due_choice(s);
+    CHECK(due->n_computed == choice->n_computed);
+    uint32_t shared = 0;
+    choice_leave_chain(s, s->due);
+    choice->evicted = true; /* what will be written there is no longer what the prefix cache means */
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++)
+        for (uint32_t b = 0; b < count && b < table_lane_blocks(&s->tables, choice->table)[lane]; b++)
+            shared += s->pool.owners[table_lane_ids(&s->tables, choice->table, lane)[b]] > 1;
+    *n = 0;
+    *source = s->move_source;
+    *destination = s->move_destination;
+    if (!blocks_available(s, shared)) {
+        uint32_t i = s->due;
+        s->due = NONE;
+        choice->state = CHOICE_RUNNING;
+        choice_preempt(s, i);
+        return false;
+    }
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++)
+        for (uint32_t b = 0; b < count && b < table_lane_blocks(&s->tables, choice->table)[lane]; b++) {
+            uint32_t id = table_lane_ids(&s->tables, choice->table, lane)[b];
+            if (steal(s, id)) continue;
+            s->move_source[*n] = id;
+            s->move_destination[(*n)++] = table_replace(&s->tables, choice->table, lane, b);
+            s->stats.compaction_copies++;
+        }
+    return true;
+}
+
+bool scheduler_press(struct scheduler *s, bool (*may)(void *context, void *owner), void *context) {
+    CHECK(!s->planned && s->due == NONE);
+    struct choice *longest = NULL;
+    for (uint32_t at = 0; at < s->n_running; at++) {
+        struct choice *choice = &s->choices[s->running[at]];
+        const struct request *request = request_of(s, choice);
+        if (choice->state != CHOICE_RUNNING || choice->n_computed < request->asked.n_prompt || choice->handled_at == choice->n_computed) continue;
+        if (choice->n_pressed == PRESSURE_POINTS_MAX || request->asked.private || !may(context, request->asked.owner)) continue;
+        if (!longest || choice->compacted_step < longest->compacted_step) longest = choice;
+    }
+    if (!longest) return false;
+    longest->pressed_at[longest->n_pressed++] = longest->n_computed;
+    return true;
+}

@@ -1,0 +1,303 @@
+/* The plan: forks that wait, decode rows, chunks of those catching up, admission. See scheduler.h for the rules, internal.h for the states. */
+#include <string.h>
+
+#include "scheduler/internal.h"
+
+struct builder {
+    struct scheduler *s;
+    uint32_t rows_left, samples_left;
+    double cost_us;
+    bool decoding;  /* somebody decodes in this step: chunks are bounded by cost */
+    bool one_chunk; /* the first chunk may always have BLOCK_TOKENS rows */
+};
+
+/* Samples due when the last known token is computed. */
+static uint32_t samples_at_end(struct scheduler *s, const struct choice *choice) {
+    const struct request *request = request_of(s, choice);
+    if (request->asked.max_new == 0) return 0;
+    return choice->n_tokens == request->asked.n_prompt && choice->index == 0 ? request->asked.n_candidates : 1;
+}
+
+static void add_entry(struct builder *b, uint32_t i, uint32_t n_rows) {
+    struct scheduler *s = b->s;
+    struct choice *choice = &s->choices[i];
+    struct request *request = request_of(s, choice);
+    bool reaches = choice->n_computed + n_rows == choice->n_tokens;
+    struct plan_entry *entry = &s->entries[s->plan.n_entries];
+    *entry = (struct plan_entry){.owner = request->asked.owner,
+                                 .request_id = request->asked.id,
+                                 .choice = choice->index,
+                                 .first_token = choice->n_computed,
+                                 .n_rows = n_rows,
+                                 .n_tokens = choice->n_tokens,
+                                 .n_samples = reaches ? samples_at_end(s, choice) : 0,
+                                 .cached_tokens = choice->cached_tokens,
+                                 .first_run = !request->started,
+                                 .lane_first = table_lane_first(&s->tables, choice->table),
+                                 .lane_tokens = table_lane_tokens(&s->tables, choice->table)};
+    s->entry_choice[s->plan.n_entries++] = i;
+    request->started = true;
+    s->plan.n_rows += n_rows;
+    s->plan.n_samples += entry->n_samples;
+    b->rows_left -= n_rows;
+    b->samples_left -= entry->n_samples;
+    b->cost_us += n_rows * (s->limits.cost.per_row_us + s->limits.cost.per_row_context_us * (choice->n_computed + n_rows / 2.0));
+}
+
+static bool lacks_one(struct scheduler *s, const struct choice *choice) {
+    return choice->state == CHOICE_RUNNING && choice->n_tokens - choice->n_computed == 1 && !choice_is_due(s, choice);
+}
+
+static bool is_behind(struct scheduler *s, const struct choice *choice) {
+    return choice->state == CHOICE_RUNNING && choice->n_tokens - choice->n_computed > 1 && !choice_is_due(s, choice);
+}
+
+/* One more row for the oldest comes before everybody else's: it always gets on, whatever the others hold. */
+static void reserve_oldest(struct scheduler *s) {
+    if (s->n_running == 0 || !is_behind(s, &s->choices[s->running[0]])) return;
+    uint32_t table = s->choices[s->running[0]].table;
+    while (!blocks_available(s, table_missing(&s->tables, table, 1))) {
+        uint32_t victim = pick_victim(s);
+        if (victim == NONE) return;
+        choice_preempt(s, victim);
+    }
+    CHECK(table_append(&s->tables, table, 1));
+}
+
+/* Blocks for every decode row, preempting as needed. */
+static void reserve_decode(struct builder *b) {
+    struct scheduler *s = b->s;
+    reserve_oldest(s);
+    for (uint32_t at = 0; at < s->n_running; at++) {
+        uint32_t i = s->running[at];
+        if (!lacks_one(s, &s->choices[i])) continue;
+        while (s->choices[i].state == CHOICE_RUNNING && !blocks_available(s, table_missing(&s->tables, s->choices[i].table, 1))) {
+            uint32_t victim = pick_victim(s);
+            if (victim == NONE) break; /* lingering leaders hold the rest until they are forked from */
+            choice_preempt(s, victim);
+        }
+        if (s->choices[i].state == CHOICE_RUNNING) (void)table_append(&s->tables, s->choices[i].table, 1);
+        for (at = 0; at < s->n_running && choice_older(s, s->running[at], i); at++) {} /* victims may have stood before */
+        if (at == s->n_running || s->running[at] != i) at--;                           /* it is gone itself: the next one stands here */
+    }
+}
+
+static void plan_decode(struct builder *b) {
+    struct scheduler *s = b->s;
+    for (uint32_t at = 0; at < s->n_running && b->rows_left > 0; at++) {
+        uint32_t i = s->running[at];
+        const struct choice *choice = &s->choices[i];
+        if (!lacks_one(s, choice) || samples_at_end(s, choice) > b->samples_left || table_missing(&s->tables, choice->table, 1) > 0) continue;
+        b->decoding = b->decoding || choice->n_tokens > request_of(s, choice)->asked.n_prompt;
+        add_entry(b, i, 1);
+    }
+}
+
+static uint32_t rows_within_cost(const struct builder *b, const struct choice *choice) {
+    const struct scheduler_limits *limits = &b->s->limits;
+    if (!b->decoding) return UINT32_MAX;
+    double left = limits->step_budget_us - b->cost_us, each = limits->cost.per_row_us + limits->cost.per_row_context_us * choice->n_computed;
+    uint32_t rows = left <= 0 ? 0 : each <= 0 || left / each > 1e9 ? UINT32_MAX : (uint32_t)(left / each);
+    return b->one_chunk && rows < BLOCK_TOKENS ? BLOCK_TOKENS : rows;
+}
+
+/* One chunk of a sequence that is behind; nothing if there is no room for a row. */
+static void plan_chunk(struct builder *b, uint32_t i) {
+    struct scheduler *s = b->s;
+    struct choice *choice = &s->choices[i];
+    uint32_t rows = choice->n_tokens - choice->n_computed, to_point = choice_next_point(s, choice) - choice->n_computed,
+             affordable = rows_within_cost(b, choice);
+    if (rows > to_point) rows = to_point;
+    if (rows > b->rows_left) rows = b->rows_left;
+    if (rows > affordable) rows = affordable;
+    if (choice->n_computed + rows == choice->n_tokens && samples_at_end(s, choice) > b->samples_left) rows--;
+    if (rows == 0) return;
+    while (rows > 0 && !blocks_available(s, table_missing(&s->tables, choice->table, rows)))
+        rows = rows > BLOCK_TOKENS ? rows - BLOCK_TOKENS : rows / 2;
+    if (rows == 0) return; /* younger ones wait for blocks; the oldest has its row reserved */
+    CHECK(table_append(&s->tables, choice->table, rows));
+    add_entry(b, i, rows);
+    b->one_chunk = false;
+}
+
+static void plan_chunks(struct builder *b) {
+    struct scheduler *s = b->s;
+    for (uint32_t at = 0; at < s->n_running && b->rows_left > 0; at++)
+        if (is_behind(s, &s->choices[s->running[at]])) plan_chunk(b, s->running[at]);
+}
+
+/* Blocks that sequences still reading will need. */
+static uint64_t promised(struct scheduler *s) {
+    uint64_t sum = 0;
+    for (uint32_t at = 0; at < s->n_running; at++) {
+        const struct choice *choice = &s->choices[s->running[at]];
+        if (choice->n_tokens - choice->n_computed <= 1) continue;
+        uint64_t needed = (uint64_t)s->limits.n_lanes * blocks_for(choice_peak_tokens(s, choice)), listed = table_blocks(&s->tables, choice->table);
+        if (needed > listed) sum += needed - listed;
+    }
+    return sum;
+}
+
+struct hit {
+    uint32_t leaf, n_runs;
+    uint64_t cached_only; /* blocks of it that nobody owns */
+};
+
+static struct hit find_hit(struct scheduler *s, const struct choice *choice) {
+    const struct request *request = request_of(s, choice);
+    struct hit hit = {.leaf = ENTRY_NONE};
+    if (request->asked.private || !s->limits.prefix_cache) return hit;
+    uint32_t most = choice->n_tokens - 1, point = choice_next_point(s, choice);
+    /* Rows that somebody needs are computed; after the prompt's first reading nobody does. */
+    if (choice->n_tokens == request->asked.n_prompt && request->asked.first_needed_row < most) most = request->asked.first_needed_row;
+    if (request->asked.first_needed_row < most && request->asked.points.growing + request->asked.points.prompt_end > 0)
+        most = request->asked.first_needed_row;
+    if (point < most) most = point;
+    while ((hit.n_runs + 1) * BLOCK_TOKENS <= most) {
+        uint32_t entry = prefix_cache_find(&s->cache, request->asked.cache_scope, hit.leaf, choice->tokens + (size_t)hit.n_runs * BLOCK_TOKENS);
+        if (entry == ENTRY_NONE) break;
+        for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) hit.cached_only += s->pool.owners[prefix_entry_ids(&s->cache, entry)[lane]] == 0;
+        hit.leaf = entry;
+        hit.n_runs++;
+    }
+    return hit;
+}
+
+static void use_chain(struct scheduler *s, uint32_t leaf) {
+    for (uint32_t entry = leaf; entry != ENTRY_NONE; entry = s->cache.entries[entry].parent) prefix_cache_use(&s->cache, entry);
+}
+
+static void take_hit(struct scheduler *s, struct choice *choice, struct hit hit) {
+    use_chain(s, hit.leaf);
+    choice->leaf = hit.leaf;
+    choice->n_runs = hit.n_runs;
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
+        uint32_t *ids = table_lane_ids(&s->tables, choice->table, lane);
+        uint32_t entry = hit.leaf;
+        for (uint32_t run = hit.n_runs; run-- > 0; entry = s->cache.entries[entry].parent) {
+            ids[run] = prefix_entry_ids(&s->cache, entry)[lane];
+            block_pool_share(&s->pool, ids[run]);
+        }
+        table_lane_blocks(&s->tables, choice->table)[lane] = hit.n_runs;
+    }
+    table_fill(&s->tables, choice->table, hit.n_runs * BLOCK_TOKENS);
+    choice->n_computed = choice->cached_tokens = hit.n_runs * BLOCK_TOKENS;
+    s->stats.prefix_queries += choice->n_tokens;
+    s->stats.prefix_hits += choice->n_computed;
+    s->stats.prefix_partial_hits += hit.n_runs > 0 && hit.n_runs < (choice->n_tokens - 1) / BLOCK_TOKENS;
+}
+
+static bool admit(struct builder *b) {
+    struct scheduler *s = b->s;
+    uint32_t head = waiting_head(s);
+    if (head == NONE || s->n_free_tables == 0) return false;
+    uint32_t i = s->waiting[head];
+    struct choice *choice = &s->choices[i];
+    struct hit hit = find_hit(s, choice);
+    uint64_t needed = (uint64_t)s->limits.n_lanes * blocks_for(choice_peak_tokens(s, choice)), hits = (uint64_t)hit.n_runs * s->limits.n_lanes;
+    needed = (needed > hits ? needed - hits : 0) + hit.cached_only;
+    uint64_t available = (uint64_t)s->pool.n_free + s->pool.n_cached, spoken_for = promised(s) + s->limits.watermark_blocks;
+    if (s->n_running > 0 && needed + spoken_for > available) return false; /* alone it always fits: the caller refused what does not */
+    s->stats.admissions_by_compression += s->freed_since_plan > 0 && needed + spoken_for > available - s->freed_since_plan;
+    waiting_remove(s, i);
+    choice->table = s->free_tables[--s->n_free_tables];
+    choice->state = CHOICE_RUNNING;
+    choice->joins = s->limits.prefix_cache && !request_of(s, choice)->asked.private;
+    take_hit(s, choice, hit);
+    running_insert(s, i);
+    if (is_behind(s, choice))
+        plan_chunk(b, i);
+    else if (lacks_one(s, choice) && samples_at_end(s, choice) <= b->samples_left &&
+             blocks_available(s, table_missing(&s->tables, choice->table, 1))) {
+        CHECK(table_append(&s->tables, choice->table, 1));
+        add_entry(b, i, 1);
+    }
+    return true;
+}
+
+static bool fork_one(struct scheduler *s, uint32_t from, uint32_t to) {
+    const struct choice *leader = &s->choices[from];
+    struct choice *choice = &s->choices[to];
+    uint32_t partial = 0;
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) partial += table_lane_tokens(&s->tables, leader->table)[lane] % BLOCK_TOKENS != 0;
+    if (s->n_free_tables == 0 || !blocks_available(s, partial)) return false;
+    choice->table = s->free_tables[--s->n_free_tables];
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
+        uint32_t tokens = table_lane_tokens(&s->tables, leader->table)[lane], full = tokens / BLOCK_TOKENS;
+        const uint32_t *ids = table_lane_ids(&s->tables, leader->table, lane);
+        for (uint32_t block = 0; block < full; block++) table_share(&s->tables, choice->table, lane, ids[block]);
+        if (tokens % BLOCK_TOKENS) {
+            uint32_t *mine = table_lane_ids(&s->tables, choice->table, lane), id = block_pool_take(&s->pool, full ? mine[full - 1] : BLOCK_NONE);
+            mine[full] = id;
+            table_lane_blocks(&s->tables, choice->table)[lane]++;
+            block_pool_share(&s->pool, ids[full]); /* until the copy is done */
+            s->copy_source[s->n_copies] = ids[full];
+            s->copy_destination[s->n_copies++] = id;
+        }
+        table_lane_tokens(&s->tables, choice->table)[lane] = tokens;
+    }
+    choice->state = CHOICE_RUNNING;
+    choice->n_computed = leader->n_computed;
+    choice->handled_at = leader->handled_at;
+    choice->seen_max = leader->seen_max;
+    choice->compacted_step = leader->compacted_step;
+    choice->n_pressed = leader->n_pressed;
+    memcpy(choice->pressed_at, leader->pressed_at, sizeof choice->pressed_at);
+    choice->evicted = leader->evicted;
+    choice->leaf = leader->leaf;
+    choice->n_runs = leader->n_runs;
+    choice->joins = leader->joins;
+    choice->cached_tokens = leader->cached_tokens;
+    use_chain(s, choice->leaf);
+    running_insert(s, to);
+    s->stats.forks++;
+    return true;
+}
+
+/* Leaders are those in `running` whose request has choices in FORKING. */
+void fork_pending(struct scheduler *s) {
+    for (uint32_t at = 0; at < s->n_running;) {
+        uint32_t leader = s->running[at], request = s->choices[leader].request;
+        bool forks = s->choices[leader].index == 0 && s->requests[request].n_dependents > 0 &&
+                     s->choices[leader].n_computed >= s->requests[request].asked.n_prompt;
+        if (!forks) {
+            at++;
+            continue;
+        }
+        CHECK(!choice_is_due(s, &s->choices[leader]));
+        for (uint32_t i = s->requests[request].first_choice; i != NONE; i = s->choices[i].next) {
+            if (s->choices[i].state != CHOICE_FORKING) continue;
+            s->requests[request].n_dependents--;
+            if (fork_one(s, leader, i)) continue;
+            s->choices[i].state = CHOICE_WAITING;
+            s->choices[i].preempted = true;
+            waiting_insert(s, i);
+            s->stats.forks_recomputed++;
+        }
+        CHECK(s->requests[request].n_dependents == 0);
+        request_settle(s, request);
+        at = 0; /* running has changed */
+    }
+}
+
+const struct plan *scheduler_plan(struct scheduler *s, uint64_t now_ns) {
+    CHECK(!s->planned && s->due == NONE);
+    struct builder b = {
+        .s = s, .rows_left = s->limits.max_rows, .samples_left = s->limits.max_samples, .cost_us = s->limits.cost.fixed_us, .one_chunk = true};
+    s->now_ns = now_ns;
+    s->plan =
+        (struct plan){.entries = s->entries, .block_ids = s->tables.ids, .copy_source = s->copy_source, .copy_destination = s->copy_destination};
+    s->n_copies = 0;
+    fork_pending(s);
+    uint64_t preemptions = s->stats.preemptions;
+    reserve_decode(&b);
+    plan_decode(&b);
+    plan_chunks(&b);
+    while (b.rows_left > 0 && s->stats.preemptions == preemptions && (!b.decoding || b.one_chunk || b.cost_us < s->limits.step_budget_us))
+        if (!admit(&b)) break;
+    s->plan.n_copies = s->n_copies;
+    s->freed_since_plan = 0;
+    s->planned = s->plan.n_entries > 0;
+    for (uint32_t c = 0; !s->planned && c < s->n_copies; c++) block_pool_give(&s->pool, s->copy_source[c]);
+    return &s->plan;
+}

@@ -1,0 +1,522 @@
+/* Replays millions of steps of scheduler, block pool, block tables and prefix cache with random geometry, load, aborts and compression, and checks everything after each step.
+ *
+ * The model of a backend: a slot of a block holds the hash of the history of the token that filled it (lane included). Every row checks that all slots its table names hold
+ * exactly what this choice should have there. The next token is a function of the history, so recomputation, forks and shared prefixes cannot change what a choice says.
+ *
+ *   simulation            the seeds that make a million steps; fails unless every hard path was taken a thousand times
+ *   simulation --seed N   one seed, with its counters
+ *   simulation --time     what a step costs at 64 sequences x 90 lanes */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/random.h"
+#include "scheduler/internal.h"
+
+#define LANES_MAX 8
+#define BLOCKS_MAX 256
+#define LEN_MAX 160
+#define CANDIDATES_MAX 4
+#define REQUESTS_MAX 48
+#define STEPS_TO_END 60000u /* bound within which every request ends */
+
+#ifdef KVASIR_SANITIZED
+#define STEPS_WANTED 60000u
+#define TIMES_WANTED 20u
+#else
+#define STEPS_WANTED 1000000u
+#define TIMES_WANTED 1000u
+#endif
+
+struct kept { /* what a lane of a choice should hold */
+    uint32_t n;
+    uint16_t position[LEN_MAX];
+};
+
+struct sim_choice {
+    int32_t tokens[LEN_MAX];
+    uint32_t n_tokens;
+    bool ended, has_table;
+    struct kept lanes[LANES_MAX];
+};
+
+struct sim_request {
+    bool live;
+    uint64_t id, added_step;
+    uint32_t n_prompt, max_new, n_candidates, n_ended;
+    bool compressed, drops;
+    int32_t *pointers[CANDIDATES_MAX];
+    struct sim_choice choices[CANDIDATES_MAX];
+};
+
+struct counters {
+    uint64_t steps, requests, aborts[5], pool_full;
+    struct scheduler_stats sum;
+};
+
+struct sim {
+    uint64_t seed;
+    struct random random;
+    struct scheduler_limits limits;
+    struct scheduler *scheduler;
+    struct sim_request requests[REQUESTS_MAX];
+    uint64_t next_id, step;
+    uint64_t slots[BLOCKS_MAX][BLOCK_TOKENS];
+    bool pressing;
+};
+
+static struct counters counters;
+
+static _Noreturn void failed(const struct sim *sim, const char *what) {
+    fprintf(stderr, "simulation: %s (seed %" PRIu64 ", step %" PRIu64 "); replay with --seed %" PRIu64 "\n", what, sim->seed, sim->step, sim->seed);
+    abort();
+}
+#define EXPECT(condition, what) ((condition) ? (void)0 : failed(sim, what))
+
+static uint64_t history_hash(const int32_t *tokens, uint32_t count) {
+    uint64_t hash = 1;
+    for (uint32_t i = 0; i < count; i++) hash = random_mix(hash ^ (uint64_t)(uint32_t)tokens[i]);
+    return hash;
+}
+
+static uint64_t slot_value(const struct sim_choice *choice, uint32_t position, uint32_t lane) {
+    return history_hash(choice->tokens, position + 1) ^ random_mix(lane);
+}
+
+static int32_t next_token(const struct sim_choice *choice, uint32_t candidate) {
+    return (int32_t)(random_mix(history_hash(choice->tokens, choice->n_tokens) ^ candidate) >> 32 & 3);
+}
+
+static bool is_last(const struct sim_choice *choice) { return history_hash(choice->tokens, choice->n_tokens) % 61 == 0; }
+
+static void draw_limits(struct sim *sim) {
+    struct random *r = &sim->random;
+    uint32_t lanes = 1 + random_below(r, LANES_MAX), model_len = 16 + random_below(r, LEN_MAX - 16);
+    uint32_t least = lanes * ((model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
+    uint32_t blocks = least + random_below(r, random_below(r, 2) ? BLOCKS_MAX - least + 1 : least + 1);
+    if (blocks < 8) blocks = 8;
+    sim->limits = (struct scheduler_limits){.n_lanes = lanes,
+                                            .n_blocks = blocks > BLOCKS_MAX ? BLOCKS_MAX : blocks,
+                                            .extent_blocks = 1u << random_below(r, 4),
+                                            .max_sequences = 1 + random_below(r, 32),
+                                            .max_choices = REQUESTS_MAX + random_below(r, 64),
+                                            .max_model_len = model_len,
+                                            .max_rows = 4 + random_below(r, 120),
+                                            .max_samples = CANDIDATES_MAX + random_below(r, 32),
+                                            .cost = {.fixed_us = 10, .per_row_us = 1, .per_row_context_us = 0.01},
+                                            .step_budget_us = 20 + random_below(r, 200),
+                                            .watermark_blocks = random_below(r, 1 + blocks / 20),
+                                            .prefix_cache = random_below(r, 4) != 0,
+                                            .hash_seed = sim->seed};
+}
+
+static void add_request(struct sim *sim) {
+    struct random *r = &sim->random;
+    struct sim_request *request = NULL;
+    for (uint32_t i = 0; i < REQUESTS_MAX && !request; i++)
+        if (!sim->requests[i].live) request = &sim->requests[i];
+    if (!request) return;
+    memset(request, 0, sizeof *request);
+    request->live = true;
+    request->id = ++sim->next_id;
+    request->added_step = sim->step;
+    request->n_prompt = 1 + random_below(r, sim->limits.max_model_len);
+    uint32_t room = sim->limits.max_model_len - request->n_prompt;
+    request->max_new = random_below(r, room + 1);
+    request->n_candidates = random_below(r, 3) ? 1 : 1 + random_below(r, CANDIDATES_MAX);
+    uint32_t family = random_below(r, 4), own_from = random_below(r, request->n_prompt + 1); /* prompts of a family begin alike */
+    for (uint32_t i = 0; i < request->n_prompt; i++)
+        request->choices[0].tokens[i] = (int32_t)(random_mix(i < own_from ? family * 1000 + i : request->id * 1000 + i) & 3);
+    for (uint32_t c = 0; c < request->n_candidates; c++) {
+        request->pointers[c] = request->choices[c].tokens;
+        request->choices[c].n_tokens = request->n_prompt;
+    }
+    struct scheduler_request asked = {.id = request->id,
+                                      .owner = request,
+                                      .n_candidates = request->n_candidates,
+                                      .tokens = request->pointers,
+                                      .n_prompt = request->n_prompt,
+                                      .max_new = request->max_new,
+                                      .priority = (int32_t)random_below(r, 3) - 1,
+                                      .arrival_ns = sim->step * 1000000,
+                                      .cache_scope = random_below(r, 8) == 0,
+                                      .first_needed_row = random_below(r, 6) == 0 ? random_below(r, request->n_prompt) : UINT32_MAX};
+    request->compressed = random_below(r, 2);
+    if (request->compressed) {
+        request->drops = random_below(r, 4) == 0;
+        asked.points = (struct scheduler_points){
+            .prompt_end = random_below(r, 4) != 0, .growing = 1 + random_below(r, 24), .reading = random_below(r, 4) ? 0 : 8 + random_below(r, 64)};
+        asked.peak_tokens = asked.points.reading ? 0 : 8 + random_below(r, 64);
+        asked.private = request->drops;
+    }
+    if (!scheduler_add(sim->scheduler, &asked)) {
+        request->live = false;
+        return;
+    }
+    counters.requests++;
+}
+
+static void settle(struct sim_request *request) {
+    if (request->n_ended == request->n_candidates) request->live = false;
+}
+
+static const struct choice *inner_choice(const struct sim *sim, const struct sim_request *request, uint32_t index) {
+    struct scheduler *s = sim->scheduler;
+    uint32_t i = s->requests[request_find(s, request->id)].first_choice;
+    while (s->choices[i].index != index) i = s->choices[i].next;
+    return &s->choices[i];
+}
+
+/* A table from which nothing was evicted holds every position; one that was evicted from holds what this model remembers. */
+static void know_lanes(struct sim *sim, struct sim_request *request, uint32_t index, uint32_t n_computed, const uint32_t *lane_tokens) {
+    struct sim_choice *choice = &request->choices[index];
+    bool evicted = inner_choice(sim, request, index)->evicted;
+    for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
+        struct kept *kept = &choice->lanes[lane];
+        EXPECT(lane_tokens[lane] == (evicted ? kept->n : n_computed), "a lane of another length");
+        for (uint32_t i = 0; !evicted && i < n_computed; i++) kept->position[i] = (uint16_t)i;
+        kept->n = lane_tokens[lane];
+    }
+}
+
+enum abort_kind { ABORT_WAITING, ABORT_READING, ABORT_DECODING, ABORT_UNFORKED, ABORT_PREEMPTED, ABORT_KINDS };
+
+static enum abort_kind kind_of(const struct choice *inner) {
+    if (inner->state == CHOICE_WAITING) return inner->preempted ? ABORT_PREEMPTED : ABORT_WAITING;
+    if (inner->state == CHOICE_RUNNING) return inner->n_computed + 1 < inner->n_tokens ? ABORT_READING : ABORT_DECODING;
+    return ABORT_UNFORKED;
+}
+
+/* Aborts a choice in the state that was asked for, if one is found at the first tries. */
+static void abort_some(struct sim *sim) {
+    static const enum abort_kind order[] = {ABORT_READING, ABORT_PREEMPTED, ABORT_READING, ABORT_PREEMPTED,
+                                            ABORT_WAITING, ABORT_DECODING,  ABORT_UNFORKED}; /* the rare ones are sought more */
+    enum abort_kind wanted = order[random_below(&sim->random, sizeof order / sizeof *order)];
+    for (uint32_t tries = 0; tries < 128; tries++) {
+        struct sim_request *request = &sim->requests[random_below(&sim->random, REQUESTS_MAX)];
+        uint32_t index = random_below(&sim->random, CANDIDATES_MAX);
+        if (!request->live) {
+            EXPECT(!scheduler_abort(sim->scheduler, request->id, index), "an abort of what has ended was taken");
+            continue;
+        }
+        if (index >= request->n_candidates || request->choices[index].ended || kind_of(inner_choice(sim, request, index)) != wanted) continue;
+        EXPECT(scheduler_abort(sim->scheduler, request->id, index), "an abort of a live choice was refused");
+        counters.aborts[wanted]++;
+        request->choices[index].ended = true;
+        request->n_ended++;
+        settle(request);
+        return;
+    }
+}
+
+/* Which slots stay: a function of the request, the point and the lane, so that a replay keeps the same. */
+static uint32_t keep_some(const struct sim_request *request, uint32_t n_computed, uint32_t lane, const struct kept *lane_now, uint32_t *keep) {
+    uint32_t n = 0;
+    uint64_t level = random_mix(request->id * 131 + n_computed) % 4;
+    for (uint32_t i = 0; i < lane_now->n; i++) {
+        uint64_t draw = random_mix(request->id ^ (uint64_t)n_computed << 20 ^ (uint64_t)lane << 40 ^ lane_now->position[i]);
+        bool sink_or_recent = lane_now->position[i] < level || lane_now->position[i] + 2u >= n_computed;
+        if (sink_or_recent || draw % 4 < level || lane_now->n < 8) keep[n++] = i;
+    }
+    return n;
+}
+
+static void compress(struct sim *sim, const struct scheduler_due *due) {
+    struct sim_request *request = due->owner;
+    struct sim_choice *choice = &request->choices[due->choice];
+    uint32_t keep[LANES_MAX][LEN_MAX], n_keep[LANES_MAX], first[LANES_MAX], count[LANES_MAX];
+    EXPECT(due->n_computed <= choice->n_tokens && due->request_id == request->id, "a due choice that is not");
+    know_lanes(sim, request, due->choice, due->n_computed, due->lane_tokens);
+    if (!due->pressure && random_mix(request->id ^ due->n_computed) % 16 == 0) {
+        scheduler_kept(sim->scheduler, due);
+        return;
+    }
+    if (request->drops) {
+        for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
+            uint32_t full = due->lane_tokens[lane] / BLOCK_TOKENS;
+            first[lane] = 1;
+            count[lane] = full > 2 ? 1 : 0;
+            if (!count[lane]) continue;
+            memmove(choice->lanes[lane].position + BLOCK_TOKENS, choice->lanes[lane].position + 2 * BLOCK_TOKENS,
+                    (choice->lanes[lane].n - 2 * BLOCK_TOKENS) * sizeof *choice->lanes[lane].position);
+            choice->lanes[lane].n -= BLOCK_TOKENS;
+        }
+        if (random_below(&sim->random, 2)) {
+            uint32_t n;
+            const uint32_t *source, *destination;
+            if (!scheduler_own_first(sim->scheduler, due, 1, &n, &source, &destination)) {
+                for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) choice->lanes[lane].n = 0;
+                return;
+            }
+            for (uint32_t i = 0; i < n; i++) memcpy(sim->slots[destination[i]], sim->slots[source[i]], sizeof sim->slots[0]);
+        }
+        scheduler_dropped(sim->scheduler, due, first, count);
+        return;
+    }
+    for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
+        n_keep[lane] = keep_some(request, due->n_computed, lane, &choice->lanes[lane], keep[lane]);
+        first[lane] = 0;
+        while (first[lane] < n_keep[lane] && keep[lane][first[lane]] == first[lane]) first[lane]++;
+    }
+    const struct scheduler_lane_move *moves = scheduler_compact(sim->scheduler, due, n_keep, first);
+    for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
+        if (!moves[lane].moves) continue;
+        for (uint32_t i = first[lane]; i < n_keep[lane]; i++) {
+            uint32_t from = keep[lane][i];
+            sim->slots[moves[lane].destination[i / BLOCK_TOKENS]][i % BLOCK_TOKENS] =
+                sim->slots[moves[lane].source[from / BLOCK_TOKENS]][from % BLOCK_TOKENS];
+            choice->lanes[lane].position[i] = choice->lanes[lane].position[from];
+        }
+        for (uint32_t b = first[lane] / BLOCK_TOKENS; b < (n_keep[lane] + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+             b++) /* the unmoved head of a fresh block comes along */
+            if (moves[lane].destination[b] != moves[lane].source[b] && b * BLOCK_TOKENS < first[lane])
+                memcpy(sim->slots[moves[lane].destination[b]], sim->slots[moves[lane].source[b]],
+                       (first[lane] - b * BLOCK_TOKENS) * sizeof(uint64_t));
+        choice->lanes[lane].n = n_keep[lane];
+    }
+    scheduler_compacted(sim->scheduler, due);
+}
+
+static bool may_press(void *context, void *owner) {
+    (void)context;
+    return ((struct sim_request *)owner)->compressed;
+}
+
+/* A choice that the plan forked has what its leader has now. */
+static void know_forks(struct sim *sim) {
+    for (uint32_t r = 0; r < REQUESTS_MAX; r++)
+        for (uint32_t c = 1; sim->requests[r].live && c < sim->requests[r].n_candidates; c++) {
+            struct sim_choice *choice = &sim->requests[r].choices[c];
+            if (choice->has_table || choice->ended || inner_choice(sim, &sim->requests[r], c)->table == NONE) continue;
+            memcpy(choice->lanes, sim->requests[r].choices[0].lanes, sizeof choice->lanes);
+            choice->has_table = true;
+        }
+}
+
+static void check_table(struct sim *sim, const struct plan *plan, const struct plan_entry *entry, struct sim_choice *choice) {
+    know_lanes(sim, entry->owner, entry->choice, entry->first_token, entry->lane_tokens);
+    for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
+        const struct kept *kept = &choice->lanes[lane];
+        for (uint32_t i = 0; i < kept->n; i++) {
+            uint32_t block = plan->block_ids[entry->lane_first[lane] + i / BLOCK_TOKENS];
+            EXPECT(sim->slots[block][i % BLOCK_TOKENS] == slot_value(choice, kept->position[i], lane), "a slot holds what is not this choice's");
+        }
+    }
+}
+
+static void run_rows(struct sim *sim, const struct plan *plan, const struct plan_entry *entry, struct sim_choice *choice) {
+    for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
+        struct kept *kept = &choice->lanes[lane];
+        for (uint32_t row = 0; row < entry->n_rows; row++) {
+            uint32_t slot = kept->n++, block = plan->block_ids[entry->lane_first[lane] + slot / BLOCK_TOKENS];
+            uint32_t owners = sim->scheduler->pool.owners[block];
+            for (uint32_t c = 0; c < plan->n_copies; c++) owners -= plan->copy_source[c] == block; /* held for a copy that is done by now */
+            EXPECT(owners == 1 && !sim->scheduler->pool.cached[block], "a row is written to a block that others read");
+            kept->position[slot] = (uint16_t)(entry->first_token + row);
+            sim->slots[block][slot % BLOCK_TOKENS] = slot_value(choice, entry->first_token + row, lane);
+        }
+    }
+}
+
+/* Draws a token for a choice; true: that is its last by its own will. */
+static bool draw_token(struct sim *sim, struct sim_request *request, uint32_t candidate) {
+    struct sim_choice *choice = &request->choices[candidate];
+    if (choice->ended) return false;
+    if (candidate > 0 && choice->n_tokens == request->n_prompt)
+        memcpy(choice->tokens, request->choices[0].tokens, request->n_prompt * sizeof *choice->tokens);
+    EXPECT(choice->n_tokens < request->n_prompt + request->max_new, "a token too many");
+    choice->tokens[choice->n_tokens] = next_token(choice, candidate);
+    choice->n_tokens++;
+    bool last = is_last(choice);
+    if (last || choice->n_tokens == request->n_prompt + request->max_new) {
+        choice->ended = true;
+        request->n_ended++;
+    }
+    return last;
+}
+
+static void run_plan(struct sim *sim, const struct plan *plan) {
+    bool ended[256];
+    uint32_t n_samples = 0, n_rows = 0;
+    for (uint32_t i = 0; i < plan->n_copies; i++)
+        memcpy(sim->slots[plan->copy_destination[i]], sim->slots[plan->copy_source[i]], sizeof sim->slots[0]);
+    for (uint32_t e = 0; e < plan->n_entries; e++)
+        check_table(sim, plan, &plan->entries[e], &((struct sim_request *)plan->entries[e].owner)->choices[plan->entries[e].choice]);
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        const struct plan_entry *entry = &plan->entries[e];
+        struct sim_request *request = entry->owner;
+        struct sim_choice *choice = &request->choices[entry->choice];
+        EXPECT(request->live || request->n_ended == request->n_candidates, "an entry of a request that is over");
+        EXPECT(entry->n_rows >= 1 && entry->first_token + entry->n_rows <= choice->n_tokens, "rows beyond what is known");
+        run_rows(sim, plan, entry, choice);
+        n_rows += entry->n_rows;
+        if (entry->n_samples > 1)
+            for (uint32_t c = 1; c < request->n_candidates; c++) ended[n_samples + c] = draw_token(sim, request, c);
+        if (entry->n_samples) ended[n_samples] = draw_token(sim, request, entry->choice);
+        n_samples += entry->n_samples;
+        if (request->max_new == 0 && entry->first_token + entry->n_rows == request->n_prompt) /* nothing to say: over with its prompt */
+            for (uint32_t c = 0; c < request->n_candidates; c++)
+                if (!request->choices[c].ended) request->choices[c].ended = ++request->n_ended > 0;
+    }
+    EXPECT(n_rows == plan->n_rows && n_rows <= sim->limits.max_rows && n_samples == plan->n_samples && n_samples <= sim->limits.max_samples,
+           "a plan out of bounds");
+    scheduler_commit(sim->scheduler, ended);
+    for (uint32_t i = 0; i < REQUESTS_MAX; i++)
+        if (sim->requests[i].live) settle(&sim->requests[i]);
+}
+
+static void check_world(struct sim *sim) {
+    scheduler_check(sim->scheduler);
+    struct scheduler_stats stats;
+    scheduler_stats(sim->scheduler, &stats);
+    bool any = false;
+    for (uint32_t i = 0; i < REQUESTS_MAX; i++) {
+        any = any || sim->requests[i].live;
+        if (sim->requests[i].live) EXPECT(sim->step - sim->requests[i].added_step < STEPS_TO_END, "a request does not end");
+    }
+    if (!any && sim->scheduler->n_running == 0)
+        EXPECT(stats.blocks_used == 0 && stats.running == 0 && stats.waiting == 0, "idle, but blocks are used");
+    counters.pool_full += stats.blocks_used + stats.blocks_cached == stats.blocks_total;
+}
+
+static bool step(struct sim *sim, bool load) {
+    struct random *r = &sim->random;
+    sim->step++;
+    if (load && random_below(r, 4) == 0) add_request(sim);
+    if (random_below(r, 6) == 0) abort_some(sim);
+    if (random_below(r, 2000) == 0) scheduler_drop_prefix_cache(sim->scheduler);
+    if (random_below(r, 16) == 0) (void)scheduler_press(sim->scheduler, may_press, NULL);
+    struct scheduler_due due;
+    while (scheduler_next_due(sim->scheduler, &due)) compress(sim, &due);
+    const struct plan *plan = scheduler_plan(sim->scheduler, sim->step * 1000000);
+    bool ran = plan->n_entries > 0;
+    know_forks(sim);
+    if (ran) run_plan(sim, plan);
+    check_world(sim);
+    counters.steps++;
+    return ran;
+}
+
+static void add_stats(const struct scheduler_stats *stats) {
+    uint64_t *to = &counters.sum.preemptions;
+    const uint64_t *from = &stats->preemptions;
+    for (; from <= &stats->steps; from++, to++) *to += *from;
+}
+
+static void run_seed(uint64_t seed, uint32_t n_steps) {
+    struct sim *sim = check_calloc(1, sizeof *sim);
+    sim->seed = seed;
+    sim->random.state = seed;
+    draw_limits(sim);
+    sim->scheduler = scheduler_new(&sim->limits);
+    for (uint32_t i = 0; i < n_steps; i++) (void)step(sim, true);
+    uint32_t idle = 0;
+    for (uint32_t left = STEPS_TO_END; idle < 3; left--) {
+        EXPECT(left > 0, "the load does not drain");
+        idle = step(sim, false) ? 0 : idle + 1;
+    }
+    for (uint32_t i = 0; i < REQUESTS_MAX; i++) EXPECT(!sim->requests[i].live, "idle, but a request lives");
+    struct scheduler_stats stats;
+    scheduler_drop_prefix_cache(sim->scheduler);
+    scheduler_stats(sim->scheduler, &stats);
+    EXPECT(stats.blocks_used == 0 && stats.blocks_cached == 0, "blocks are lost");
+    add_stats(&stats);
+    scheduler_free(sim->scheduler);
+    free(sim);
+}
+
+static bool enough(const char *what, uint64_t count) {
+    printf("  %-36s %10" PRIu64 "%s\n", what, count, count < TIMES_WANTED ? "  too few" : "");
+    return count >= TIMES_WANTED;
+}
+
+static bool report(void) {
+    const struct scheduler_stats *s = &counters.sum;
+    printf("%" PRIu64 " steps, %" PRIu64 " requests\n", counters.steps, counters.requests);
+    bool all = enough("preemptions", s->preemptions);
+    all &= enough("forks", s->forks);
+    all &= enough("forks recomputed", s->forks_recomputed);
+    all &= enough("blocks copied for forks", s->blocks_copied);
+    all &= enough("prefix hits (tokens)", s->prefix_hits);
+    all &= enough("partial prefix hits", s->prefix_partial_hits);
+    all &= enough("prefix evictions", s->prefix_evictions);
+    all &= enough("chunks", s->chunks);
+    all &= enough("pool full", counters.pool_full);
+    all &= enough("aborts, waiting", counters.aborts[ABORT_WAITING]);
+    all &= enough("aborts, reading", counters.aborts[ABORT_READING]);
+    all &= enough("aborts, decoding", counters.aborts[ABORT_DECODING]);
+    all &= enough("aborts, not yet forked", counters.aborts[ABORT_UNFORKED]);
+    all &= enough("aborts, preempted", counters.aborts[ABORT_PREEMPTED]);
+    all &= enough("compactions", s->compactions);
+    all &= enough("compaction steals", s->prefix_steals);
+    all &= enough("compaction copies", s->compaction_copies);
+    all &= enough("blocks dropped", s->compaction_drops);
+    all &= enough("replays", s->replays);
+    all &= enough("pressure compactions", s->pressure_compactions);
+    all &= enough("admissions by compression", s->admissions_by_compression);
+    return all;
+}
+
+/* 64 sequences of 90 lanes that all decode: what plan and commit cost, and what they cost in the steps in which every lane needs a block. */
+static void time_steps(void) {
+    struct scheduler_limits limits = {.n_lanes = 90,
+                                      .n_blocks = 64 * 90 * 40,
+                                      .extent_blocks = 8,
+                                      .max_sequences = 64,
+                                      .max_choices = 64,
+                                      .max_model_len = 1200,
+                                      .max_rows = 512,
+                                      .max_samples = 64,
+                                      .cost = {.per_row_us = 1},
+                                      .step_budget_us = 1e9,
+                                      .prefix_cache = true,
+                                      .hash_seed = 1};
+    struct scheduler *s = scheduler_new(&limits);
+    int32_t *tokens = check_calloc((size_t)64 * 1200, sizeof *tokens), *pointers[64];
+    bool ended[64] = {false};
+    for (uint32_t i = 0; i < 64; i++) {
+        pointers[i] = tokens + (size_t)i * 1200;
+        pointers[i][0] = (int32_t)i;
+        struct scheduler_request asked = {
+            .id = i + 1, .n_candidates = 1, .tokens = &pointers[i], .n_prompt = 128, .max_new = 1000, .first_needed_row = UINT32_MAX};
+        CHECK(scheduler_add(s, &asked));
+    }
+    double sum = 0, max = 0, crossing = 0;
+    uint32_t n = 0, n_crossing = 0;
+    for (uint32_t i = 0; i < 1000; i++) {
+        uint64_t begin = clock_now_ns();
+        const struct plan *plan = scheduler_plan(s, 0);
+        bool decode = plan->n_rows == 64;
+        if (plan->n_entries == 0) break;
+        bool crosses = decode && plan->entries[0].lane_tokens[0] % BLOCK_TOKENS == 0;
+        scheduler_commit(s, ended);
+        double us = (double)(clock_now_ns() - begin) / 1e3;
+        if (!decode) continue;
+        sum += us;
+        n++;
+        if (us > max) max = us;
+        if (crosses) crossing += us, n_crossing++;
+    }
+    printf("plan + commit, 64 sequences x 90 lanes: mean %.1f us, all lanes crossing a block %.1f us, max %.1f us (%u steps)\n", sum / n,
+           crossing / n_crossing, max, n);
+    free(tokens);
+    scheduler_free(s);
+}
+
+int main(int argc, char **argv) {
+    if (argc == 2 && strcmp(argv[1], "--time") == 0) {
+        time_steps();
+        return 0;
+    }
+    if (argc == 3 && strcmp(argv[1], "--seed") == 0) {
+        run_seed(strtoull(argv[2], NULL, 10), 3000);
+        (void)report();
+        return 0;
+    }
+    for (uint64_t seed = 1; counters.steps < STEPS_WANTED; seed++) run_seed(seed, 3000);
+    bool all = report();
+    printf("%s\n", all ? "1 passed, 0 failed" : "0 passed, 1 failed");
+    return all ? 0 : 1;
+}

@@ -1,0 +1,544 @@
+/* The engine over the mock backend, whose tokens are a function of the history, and which stops the process at a wrong block table. A wrapper holds and fails steps. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+
+#include <cmocka.h>
+
+#include <semaphore.h>
+
+#include "kernels/mock/mock.h"
+#include "tests/support/engine_client.h"
+
+/* ---- mock, held and failed ---- */
+
+static struct {
+    _Atomic bool held;
+    sem_t entered, permits;             /* while held: a step says that it began, and waits for its permit */
+    _Atomic int fail_submit, fail_sync; /* the n-th from now; 0: none */
+    _Atomic uint32_t max_rows_seen;
+    struct backend_ops ops;
+} gate;
+
+static bool strikes(_Atomic int *countdown) {
+    if (atomic_load(countdown) == 0) return false;
+    return atomic_fetch_sub(countdown, 1) == 1;
+}
+
+static enum status gate_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
+    enum status status = backend_mock.prepare(program, limits, backend, error);
+    if (status == STATUS_OK) (*backend)->ops = &gate.ops;
+    return status;
+}
+
+static enum status gate_submit(struct backend *backend, const struct batch *batch, struct error *error) {
+    if (atomic_load(&gate.held)) {
+        sem_post(&gate.entered);
+        while (sem_wait(&gate.permits) != 0) {}
+    }
+    if (strikes(&gate.fail_submit)) return error_set(error, STATUS_DEVICE, "mock: submit failed");
+    return backend_mock.submit(backend, batch, error);
+}
+
+static enum status gate_sync(struct backend *backend, struct sample_result *results, struct error *error) {
+    enum status status = backend_mock.sync(backend, results, error);
+    if (strikes(&gate.fail_sync)) return error_set(error, STATUS_DEVICE, "mock: sync failed");
+    return status;
+}
+
+static void gate_hold(void) { atomic_store(&gate.held, true); }
+static void gate_wait(void) {
+    while (sem_wait(&gate.entered) != 0) {}
+}
+static void gate_step(void) { sem_post(&gate.permits); }
+static void gate_open(void) {
+    atomic_store(&gate.held, false);
+    sem_post(&gate.permits); /* one step may wait */
+}
+
+/* ---- fixture ---- */
+
+static struct model *model;
+
+struct shape {
+    uint32_t sequences, queue, rows, len, pool; /* pool: sequences of `len` tokens it holds */
+};
+
+static void start(struct client *client, struct shape shape) {
+    struct config config;
+    struct error error;
+    config_defaults(&config);
+    config.max_sequences = shape.sequences;
+    config.max_queue = shape.queue;
+    config.max_rows = shape.rows;
+    config.max_model_len = shape.len;
+    config.max_choices = 8;
+    config.kv_memory = (uint64_t)backend_mock.block_bytes(model_program(model), KV_F16) * shape.pool * program_lanes(model_program(model)) *
+                       ((shape.len + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
+    gate.ops = backend_mock;
+    gate.ops.prepare = gate_prepare;
+    gate.ops.submit = gate_submit;
+    gate.ops.sync = gate_sync;
+    atomic_store(&gate.held, false);
+    atomic_store(&gate.fail_submit, 0);
+    atomic_store(&gate.fail_sync, 0);
+    CHECK(sem_init(&gate.entered, 0, 0) == 0 && sem_init(&gate.permits, 0, 0) == 0);
+    struct engine_hooks hooks = client_init(client);
+    if (engine_start_on(&gate.ops, &config, model, &hooks, &client->engine, &error) != STATUS_OK) fail_msg("%s", error.text);
+}
+
+static struct job *random_job(struct random *random, uint32_t prompt_max, uint32_t new_max, uint32_t n) {
+    int32_t prompt[1024];
+    uint32_t n_prompt = 1 + random_below(random, prompt_max), shared = random_below(random, 3) * 40;
+    for (uint32_t i = 0; i < n_prompt; i++) prompt[i] = i < shared ? (int32_t)(i % 200) : (int32_t)random_below(random, 256);
+    struct job *job = job_new(prompt, n_prompt, 1 + random_below(random, new_max), n);
+    job->request.sampling.temperature = random_below(random, 2) ? 0.8f : 0;
+    job->request.sampling.seed = random_next(random);
+    job->request.priority = (int32_t)random_below(random, 3);
+    return job;
+}
+
+/* What the choice must say, from the mock's definition alone. */
+static void check_tokens(const struct job *job, uint32_t choice) {
+    const struct program *program = model_program(model);
+    float *logits = check_calloc(program->n_vocab, sizeof *logits),
+          *scratch = check_calloc(sampler_scratch_floats(program->n_vocab), sizeof *scratch);
+    const int32_t *tokens = job->tokens[choice];
+    uint32_t n_prompt = job->request.n_prompt, n = n_prompt + job->choices[choice].n_tokens;
+    uint64_t chain = 0;
+    for (uint32_t i = 0; i + 1 < n; i++) {
+        int32_t token = i < n_prompt ? job->tokens[0][i] : tokens[i];
+        chain = mock_chain(chain, token, (int32_t)i);
+        if (i + 1 < n_prompt) continue;
+        uint32_t generated = i + 1 - n_prompt;
+        struct sample sample = {.sampling = &job->request.sampling,
+                                .choice = choice,
+                                .token_index = generated,
+                                .ban = generated < job->request.min_new,
+                                .target = -1,
+                                .history = tokens,
+                                .n_prompt = n_prompt,
+                                .n_history = i + 1};
+        struct sample_result result;
+        mock_logits(chain, program->n_vocab, logits);
+        sampler_sample(&sample, logits, program->n_vocab, scratch, &result);
+        assert_int_equal(result.token, tokens[i + 1]);
+    }
+    free(logits);
+    free(scratch);
+}
+
+static void check_job(const struct job *job) {
+    for (uint32_t c = 0; c < job->request.n_candidates; c++) {
+        assert_int_equal(job->choices[c].n_terminal, 1);
+        check_tokens(job, c);
+    }
+}
+
+/* ---- tests ---- */
+
+static void test_many_requests(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {7};
+    enum { JOBS = 160 };
+    struct job *jobs[JOBS];
+    start(&client, (struct shape){.sequences = 12, .queue = 600, .rows = 64, .len = 512, .pool = 3});
+    uint32_t n_tokens = 0;
+    for (uint32_t i = 0; i < JOBS; i++) {
+        jobs[i] = random_job(&random, 300, 60, 1 + (i % 5 == 0) * random_below(&random, 4));
+        assert_true(client_submit(&client, jobs[i]));
+        if (i % 7 == 0) client_drain(&client);
+    }
+    client_run(&client, 0);
+    uint32_t preemptions = 0;
+    for (uint32_t i = 0; i < JOBS; i++) {
+        check_job(jobs[i]);
+        for (uint32_t c = 0; c < jobs[i]->request.n_candidates; c++) {
+            assert_int_equal(jobs[i]->choices[c].finish, FINISH_LENGTH);
+            assert_int_equal(jobs[i]->choices[c].n_tokens, jobs[i]->request.max_new);
+            n_tokens += jobs[i]->choices[c].n_tokens;
+            preemptions += jobs[i]->choices[c].preemptions;
+        }
+        assert_true(jobs[i]->scheduled_ns > 0);
+        job_free(jobs[i]);
+    }
+    struct engine_stats stats = client_settled(&client);
+    assert_int_equal(stats.generation_tokens, n_tokens);
+    assert_true(stats.preemptions > 0 && preemptions > 0 && stats.forks > 0 && stats.prefix_partial_hits > 0 && stats.chunks > 0);
+    assert_true(stats.busy_ns >= stats.schedule_ns && stats.schedule_ns > 0);
+    uint64_t steps = 0;
+    for (uint32_t b = 0; b < 14; b++) steps += stats.step_rows_bucket[b];
+    assert_int_equal(steps, stats.steps);
+    client_done(&client);
+}
+
+static void test_aborts_in_every_state(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {11};
+    start(&client, (struct shape){.sequences = 2, .queue = 60, .rows = 32, .len = 256, .pool = 2});
+    gate_hold();
+    struct job *reading = random_job(&random, 1, 8, 1), *forks = random_job(&random, 1, 8, 3), *waiting = random_job(&random, 20, 8, 2),
+               *leader = random_job(&random, 1, 40, 4);
+    assert_true(client_submit(&client, reading));
+    gate_wait(); /* its first step is under way */
+    assert_true(client_submit(&client, forks) && client_submit(&client, waiting) && client_submit(&client, leader));
+    engine_abort(client.engine, 999, ENGINE_ALL_CHOICES);                 /* unknown */
+    engine_abort(client.engine, forks->request.id, 7);                    /* no such choice */
+    engine_abort(client.engine, reading->request.id, ENGINE_ALL_CHOICES); /* running, in a step */
+    engine_abort(client.engine, forks->request.id, 1);                    /* not yet forked */
+    engine_abort(client.engine, waiting->request.id, ENGINE_ALL_CHOICES); /* waiting */
+    engine_abort(client.engine, waiting->request.id, 1);                  /* ended */
+    engine_abort(client.engine, leader->request.id, 0);                   /* reads the prompt for the others */
+    gate_open();
+    client_run(&client, 0);
+    assert_true(reading->choices[0].finish == FINISH_ABORTED || reading->request.max_new == 1);
+    assert_int_equal(forks->choices[1].finish, FINISH_ABORTED);
+    assert_int_equal(forks->choices[0].finish, FINISH_LENGTH);
+    assert_int_equal(forks->choices[2].finish, FINISH_LENGTH);
+    assert_int_equal(waiting->choices[0].finish, FINISH_ABORTED);
+    assert_int_equal(waiting->choices[0].n_events, 1);
+    assert_int_equal(leader->choices[0].finish, FINISH_ABORTED);
+    for (uint32_t c = 1; c < 4; c++) assert_int_equal(leader->choices[c].finish, FINISH_LENGTH);
+    struct job *all[] = {reading, forks, waiting, leader};
+    for (uint32_t i = 0; i < 4; i++) check_job(all[i]), job_free(all[i]);
+    (void)client_settled(&client);
+    client_done(&client);
+}
+
+static void test_aborts_at_random(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {5};
+    enum { JOBS = 200 };
+    struct job *jobs[JOBS];
+    start(&client, (struct shape){.sequences = 8, .queue = 900, .rows = 48, .len = 256, .pool = 3});
+    uint32_t aborted = 0;
+    for (uint32_t i = 0; i < JOBS; i++) {
+        jobs[i] = random_job(&random, 120, 40, 1 + random_below(&random, 4));
+        assert_true(client_submit(&client, jobs[i]));
+        if (random_below(&random, 2)) client_drain(&client);
+        struct job *victim = jobs[random_below(&random, i + 1)];
+        engine_abort(client.engine, victim->request.id, random_below(&random, 2) ? ENGINE_ALL_CHOICES : random_below(&random, 4));
+    }
+    client_run(&client, 0);
+    for (uint32_t i = 0; i < JOBS; i++) {
+        check_job(jobs[i]);
+        for (uint32_t c = 0; c < jobs[i]->request.n_candidates; c++) aborted += jobs[i]->choices[c].finish == FINISH_ABORTED;
+        job_free(jobs[i]);
+    }
+    assert_true(aborted > 20);
+    (void)client_settled(&client);
+    client_done(&client);
+}
+
+static void no_later_writes(void *context, struct job *job, const struct event *event) {
+    (void)event;
+    struct sample_result *copy = context; /* as they stand with the first event */
+    if (job->request.prompt_results && job->choices[0].n_events == 1) memcpy(copy, job->request.prompt_results, job->request.n_prompt * sizeof *copy);
+}
+
+static void test_prompt_logprobs(void **state) {
+    (void)state;
+    const struct program *program = model_program(model);
+    float *logits = check_calloc(program->n_vocab, sizeof *logits),
+          *scratch = check_calloc(sampler_scratch_floats(program->n_vocab), sizeof *scratch);
+    for (uint32_t max_new = 0; max_new < 40; max_new += 13) {
+        struct client client;
+        struct random random = {max_new};
+        start(&client, (struct shape){.sequences = 4, .queue = 20, .rows = 40, .len = 512, .pool = 1});
+        struct job *others[3], *job = random_job(&random, 300, 1, 2);
+        while (job->request.n_prompt < 200) job_free(job), job = random_job(&random, 300, 1, 2);
+        struct job *wanted = job_new(job->tokens[0], job->request.n_prompt, max_new, 2);
+        job_free(job);
+        wanted->request.sampling.n_top = 3;
+        wanted->request.prompt_results = check_calloc(wanted->request.n_prompt, sizeof(struct sample_result));
+        wanted->request.prompt_results[0].token = -77;
+        struct sample_result *copy = check_calloc(wanted->request.n_prompt, sizeof *copy);
+        client.on_event = no_later_writes;
+        client.context = copy;
+        for (uint32_t i = 0; i < 3; i++) {
+            others[i] = random_job(&random, 200, 60, 1);
+            assert_true(client_submit(&client, others[i]));
+        }
+        assert_true(client_submit(&client, wanted));
+        client_run(&client, 0);
+        uint64_t chain = 0;
+        assert_int_equal(wanted->request.prompt_results[0].token, -77);
+        for (uint32_t i = 1; i < wanted->request.n_prompt; i++) {
+            struct sample_result expected;
+            struct sample sample = {.sampling = &wanted->request.sampling,
+                                    .target = wanted->tokens[0][i],
+                                    .history = wanted->tokens[0],
+                                    .n_prompt = wanted->request.n_prompt,
+                                    .n_history = i};
+            chain = mock_chain(chain, wanted->tokens[0][i - 1], (int32_t)i - 1);
+            mock_logits(chain, program->n_vocab, logits);
+            sampler_sample(&sample, logits, program->n_vocab, scratch, &expected);
+            const struct sample_result *got = &copy[i];
+            assert_int_equal(got->token, wanted->tokens[0][i]);
+            assert_true(got->logprob == expected.logprob && got->n_top == 3 && got->top[2].token == expected.top[2].token);
+        }
+        assert_memory_equal(copy, wanted->request.prompt_results, wanted->request.n_prompt * sizeof *copy);
+        for (uint32_t c = 0; c < 2; c++) {
+            assert_int_equal(wanted->choices[c].finish, FINISH_LENGTH);
+            assert_int_equal(wanted->choices[c].n_tokens, max_new);
+            assert_int_equal(wanted->choices[c].n_events, max_new ? max_new : 1);
+        }
+        for (uint32_t i = 0; i < 3; i++) job_free(others[i]);
+        check_job(wanted);
+        job_free(wanted);
+        free(copy);
+        (void)client_settled(&client);
+        client_done(&client);
+    }
+    free(logits);
+    free(scratch);
+}
+
+static void test_queue_full(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {3};
+    start(&client, (struct shape){.sequences = 2, .queue = 3, .rows = 64, .len = 128, .pool = 2});
+    gate_hold();
+    struct job *jobs[6];
+    for (uint32_t i = 0; i < 6; i++) jobs[i] = random_job(&random, 20, 4, i == 4 ? 2 : 1);
+    for (uint32_t i = 0; i < 4; i++) assert_true(client_submit(&client, jobs[i]));
+    assert_false(client_submit(&client, jobs[4])); /* two choices, one place */
+    assert_true(client_submit(&client, jobs[5]));
+    struct job *late = random_job(&random, 20, 4, 1);
+    assert_false(client_submit(&client, late));
+    gate_open();
+    client_run(&client, 0);
+    assert_true(client_submit(&client, late) && client_submit(&client, jobs[4]));
+    client_run(&client, 0);
+    for (uint32_t i = 0; i < 6; i++) check_job(jobs[i]), job_free(jobs[i]);
+    check_job(late);
+    job_free(late);
+    client_done(&client);
+}
+
+/* While engine_stop waits, the engine thread itself takes the events that it posts: there is one taker at a time. */
+struct stopping {
+    struct client *client;
+    _Atomic bool stopping;
+};
+static void wake_or_take(void *context) {
+    struct stopping *stopping = context;
+    if (atomic_load(&stopping->stopping))
+        client_drain(stopping->client);
+    else
+        client_wake(stopping->client);
+}
+
+static void test_stop_while_running(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {9};
+    struct stopping stopping = {.client = &client};
+    start(&client, (struct shape){.sequences = 4, .queue = 60, .rows = 32, .len = 256, .pool = 2});
+    gate_hold();
+    struct job *jobs[12];
+    jobs[0] = random_job(&random, 40, 50, 1);
+    assert_true(client_submit(&client, jobs[0]));
+    gate_wait();
+    client.engine->hooks.wake = wake_or_take; /* read next when the step that is held has ended */
+    client.engine->hooks.context = &stopping;
+    for (uint32_t i = 1; i < 12; i++) {
+        jobs[i] = random_job(&random, 100, 50, 1 + i % 3);
+        assert_true(client_submit(&client, jobs[i]));
+    }
+    atomic_store(&stopping.stopping, true);
+    atomic_store(&client.engine->stop, true); /* before the step goes on: as if engine_stop had come first */
+    gate_open();
+    client_done(&client);
+    assert_int_equal(client.n_open, 0);
+    for (uint32_t i = 0; i < 12; i++) {
+        check_job(jobs[i]);
+        for (uint32_t c = 0; i > 0 && c < jobs[i]->request.n_candidates; c++) assert_int_equal(jobs[i]->choices[c].finish, FINISH_ABORTED);
+        job_free(jobs[i]);
+    }
+}
+
+/* A consumer that does not poll: the engine stops stepping, still takes aborts, and has a place for every terminal event. */
+static void test_outbox_full(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {21};
+    enum { JOBS = 24 };
+    struct job *jobs[JOBS];
+    start(&client, (struct shape){.sequences = 24, .queue = 0, .rows = 64, .len = 512, .pool = 24});
+    for (uint32_t i = 0; i < JOBS; i++) {
+        jobs[i] = random_job(&random, 8, 1, 1);
+        struct job *longer = job_new(jobs[i]->tokens[0], jobs[i]->request.n_prompt, 400, 1);
+        job_free(jobs[i]);
+        jobs[i] = longer;
+        assert_true(client_submit(&client, jobs[i]));
+    }
+    uint64_t limit = clock_now_ns() + CLIENT_WAIT_S * 1000000000ull;
+    while (!(atomic_load(&client.engine->bell.word) & BELL_WANTS_ROOM)) assert_true(clock_now_ns() < limit);
+    assert_true(mailbox_room(&client.engine->outbox) >= JOBS);
+    assert_true(engine_alive(client.engine, clock_now_ns() + 3600000000000ull, 1));
+    for (uint32_t i = 0; i < JOBS; i += 2) /* more letters than there are places: nothing is lost, nothing doubled */
+        for (uint32_t k = 0; k < 40; k++) engine_abort(client.engine, jobs[i]->request.id, k % 2 ? 0 : ENGINE_ALL_CHOICES);
+    client_run(&client, 0);
+    for (uint32_t i = 0; i < JOBS; i++) {
+        assert_int_equal(jobs[i]->choices[0].finish, i % 2 ? FINISH_LENGTH : FINISH_ABORTED);
+        check_job(jobs[i]);
+        job_free(jobs[i]);
+    }
+    (void)client_settled(&client);
+    client_done(&client);
+}
+
+static void test_priorities(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {2};
+    start(&client, (struct shape){.sequences = 1, .queue = 10, .rows = 64, .len = 128, .pool = 1});
+    gate_hold();
+    static const int32_t priority[] = {0, 5, 1, 5, -1};
+    static const uint64_t expected[] = {1, 4, 3, 5, 2};
+    struct job *jobs[5];
+    for (uint32_t i = 0; i < 5; i++) {
+        jobs[i] = random_job(&random, 4, 4, 1);
+        jobs[i]->request.priority = priority[i];
+        jobs[i]->request.arrival_ns = clock_now_ns();
+        assert_true(client_submit(&client, jobs[i]));
+        if (i == 0) gate_wait();
+    }
+    gate_open();
+    client_run(&client, 0);
+    for (uint32_t i = 0; i < 5; i++) {
+        assert_int_equal(jobs[i]->order, expected[i]);
+        job_free(jobs[i]);
+    }
+    client_done(&client);
+}
+
+static void test_backend_failures(void **state) {
+    (void)state;
+    for (int when = 0; when < 8; when++) {
+        struct client client;
+        struct random random = {31};
+        start(&client, (struct shape){.sequences = 4, .queue = 40, .rows = 64, .len = 256, .pool = 4});
+        gate_hold();
+        struct job *jobs[6], *again[6];
+        for (uint32_t i = 0; i < 6; i++) {
+            jobs[i] = random_job(&random, 150, 30, 1 + i % 3);
+            again[i] = job_new(jobs[i]->tokens[0], jobs[i]->request.n_prompt, jobs[i]->request.max_new, jobs[i]->request.n_candidates);
+            again[i]->request.sampling = jobs[i]->request.sampling;
+            assert_true(client_submit(&client, jobs[i]));
+        }
+        atomic_store(when % 2 ? &gate.fail_sync : &gate.fail_submit, 1 + when);
+        gate_open();
+        client_run(&client, 0);
+        uint32_t failed = 0;
+        for (uint32_t i = 0; i < 6; i++) {
+            check_job(jobs[i]);
+            for (uint32_t c = 0; c < jobs[i]->request.n_candidates; c++) {
+                if (jobs[i]->choices[c].finish != FINISH_ERROR) continue;
+                failed++;
+                assert_string_equal(jobs[i]->choices[c].error, when % 2 ? "mock: sync failed" : "mock: submit failed");
+            }
+            job_free(jobs[i]);
+            assert_true(client_submit(&client, again[i]));
+        }
+        assert_true(failed > 0);
+        client_run(&client, 0);
+        for (uint32_t i = 0; i < 6; i++) {
+            check_job(again[i]);
+            for (uint32_t c = 0; c < again[i]->request.n_candidates; c++) assert_int_equal(again[i]->choices[c].finish, FINISH_LENGTH);
+            job_free(again[i]);
+        }
+        (void)client_settled(&client);
+        client_done(&client);
+    }
+}
+
+static void test_stop_tokens_and_bad_prompts(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {17};
+    start(&client, (struct shape){.sequences = 4, .queue = 40, .rows = 64, .len = 256, .pool = 4});
+    struct job *plain = random_job(&random, 30, 1, 1), *job;
+    job = job_new(plain->tokens[0], plain->request.n_prompt, 40, 1);
+    assert_true(client_submit(&client, job));
+    client_run(&client, 0);
+    int32_t fifth = job->tokens[0][job->request.n_prompt + 4];
+    uint32_t first = 0;
+    while (job->tokens[0][job->request.n_prompt + first] != fifth) first++;
+    struct job *stopped = job_new(plain->tokens[0], plain->request.n_prompt, 40, 2),
+               *later = job_new(plain->tokens[0], plain->request.n_prompt, 40, 1);
+    stopped->stop[0] = 257, stopped->stop[1] = fifth, stopped->request.n_stop_tokens = 2;
+    later->stop[0] = fifth, later->request.n_stop_tokens = 1, later->request.min_new = 10;
+    later->request.sampling.banned = later->stop, later->request.sampling.n_banned = 1;
+    int32_t bad_prompt[] = {1, (int32_t)model_program(model)->n_vocab, 2};
+    struct job *bad = job_new(bad_prompt, 3, 4, 3);
+    assert_true(client_submit(&client, stopped) && client_submit(&client, later) && client_submit(&client, bad));
+    client_run(&client, 0);
+    for (uint32_t c = 0; c < 2; c++) {
+        assert_int_equal(stopped->choices[c].finish, FINISH_STOP);
+        assert_int_equal(stopped->choices[c].n_tokens, first + 1);
+    }
+    assert_true(later->choices[0].n_tokens >= 10);
+    for (uint32_t i = 0; i < 10; i++) assert_int_not_equal(later->tokens[0][later->request.n_prompt + i], fifth);
+    for (uint32_t c = 0; c < 3; c++) assert_int_equal(bad->choices[c].finish, FINISH_ERROR);
+    struct job *all[] = {plain, job, stopped, later, bad};
+    for (uint32_t i = 1; i < 4; i++) check_job(all[i]);
+    for (uint32_t i = 0; i < 5; i++) job_free(all[i]);
+    (void)client_settled(&client);
+    client_done(&client);
+}
+
+static void test_alive(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {1};
+    start(&client, (struct shape){.sequences = 1, .queue = 4, .rows = 64, .len = 128, .pool = 1});
+    uint64_t far = clock_now_ns() + 3600000000000ull, limit = clock_now_ns() + CLIENT_WAIT_S * 1000000000ull;
+    while (!engine_alive(client.engine, far, 1)) assert_true(clock_now_ns() < limit); /* falls asleep */
+    gate_hold();
+    struct job *job = random_job(&random, 4, 4, 1);
+    assert_true(client_submit(&client, job));
+    gate_wait();
+    assert_false(engine_alive(client.engine, far, 1000000000)); /* a step that does not end */
+    assert_true(engine_alive(client.engine, clock_now_ns(), CLIENT_WAIT_S * 1000000000ull));
+    gate_step();
+    gate_open();
+    client_run(&client, 0);
+    job_free(job);
+    client_done(&client);
+}
+
+static int open_model(void **state) {
+    (void)state;
+    struct error error;
+    return model_dummy("tiny", 1, &model, &error);
+}
+
+static int close_model(void **state) {
+    (void)state;
+    model_close(model);
+    return 0;
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_many_requests),
+        cmocka_unit_test(test_aborts_in_every_state),
+        cmocka_unit_test(test_aborts_at_random),
+        cmocka_unit_test(test_prompt_logprobs),
+        cmocka_unit_test(test_queue_full),
+        cmocka_unit_test(test_stop_while_running),
+        cmocka_unit_test(test_outbox_full),
+        cmocka_unit_test(test_priorities),
+        cmocka_unit_test(test_backend_failures),
+        cmocka_unit_test(test_stop_tokens_and_bad_prompts),
+        cmocka_unit_test(test_alive),
+    };
+    return cmocka_run_group_tests(tests, open_model, close_model);
+}

@@ -1,0 +1,230 @@
+/* The memory plan: what fits, what is lowered, what is refused with which arithmetic; and the memory there is, read from trees made here. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include <ftw.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/check.h"
+#include "engine/internal.h"
+#include "engine/system_memory.h"
+
+#define MIB (1ull << 20)
+#define GIB (1ull << 30)
+
+static struct model *model;
+
+static struct config defaults(void) {
+    struct config config;
+    config_defaults(&config);
+    config.threads = 2;
+    return config;
+}
+
+static enum status plan_for(const struct config *config, uint64_t available, struct memory_plan *plan, struct error *error) {
+    return engine_plan_memory_on(&backend_reference, config, model, available, plan, error);
+}
+
+static struct memory_plan planned(const struct config *config, uint64_t available) {
+    struct memory_plan plan;
+    struct error error;
+    if (plan_for(config, available, &plan, &error) != STATUS_OK) fail_msg("%s", error.text);
+    return plan;
+}
+
+static uint64_t sequence_blocks(const struct memory_plan *plan) {
+    return (uint64_t)program_lanes(model_program(model)) * ((plan->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
+}
+
+static void check_plan(const struct memory_plan *plan) {
+    uint64_t sum = 0, pool = 0;
+    for (uint32_t i = 0; i < plan->n_lines; i++) {
+        sum += plan->lines[i].count * plan->lines[i].bytes_each;
+        if (strcmp(plan->lines[i].what, "KV block") == 0) pool = plan->lines[i].count;
+    }
+    assert_int_equal(sum, plan->total_bytes);
+    assert_int_equal(pool, plan->n_blocks);
+    assert_true(plan->total_bytes <= plan->available_bytes);
+    assert_true(plan->n_blocks >= sequence_blocks(plan));
+    assert_true(plan->n_blocks <= sequence_blocks(plan) * plan->max_sequences);
+}
+
+static void test_with_no_options_it_fits(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct memory_plan plan = planned(&config, 64 * GIB);
+    check_plan(&plan);
+    assert_int_equal(plan.max_model_len, 8192);
+    assert_int_equal(plan.max_sequences, 64);
+    assert_int_equal(plan.max_choices, 64 + config.max_queue);
+    assert_int_equal(plan.n_blocks, 64 * sequence_blocks(&plan)); /* no more than can be used */
+    assert_string_equal(plan.lowered, "");
+    config.threads = 64;
+    assert_int_equal(planned(&config, 256 * GIB).max_sequences, 256);
+}
+
+static void test_less_memory_gives_a_smaller_pool(void **state) {
+    (void)state;
+    struct config config = defaults();
+    uint32_t before = UINT32_MAX;
+    for (uint64_t available = 2 * GIB; available >= 16 * MIB; available = available * 2 / 3) {
+        struct memory_plan plan = planned(&config, available);
+        check_plan(&plan);
+        assert_true(plan.n_blocks <= before);
+        assert_true(plan.total_bytes <= available - available / 10);
+        assert_true((plan.lowered[0] != 0) == (plan.max_model_len < 8192));
+        before = plan.n_blocks;
+    }
+}
+
+static void test_max_model_len_is_lowered_and_said(void **state) {
+    (void)state;
+    struct config config = defaults();
+    config.kv_memory = 1 * MIB;
+    struct memory_plan plan = planned(&config, 4 * GIB);
+    check_plan(&plan);
+    assert_true(plan.max_model_len < 8192 && plan.max_model_len >= 64);
+    assert_non_null(strstr(plan.lowered, "max_model_len 8192 -> "));
+    assert_non_null(strstr(plan.lowered, "engine.kv_memory"));
+}
+
+static void refused(const struct config *config, uint64_t available, enum status expected, const char *words) {
+    struct memory_plan plan;
+    struct error error = {.text = ""};
+    assert_int_equal(plan_for(config, available, &plan, &error), expected);
+    if (!strstr(error.text, words)) fail_msg("\"%s\" does not say \"%s\"", error.text, words);
+}
+
+static void test_what_is_asked_for_and_does_not_fit_is_refused(void **state) {
+    (void)state;
+    struct config config = defaults();
+    config.kv_memory = 1 * MIB;
+    config.max_model_len = 8192;
+    refused(&config, 4 * GIB, STATUS_INVALID, "4 lanes x 256 blocks x");
+    config.max_model_len = 0;
+    config.kv_memory = 4096;
+    refused(&config, 4 * GIB, STATUS_INVALID, "do not hold one sequence of 64 tokens");
+    config.kv_memory = 8 * GIB;
+    refused(&config, 4 * GIB, STATUS_NO_MEMORY, "exceed the 4096.0 MiB available");
+    config.kv_memory = UINT64_MAX;
+    refused(&config, 4 * GIB, STATUS_NO_MEMORY, "exceed");
+    config = defaults();
+    config.max_model_len = 8193;
+    refused(&config, 4 * GIB, STATUS_INVALID, "the model was trained for 8192");
+    config.max_model_len = 8192;
+    refused(&config, 3 * MIB, STATUS_NO_MEMORY, "one sequence of 8192 tokens");
+    config = defaults();
+    refused(&config, 1 * MIB, STATUS_NO_MEMORY, "1.0 MiB are available");
+    refused(&config, 0, STATUS_NO_MEMORY, "0.0 MiB are available");
+}
+
+static void test_printed(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct memory_plan plan = planned(&config, 64 * GIB);
+    char *text = NULL;
+    size_t length = 0;
+    FILE *out = open_memstream(&text, &length);
+    memory_plan_print(&plan, out);
+    (void)fclose(out);
+    char expected[128];
+    (void)snprintf(expected, sizeof expected, "%-16s %12u x %14zu = ", "KV block", plan.n_blocks, plan.block_bytes);
+    assert_non_null(strstr(text, expected));
+    assert_non_null(strstr(text, "of 64.00 GiB available"));
+    assert_non_null(strstr(text, "64 sequences at once of at most 8192 tokens"));
+    free(text);
+}
+
+static void test_kv_dtype_auto(void **state) {
+    (void)state;
+    assert_int_equal(backend_kv_dtype(&backend_mock, NULL), KV_F16);
+    assert_int_equal(backend_kv_dtype(&backend_cpu, "generic"), KV_F16);
+    assert_int_equal(backend_kv_dtype(&backend_cpu, "avx512bf16"), KV_BF16);
+    struct config config = defaults();
+    strcpy(config.kv_dtype, "q8");
+    assert_int_equal(planned(&config, 4 * GIB).kv_dtype, KV_Q8);
+}
+
+/* ---- the memory there is ---- */
+
+static char root[] = "/tmp/kvasir-memory-XXXXXX";
+
+static void put(const char *path, const char *text) {
+    char full[512];
+    (void)snprintf(full, sizeof full, "%s%s", root, path);
+    for (char *slash = full + strlen(root) + 1; (slash = strchr(slash, '/')); slash++) {
+        *slash = 0;
+        (void)mkdir(full, 0700);
+        *slash = '/';
+    }
+    FILE *file = fopen(full, "w");
+    CHECK(file && fputs(text, file) >= 0 && fclose(file) == 0);
+}
+
+static int remove_one(const char *path, const struct stat *info, int type, struct FTW *ftw) {
+    (void)info, (void)type, (void)ftw;
+    return remove(path);
+}
+
+static void test_control_groups(void **state) {
+    (void)state;
+    assert_true(system_memory_available("") > 0);
+    CHECK(mkdtemp(root));
+    assert_true(system_memory_available(root) == UINT64_MAX);
+    put("/proc/meminfo", "MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:    8000000 kB\n");
+    assert_int_equal(system_memory_available(root), 8000000ull * 1024);
+    put("/proc/self/cgroup", "0::/a/b\n");
+    assert_int_equal(system_memory_available(root), 8000000ull * 1024); /* no such group here */
+    put("/sys/fs/cgroup/a/b/memory.max", "max\n");
+    put("/sys/fs/cgroup/a/memory.max", "1000000\n"); /* the parent's limit */
+    assert_int_equal(system_memory_available(root), 1000000);
+    put("/sys/fs/cgroup/a/memory.current", "400000\n");
+    assert_int_equal(system_memory_available(root), 600000);
+    put("/sys/fs/cgroup/a/memory.stat", "anon 5\ninactive_file 100000\nactive_file 7\n");
+    assert_int_equal(system_memory_available(root), 700000);
+    put("/sys/fs/cgroup/a/b/memory.max", "500000\n");
+    assert_int_equal(system_memory_available(root), 500000);
+    put("/sys/fs/cgroup/a/b/memory.current", "600000\n");
+    assert_int_equal(system_memory_available(root), 0);
+    put("/sys/fs/cgroup/a/b/memory.max", "99999999999999999999999\n"); /* no number: no limit */
+    assert_int_equal(system_memory_available(root), 700000);
+    put("/proc/self/cgroup", "12:cpu,cpuacct:/a\n4:memory:/v1\n1:name=systemd:/x\n");
+    put("/sys/fs/cgroup/memory/v1/memory.limit_in_bytes", "9223372036854771712\n");
+    put("/sys/fs/cgroup/memory/memory.limit_in_bytes", "300000\n"); /* at the root of the mount */
+    put("/sys/fs/cgroup/memory/memory.usage_in_bytes", "100000\n");
+    put("/sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 50000\n");
+    assert_int_equal(system_memory_available(root), 250000);
+    CHECK(nftw(root, remove_one, 16, FTW_DEPTH | FTW_PHYS) == 0);
+}
+
+static int open_model(void **state) {
+    (void)state;
+    struct error error;
+    return model_dummy("tiny", 1, &model, &error);
+}
+
+static int close_model(void **state) {
+    (void)state;
+    model_close(model);
+    return 0;
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_with_no_options_it_fits),
+        cmocka_unit_test(test_less_memory_gives_a_smaller_pool),
+        cmocka_unit_test(test_max_model_len_is_lowered_and_said),
+        cmocka_unit_test(test_what_is_asked_for_and_does_not_fit_is_refused),
+        cmocka_unit_test(test_printed),
+        cmocka_unit_test(test_kv_dtype_auto),
+        cmocka_unit_test(test_control_groups),
+    };
+    return cmocka_run_group_tests(tests, open_model, close_model);
+}
