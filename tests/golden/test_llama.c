@@ -1,0 +1,248 @@
+/* The whole forward pass against llama.cpp, teacher-forced over mixed text (llama/text: English, code, Chinese, emoji, a chat): the next-token distributions that
+ * `cpu` and `reference` give for every position, with every KV dtype, against the golden ones (llama/make_llama.py: the same weights as f32).
+ *
+ * KL(golden || ours) is taken over 33 buckets: the golden file's 32 likeliest tokens and all the rest together. Needs the sample model: KVASIR_TEST_MODEL, or
+ * SmolLM2-135M-Instruct.Q4_1.gguf in ${XDG_CACHE_HOME:-~/.cache}/kvasir; its absence is a failure. Deliberately leaves out tokenizer, scheduler and sampling. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include <math.h>
+
+#include "base/check.h"
+#include "kernels/backend.h"
+#include "model/model.h"
+
+#define TOP 32
+#define CHUNK 64 /* rows of one step; logits of all of them are compared */
+#define MAX_SEQUENCES 16
+#define MAX_TOKENS 2048
+
+struct record {
+    uint16_t token[TOP];
+    float logprob[TOP], rest;
+};
+
+struct golden {
+    uint32_t n_sequences, n_positions, n_vocab;
+    struct {
+        char name[17];
+        uint32_t n, first_record;
+        int32_t tokens[MAX_TOKENS];
+    } sequences[MAX_SEQUENCES];
+    struct record *records;
+};
+
+static struct golden golden;
+static struct model *model;
+
+static void read_exactly(FILE *file, void *bytes, size_t size) {
+    if (fread(bytes, 1, size, file) != size) fail_msg("llama.bin ends early");
+}
+
+static void read_golden(void) {
+    FILE *file = fopen(KVASIR_SOURCE_DIR "/tests/golden/llama/llama.bin", "rb");
+    assert_non_null(file);
+    char magic[8];
+    uint32_t counts[4], first = 0;
+    read_exactly(file, magic, sizeof magic);
+    assert_memory_equal(magic, "KVLLAMA1", sizeof magic);
+    read_exactly(file, counts, sizeof counts);
+    golden.n_sequences = counts[0], golden.n_positions = counts[1], golden.n_vocab = counts[3];
+    assert_true(golden.n_sequences <= MAX_SEQUENCES && counts[2] == TOP);
+    assert_true(golden.n_positions >= 2000);
+    for (uint32_t s = 0; s < golden.n_sequences; s++) {
+        read_exactly(file, golden.sequences[s].name, 16);
+        read_exactly(file, &golden.sequences[s].n, sizeof(uint32_t));
+        assert_true(golden.sequences[s].n <= MAX_TOKENS);
+        read_exactly(file, golden.sequences[s].tokens, golden.sequences[s].n * sizeof(int32_t));
+        golden.sequences[s].first_record = first;
+        first += golden.sequences[s].n;
+    }
+    assert_int_equal(first, golden.n_positions);
+    golden.records = check_calloc(golden.n_positions, sizeof *golden.records);
+    read_exactly(file, golden.records, golden.n_positions * sizeof *golden.records);
+    assert_int_equal(fgetc(file), EOF);
+    (void)fclose(file);
+}
+
+static int open_all(void **state) {
+    (void)state;
+    _Static_assert(sizeof(struct record) == TOP * 6 + 4, "as the file has it");
+    read_golden();
+    char path[4096];
+    const char *named = getenv("KVASIR_TEST_MODEL"), *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    if (named && *named)
+        (void)snprintf(path, sizeof path, "%s", named);
+    else
+        (void)snprintf(path, sizeof path, "%s%s/kvasir/SmolLM2-135M-Instruct.Q4_1.gguf", cache && *cache ? cache : home,
+                       cache && *cache ? "" : "/.cache");
+    struct error error;
+    if (model_open(path, &model, &error) != STATUS_OK) {
+        print_error("no sample model (set KVASIR_TEST_MODEL, or let tests/run fetch it): %s\n", error.text);
+        return -1;
+    }
+    assert_int_equal(model_program(model)->n_vocab, golden.n_vocab);
+    return 0;
+}
+
+static int close_all(void **state) {
+    (void)state;
+    model_close(model);
+    free(golden.records);
+    return 0;
+}
+
+/* What one backend with one KV dtype made of it. */
+struct score {
+    uint32_t n, n_same;
+    double kl_sum, kl_max;
+};
+
+/* Destroys `logits`. */
+static void compare_row(const struct record *record, float *logits, uint32_t n_vocab, struct score *score) {
+    uint32_t best = 0;
+    for (uint32_t i = 1; i < n_vocab; i++)
+        if (logits[i] > logits[best]) best = i;
+    const double maximum = (double)logits[best];
+    double top[TOP], sum = 0, rest = 0;
+    for (uint32_t t = 0; t < TOP; t++) {
+        top[t] = (double)logits[record->token[t]] - maximum;
+        sum += exp(top[t]);
+        logits[record->token[t]] = -INFINITY;
+    }
+    for (uint32_t i = 0; i < n_vocab; i++) rest += exp((double)logits[i] - maximum); /* a NaN anywhere ends up in here */
+    sum += rest;
+    double kl = exp((double)record->rest) * ((double)record->rest - log(rest / sum));
+    for (uint32_t t = 0; t < TOP; t++) kl += exp((double)record->logprob[t]) * ((double)record->logprob[t] - top[t] + log(sum));
+    assert_true(isfinite(kl));
+    score->n++;
+    score->n_same += best == record->token[0];
+    score->kl_sum += kl;
+    score->kl_max = fmax(score->kl_max, kl);
+}
+
+/* One sequence over a table whose ids are scattered: lane l's j-th block is id (n_blocks - 1 - (j * n_lanes + l)). */
+struct table {
+    uint32_t n_lanes, blocks_per_lane, n_blocks;
+    uint32_t *block_ids, *lane_first, *lane_tokens;
+};
+
+static void table_init(struct table *table, uint32_t n_lanes, uint32_t max_tokens) {
+    table->n_lanes = n_lanes;
+    table->blocks_per_lane = (max_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    table->n_blocks = n_lanes * table->blocks_per_lane;
+    table->block_ids = check_calloc(table->n_blocks, sizeof(uint32_t));
+    table->lane_first = check_calloc(n_lanes, sizeof(uint32_t));
+    table->lane_tokens = check_calloc(n_lanes, sizeof(uint32_t));
+    for (uint32_t lane = 0; lane < n_lanes; lane++) {
+        table->lane_first[lane] = lane * table->blocks_per_lane;
+        for (uint32_t j = 0; j < table->blocks_per_lane; j++)
+            table->block_ids[table->lane_first[lane] + j] = table->n_blocks - 1 - (j * n_lanes + lane);
+    }
+}
+
+static void table_done(struct table *table) {
+    free(table->block_ids);
+    free(table->lane_first);
+    free(table->lane_tokens);
+}
+
+static void run_chunk(struct backend *backend, struct table *table, uint32_t s, uint32_t first, uint32_t n_rows, float *logits) {
+    static const struct sampling sampling = {.top_p = 1, .repetition_penalty = 1, .n_top = -1};
+    int32_t positions[CHUNK];
+    struct sample samples[CHUNK];
+    static struct sample_result results[CHUNK];
+    for (uint32_t i = 0; i < n_rows; i++) {
+        positions[i] = (int32_t)(first + i);
+        samples[i] = (struct sample){.row = i, .sampling = &sampling, .target = 0, .history = golden.sequences[s].tokens};
+    }
+    for (uint32_t lane = 0; lane < table->n_lanes; lane++) table->lane_tokens[lane] = first;
+    const struct batch_sequence sequence = {.first_row = 0, .n_rows = n_rows, .lane_first = table->lane_first, .lane_tokens = table->lane_tokens};
+    const struct batch batch = {.n_rows = n_rows,
+                                .n_sequences = 1,
+                                .n_samples = n_rows,
+                                .tokens = golden.sequences[s].tokens + first,
+                                .positions = positions,
+                                .sequences = &sequence,
+                                .block_ids = table->block_ids,
+                                .samples = samples};
+    struct error error;
+    backend->ops->tap_logits(backend, logits);
+    if (backend->ops->submit(backend, &batch, &error) != STATUS_OK || backend->ops->sync(backend, results, &error) != STATUS_OK)
+        fail_msg("%s", error.text);
+}
+
+/* The first `max_tokens` of each text. */
+static struct score measure(const struct backend_ops *ops, enum kv_dtype dtype, uint32_t max_tokens) {
+    uint32_t longest = 0;
+    for (uint32_t s = 0; s < golden.n_sequences; s++)
+        if (golden.sequences[s].n > longest) longest = golden.sequences[s].n;
+    if (longest > max_tokens) longest = max_tokens;
+
+    struct table table;
+    table_init(&table, program_lanes(model_program(model)), longest);
+    struct backend_limits limits = {.kv_dtype = dtype, .n_blocks = table.n_blocks, .max_rows = CHUNK, .max_sequences = 1, .max_samples = CHUNK};
+    struct backend *backend = NULL;
+    struct error error;
+    if (ops->prepare(model_program(model), &limits, &backend, &error) != STATUS_OK) fail_msg("%s", error.text);
+    float *logits = check_calloc((size_t)CHUNK * golden.n_vocab, sizeof *logits);
+
+    struct score score = {0};
+    for (uint32_t s = 0; s < golden.n_sequences; s++) {
+        uint32_t n = golden.sequences[s].n < max_tokens ? golden.sequences[s].n : max_tokens;
+        for (uint32_t first = 0; first < n; first += CHUNK) {
+            uint32_t n_rows = n - first < CHUNK ? n - first : CHUNK;
+            run_chunk(backend, &table, s, first, n_rows, logits);
+            for (uint32_t i = 0; i < n_rows; i++)
+                compare_row(&golden.records[golden.sequences[s].first_record + first + i], logits + (size_t)i * golden.n_vocab, golden.n_vocab,
+                            &score);
+        }
+    }
+    print_message("%s, %s: %u positions, same top-1 %.2f %%, mean KL %.2e, max %.2e\n", ops->describe(backend), kv_dtype_name(dtype), score.n,
+                  100.0 * score.n_same / score.n, score.kl_sum / score.n, score.kl_max);
+    free(logits);
+    ops->close(backend);
+    table_done(&table);
+    return score;
+}
+
+static const struct backend_ops *find(const char *name) {
+    const struct backend_ops *ops = backend_find(name);
+    if (!ops) fail_msg("this build has no backend %s", name);
+    return ops;
+}
+
+/* The oracle itself: f32 throughout, so it must agree to rounding. Slow, hence the first tokens only. */
+static void test_reference(void **state) {
+    (void)state;
+    struct score score = measure(find("reference"), KV_F32, 24);
+    assert_int_equal(score.n, 24 * golden.n_sequences);
+    assert_int_equal(score.n_same, score.n);
+    assert_true(score.kl_sum / score.n <= 1e-6);
+}
+
+static void test_cpu(void **state) {
+    struct score score = measure(find("cpu"), *(const enum kv_dtype *)*state, MAX_TOKENS);
+    assert_int_equal(score.n, golden.n_positions);
+    assert_true(score.n_same >= 0.98 * score.n);
+    assert_true(score.kl_sum / score.n <= 3e-3);
+}
+
+int main(void) {
+    static enum kv_dtype dtypes[] = {KV_F32, KV_F16, KV_BF16, KV_Q8};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_reference),
+        {"test_cpu_f32", test_cpu, NULL, NULL, &dtypes[0]},
+        {"test_cpu_f16", test_cpu, NULL, NULL, &dtypes[1]},
+        {"test_cpu_bf16", test_cpu, NULL, NULL, &dtypes[2]},
+        {"test_cpu_q8", test_cpu, NULL, NULL, &dtypes[3]},
+    };
+    return cmocka_run_group_tests(tests, open_all, close_all);
+}
