@@ -36,7 +36,7 @@ void block_tables_done(struct block_tables *tables) {
     free(tables->sums);
 }
 
-static uint32_t room_of(const struct block_tables *tables, uint32_t table) {
+uint32_t table_room(const struct block_tables *tables, uint32_t table) {
     const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
     uint32_t room = UINT32_MAX;
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
@@ -48,7 +48,7 @@ static uint32_t room_of(const struct block_tables *tables, uint32_t table) {
 
 uint64_t table_missing(const struct block_tables *tables, uint32_t table, uint32_t rows) {
     if (rows <= tables->sums[table].room) return 0;
-    tables->sums[table].room = room_of(tables, table);
+    tables->sums[table].room = table_room(tables, table);
     if (rows <= tables->sums[table].room) return 0;
     const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
     uint64_t missing = 0;
@@ -72,7 +72,7 @@ bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
             ids[blocks[lane]] = block_pool_take(tables->pool, blocks[lane] ? ids[blocks[lane] - 1] : BLOCK_NONE);
     }
     tables->sums[table].blocks += missing;
-    tables->sums[table].room = room_of(tables, table);
+    tables->sums[table].room = table_room(tables, table);
     return true;
 }
 
@@ -152,5 +152,5 @@ void table_check(const struct block_tables *tables, uint32_t table) {
         CHECK(blocks_for(tokens[lane]) <= blocks[lane] && blocks[lane] <= tables->blocks_max);
         sum += blocks[lane];
     }
-    CHECK(tables->sums[table].blocks == sum && tables->sums[table].room <= room_of(tables, table));
+    CHECK(tables->sums[table].blocks == sum && tables->sums[table].room <= table_room(tables, table));
 }

@@ -49,6 +49,8 @@ static inline uint32_t *table_lane_ids(const struct block_tables *tables, uint32
 static inline uint64_t table_blocks(const struct block_tables *tables, uint32_t table) { return tables->sums[table].blocks; }
 /* Blocks that `rows` more slots in every lane need beyond those listed. */
 uint64_t table_missing(const struct block_tables *tables, uint32_t table, uint32_t rows);
+/* So many more slots fit in every lane as listed. */
+uint32_t table_room(const struct block_tables *tables, uint32_t table);
 /* Takes them: all, or none and false. */
 bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows);
 /* `rows` slots of every lane are filled now; their blocks are listed (CHECKed). */

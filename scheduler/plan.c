@@ -144,8 +144,10 @@ static void plan_chunk(struct builder *b, uint32_t i) {
     if (rows > affordable) rows = affordable;
     if (choice->n_computed + rows == choice->n_tokens && samples_at_end(s, choice) > b->samples_left) rows--;
     if (rows == 0) return;
-    while (rows > 0 && !blocks_available(s, table_missing(&s->tables, choice->table, rows)))
-        rows = rows > BLOCK_TOKENS ? rows - BLOCK_TOKENS : rows / 2;
+    while (rows > 0 && !blocks_available(s, table_missing(&s->tables, choice->table, rows))) { /* a block a lane less */
+        uint32_t room = table_room(&s->tables, choice->table);
+        rows = room + (rows - room - 1) / BLOCK_TOKENS * BLOCK_TOKENS;
+    }
     if (rows == 0) return; /* younger ones wait for blocks; the oldest has its row reserved */
     CHECK(table_append(&s->tables, choice->table, rows));
     add_entry(b, i, rows);
