@@ -114,7 +114,6 @@ static void move_lane(struct scheduler *s, uint32_t table, uint32_t lane, uint32
     memcpy(destination, ids, blocks_for(n_keep) * sizeof *destination);
     if (n_keep == tokens) return;
     uint32_t first = first_evicted / BLOCK_TOKENS, end = blocks_for(n_keep), shared = 0;
-    if (first_evicted == n_keep) first = end; /* only the end is cut */
     for (uint32_t b = first; b < end; b++) shared += s->pool.owners[ids[b]] > 1;
     if (!blocks_available(s, shared)) {
         s->stats.compaction_skips++;

@@ -155,10 +155,10 @@ bool scheduler_next_due(struct scheduler *scheduler, struct scheduler_due *due);
 struct scheduler_lane_move {
     bool moves;                  /* false: the lane stays as it is (nothing to evict, or no blocks to copy to) */
     const uint32_t *source;      /* ids of the lane's blocks, in order */
-    const uint32_t *destination; /* [blocks of n_keep slots]: equal to the leading source ids, or fresh where those are shared */
+    const uint32_t *destination; /* [blocks of n_keep slots]: equal to the leading source ids, or fresh where those are shared: then slots of it before the first evicted one move too */
     uint32_t n_keep;
 };
-/* The caller keeps n_keep[lane] slots of each lane, the first one evicted being first_evicted[lane] (lane_tokens if none is). Blocks from there on are written: those that only the
+/* The caller keeps n_keep[lane] slots of each lane, the first one evicted being first_evicted[lane] (lane_tokens if none is). Blocks from there on are written, now or by the rows to come: those that only the
  * prefix cache holds beside this sequence leave it, those that another sequence holds are replaced by fresh ones. Returns [n_lanes] moves, valid until scheduler_compacted. */
 const struct scheduler_lane_move *scheduler_compact(struct scheduler *scheduler, const struct scheduler_due *due, const uint32_t *n_keep, const uint32_t *first_evicted);
 /* The moves have been carried out: lanes are cut, blocks given back. */

@@ -215,6 +215,10 @@ static void abort_some(struct sim *sim) {
 static uint32_t keep_some(const struct sim_request *request, uint32_t n_computed, uint32_t lane, const struct kept *lane_now, uint32_t *keep) {
     uint32_t n = 0;
     uint64_t level = random_mix(request->id * 131 + n_computed) % 4;
+    if (lane_now->n > 8 && random_mix(request->id * 137 + n_computed) % 8 == 0) { /* only the end is cut */
+        for (; n < lane_now->n / 2; n++) keep[n] = n;
+        return n;
+    }
     for (uint32_t i = 0; i < lane_now->n; i++) {
         uint64_t draw = random_mix(request->id ^ (uint64_t)n_computed << 20 ^ (uint64_t)lane << 40 ^ lane_now->position[i]);
         bool sink_or_recent = lane_now->position[i] < level || lane_now->position[i] + 2u >= n_computed;
