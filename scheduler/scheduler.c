@@ -132,6 +132,19 @@ bool scheduler_abort(struct scheduler *s, uint64_t id, uint32_t index) {
     return true;
 }
 
+bool scheduler_lanes(const struct scheduler *scheduler, uint64_t id, uint32_t index, const uint32_t **lane_tokens, uint32_t *n_computed) {
+    struct scheduler *s = (struct scheduler *)(uintptr_t)scheduler;
+    uint32_t request = request_find(s, id);
+    if (request == NONE) return false;
+    for (uint32_t i = s->requests[request].first_choice; i != NONE; i = s->choices[i].next) {
+        if (s->choices[i].index != index || s->choices[i].table == NONE) continue;
+        *lane_tokens = table_lane_tokens(&s->tables, s->choices[i].table);
+        *n_computed = s->choices[i].n_computed;
+        return true;
+    }
+    return false;
+}
+
 void scheduler_drop_prefix_cache(struct scheduler *s) { prefix_cache_clear_idle(&s->cache); }
 
 void scheduler_hold_admission(struct scheduler *s, bool hold) { s->hold_admission = hold; }

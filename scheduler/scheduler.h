@@ -175,6 +175,9 @@ bool scheduler_press(struct scheduler *scheduler, bool (*may)(void *context, voi
 /* While set, nothing new is admitted (preempted sequences are). */
 void scheduler_hold_admission(struct scheduler *scheduler, bool hold);
 
+/* Between steps: how a choice that holds blocks stands. false: it holds none. */
+bool scheduler_lanes(const struct scheduler *scheduler, uint64_t id, uint32_t choice, const uint32_t **lane_tokens, uint32_t *n_computed);
+
 /* Gives back what the prefix cache holds (tests, memory pressure). */
 void scheduler_drop_prefix_cache(struct scheduler *scheduler);
 
