@@ -22,6 +22,7 @@ static uint32_t bucket_count(const struct scheduler_limits *limits) {
     ARRAY(running, limits->max_sequences)                                                                                                            \
     ARRAY(waiting, limits->max_choices)                                                                                                              \
     ARRAY(free_tables, limits->max_sequences)                                                                                                        \
+    ARRAY(free_rings, limits->n_rings)                                                                                                               \
     ARRAY(copy_source, limits->max_sequences, limits->n_lanes)                                                                                       \
     ARRAY(copy_destination, limits->max_sequences, limits->n_lanes)                                                                                  \
     ARRAY(copy_choice, limits->max_sequences, limits->n_lanes)                                                                                       \
@@ -53,6 +54,7 @@ struct scheduler *scheduler_new(const struct scheduler_limits *limits) {
         s->free_request = s->free_choice = i;
     }
     for (uint32_t i = 0; i < limits->max_sequences; i++) s->free_tables[s->n_free_tables++] = limits->max_sequences - 1 - i;
+    for (uint32_t ring = limits->n_rings; ring > 0; ring--) s->free_rings[s->n_free_rings++] = ring;
     return s;
 }
 
@@ -101,6 +103,7 @@ bool scheduler_add(struct scheduler *s, const struct scheduler_request *asked) {
     CHECK(asked->n_candidates >= 1 && asked->n_prompt >= 1 && asked->n_candidates <= s->limits.max_samples);
     bool bounded = asked->private && asked->peak_tokens > 0; /* lanes stay short however long the sequence gets */
     CHECK(asked->n_prompt <= s->limits.max_model_len && asked->max_new <= (bounded ? INT32_MAX : s->limits.max_model_len) - asked->n_prompt);
+    CHECK(!asked->needs_ring || s->limits.n_rings > 0);
     if (asked->n_candidates > s->limits.max_choices - s->n_choices) return false;
     uint32_t i = s->free_request;
     struct request *request = &s->requests[i];
@@ -145,6 +148,18 @@ bool scheduler_abort(struct scheduler *s, uint64_t id, uint32_t index) {
 uint32_t scheduler_preemptions(const struct scheduler *s, uint64_t id, uint32_t index) {
     uint32_t i = live_choice(s, id, index);
     return i == NONE ? 0 : s->choices[i].n_preemptions;
+}
+
+bool scheduler_lanes(const struct scheduler *s, uint64_t id, uint32_t index, const uint32_t **lane_tokens, uint32_t *n_computed) {
+    uint32_t request = request_find(s, id);
+    if (request == NONE) return false;
+    for (uint32_t i = s->requests[request].first_choice; i != NONE; i = s->choices[i].next) {
+        if (s->choices[i].index != index || s->choices[i].table == NONE) continue;
+        *lane_tokens = table_lane_tokens(&s->tables, s->choices[i].table);
+        *n_computed = s->choices[i].n_computed;
+        return true;
+    }
+    return false;
 }
 
 void scheduler_drop_prefix_cache(struct scheduler *s) { prefix_cache_clear_idle(&s->cache); }
