@@ -63,7 +63,7 @@ static void unclose(struct serving *serving, struct choice *choice) {
     if (choice->finish_reason) {
         metrics->finishes[choice->finish_reason[0] == 's' ? METRIC_STOP : METRIC_LENGTH]++;
         histogram_observe(&metrics->histograms[METRIC_END_TO_END], (double)(now - serving->started_ns) / 1e9);
-        histogram_observe(&metrics->histograms[METRIC_GENERATION_TOKENS], choice->n_events);
+        histogram_observe(&metrics->histograms[METRIC_GENERATION_TOKENS], choice->n_tokens);
     } else if (!serving->rejected) {
         metrics->finishes[choice->finish == FINISH_ERROR ? METRIC_ERROR : METRIC_ABORT]++;
     }
@@ -89,7 +89,7 @@ static void note(struct serving *serving) {
     for (uint32_t i = 0; i < serving->completion.n_prompts; i++) prompt += serving->completion.prompts[i].tokens.count;
     for (uint32_t i = 0; i < serving->n_choices; i++) {
         const struct choice *choice = &serving->choices[i];
-        generated += choice->n_events;
+        generated += choice->n_tokens;
         preemptions += choice->preemptions;
         if (choice->candidate == 0) cached += choice->cached;
         (void)snprintf(finish, sizeof finish, "%s",
@@ -201,6 +201,13 @@ static void close_if_done(struct serving *serving, struct choice *choice) {
     if (!choice->ended) engine_abort(serving->server->model.engine, serving->jobs[choice->prompt].request.id, choice->candidate);
 }
 
+/* What a stop string drops is not counted: the counter says what usage says. */
+static void next_token(struct serving *serving, struct choice *choice, struct piece *piece) {
+    uint32_t before = choice->n_tokens;
+    choice_next(choice, piece);
+    serving->server->metrics.generation_tokens += choice->n_tokens - before;
+}
+
 /* One token as one chunk, unless nothing of it can be said yet. */
 static void produce_token(struct serving *serving, struct choice *choice, struct buffer *out) {
     struct answer_head head = head_of(serving);
@@ -209,7 +216,7 @@ static void produce_token(struct serving *serving, struct choice *choice, struct
     bool first = choice->n_tokens == 0;
     piece_clear(piece);
     echo(serving, choice, piece);
-    choice_next(choice, piece);
+    next_token(serving, choice, piece);
     close_if_done(serving, choice);
     bool silent = piece->text.length == 0 && !choice->closed && completion->logprobs < 0 && !completion->return_token_ids;
     if (silent) return;
@@ -259,7 +266,6 @@ static void begin_stream(struct serving *serving) {
 static void observe(struct serving *serving, struct choice *choice, const struct event *event, uint64_t last_ns) {
     struct metrics *metrics = &serving->server->metrics;
     if (event->has_token) {
-        metrics->generation_tokens++;
         if (choice->n_events == 1) {
             if (!serving->first_token_ns) serving->first_token_ns = choice->first_ns;
             histogram_observe(&metrics->histograms[METRIC_TIME_TO_FIRST_TOKEN], (double)(choice->first_ns - serving->started_ns) / 1e9);
@@ -317,7 +323,7 @@ static void progress_whole(struct serving *serving) {
         struct choice *choice = &serving->choices[i];
         if (!choice_ready(choice)) continue;
         echo(serving, choice, &serving->pieces[i]);
-        while (choice_ready(choice)) choice_next(choice, &serving->pieces[i]);
+        while (choice_ready(choice)) next_token(serving, choice, &serving->pieces[i]);
         close_if_done(serving, choice);
     }
     if (serving->n_unclosed == 0) answer_whole(serving);
