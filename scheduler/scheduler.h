@@ -4,12 +4,11 @@
  * counts and block ids: no floats, no device memory, no text, no clock (time is an argument, used for order and ageing only), no randomness: the same calls give the same plans.
  *
  * A REQUEST is one prompt with n_candidates choices. A SEQUENCE is one choice that has its own table. Choice 0 reads the prompt; in the step that computes the
- * prompt's last row it is sampled once for each choice, and the commit of that step forks choices 1..n-1 from it: full blocks by owner count, the last
- * partial block copied. If choice 0 is aborted before that, the next live choice takes its place, with what it had computed. A fork for which there are no blocks or places becomes a preempted sequence instead (it recomputes, mostly from the prefix cache).
+ * prompt's last row it is sampled n_candidates times, and the commit of that step forks choices 1..n-1 from it: full blocks by owner count, the last
+ * partial block copied. A fork for which there are no blocks or places becomes a preempted sequence instead (it recomputes, mostly from the prefix cache).
  *
  * A sequence has n_tokens known and n_computed in the cache; the plan hands out the step's cost budget so that the second catches up with the first. No prefill
  * phase, no decode phase. Order: running sequences that lack one token; those catching up, oldest first, in chunks; admission.
- * Priority ages: a level is worth 2^31 ns (2.1 s) of waiting, so that whoever waits long enough is ahead of everything that arrives later.
  * Preempted = blocks given back, n_computed = 0, at the head of the waiting queue with its arrival time. No admission in a step that preempted; the oldest running sequence
  * is never preempted; victims: highest priority number first, then the youngest.
  *
@@ -38,8 +37,8 @@ struct scheduler_limits {
     uint32_t max_sequences;     /* running at once */
     uint32_t max_choices;       /* live choices in all, waiting ones included: the bound of every queue here */
     uint32_t max_model_len;     /* tokens of one sequence, prompt and generated */
-    uint32_t max_rows;          /* rows of one step, >= max_sequences */
-    uint32_t max_samples;       /* samples of one step, >= max_sequences */
+    uint32_t max_rows;          /* rows of one step */
+    uint32_t max_samples;       /* samples of one step */
     struct step_cost cost;
     double step_budget_us;      /* a plan stays under it unless its decode rows alone exceed it; at least one chunk of BLOCK_TOKENS rows always fits in */
     uint32_t watermark_blocks;  /* left free by admission */
@@ -57,7 +56,7 @@ struct scheduler_points {
 struct scheduler_request {
     uint64_t id;               /* never reused */
     void *owner;               /* handed back in plan entries */
-    uint32_t n_candidates;     /* 1 .. max_samples - max_sequences + 1: a step in which all others decode still has room for them */
+    uint32_t n_candidates;
     int32_t *const *tokens;    /* [n_candidates], each with room for n_prompt + max_new; [0] holds the prompt. The scheduler copies the prompt on a fork, and reads
                                   ids for the prefix cache; the engine writes each sampled token at index n_tokens before scheduler_commit */
     uint32_t n_prompt, max_new; /* n_prompt >= 1; max_new 0: compute the prompt, sample nothing */
@@ -76,7 +75,7 @@ struct plan_entry {
     uint32_t choice;
     uint32_t first_token, n_rows;  /* rows are tokens [first_token, first_token + n_rows) of the choice, at those positions */
     uint32_t n_tokens;             /* known before this step */
-    uint32_t n_samples;            /* 0 while catching up; 1; or, in the step that ends the prompt, one for each choice of the request that still lives */
+    uint32_t n_samples;            /* 0 while catching up; 1; or n_candidates in the step that ends the prompt of choice 0 */
     uint32_t cached_tokens;        /* taken from the prefix cache at the latest admission */
     bool first_run;                /* the request's first rows ever are in this step */
     const uint32_t *lane_first;    /* [n_lanes] index in plan.block_ids of the lane's first block */
@@ -87,9 +86,8 @@ struct plan {
     uint32_t n_entries;
     const struct plan_entry *entries;
     uint32_t n_rows, n_samples;
-    const uint32_t *sample_choice; /* [n_samples] the choice each sample is for: entry order, choices ascending within an entry */
     const uint32_t *block_ids;     /* the table arena */
-    /* Block copies (last partial blocks of forks) to carry out, in this order, before the rows run. A plan without entries has none. */
+    /* Block copies (last partial blocks of forks) to carry out before the rows run. */
     uint32_t n_copies;
     const uint32_t *copy_source, *copy_destination;
 };
