@@ -83,6 +83,8 @@ static void *engine_main(void *argument) {
     (void)pthread_setname_np(pthread_self(), "kvasir-engine");
     enum status status = birth->status = open_engine(birth);
     if (status == STATUS_OK) engine_publish(engine);
+    /* Loading may take longer than a stall: whoever asks right after it must not read the time from before. */
+    atomic_store_explicit(&engine->progress_ns, clock_now_ns(), memory_order_relaxed);
     CHECK(sem_post(&birth->done) == 0); /* `birth` is gone from here on */
     if (status == STATUS_OK) engine_serve(engine);
     if (engine->backend) engine->backend->ops->close(engine->backend);
