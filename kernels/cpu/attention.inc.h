@@ -117,18 +117,21 @@ static void q8_scores(const struct split *s) {
         bool small = !(most > 1e-34f);
         vf inverse = vf_set1(small ? 0 : 127.0f / most), scale = vf_set1(small ? 0 : most / 127.0f);
         for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + i, vf_mul(vf_load(x + i), inverse));
-        int32_t nsum = 0;
-        for (uint32_t i = 0; i < dims; i++) nsum -= quants[i];
+        int32_t nsums[KV_DIMS_MAX / 16];
+        for (uint32_t i = 0; i < dims / 16; i++) {
+            nsums[i] = 0;
+            for (uint32_t j = 0; j < 16; j++) nsums[i] -= quants[16 * i + j];
+        }
         for (uint32_t b = 0; b < s->n_blocks; b++) {
             const uint8_t *k = split_block(s, b);
             const float *scales = (const float *)(const void *)(k + s->a->shape->scale_offset);
-            if (q == 0) prefetch_block(s, b + 1, 0, s->a->shape->v_offset);
+            if (q == 0) prefetch_block(s, b + 1, 0, s->a->shape->bytes);
             for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += LANES) {
-                vi dot = vi_dot8_start(nsum);
-                for (uint32_t quad = 0; quad < dims / 4; quad++) {
-                    int32_t four;
-                    __builtin_memcpy(&four, quants + 4 * quad, sizeof four);
-                    dot = vi_dot8(dot, vb_load(k + (size_t)quad * 128 + slot * 4), four);
+                vi dot = vi_zero();
+                for (uint32_t dim = 0; dim < dims; dim += 16) {
+                    vb quads[4];
+                    for (uint32_t i = 0; i < 4; i++) quads[i] = vb_load(k + (size_t)(dim / 4 + i) * 128 + slot * 4);
+                    dot = vi_add(dot, vi_dot_signed(quads, quants + dim, 4, nsums[dim / 16]));
                 }
                 vf score = vf_mul(vf_from_vi(dot), vf_mul(scale, vf_load(scales + slot)));
                 vf_store(s->scores + (size_t)q * SPLIT_SLOTS + b * BLOCK_TOKENS + slot, score);

@@ -17,7 +17,7 @@ enum { HUGE_PAGE = 2 << 20 };
 const struct cpu_isa *const cpu_isas[] = {
     &cpu_isa_generic,
 #if defined(__x86_64__)
-    &cpu_isa_avx512, &cpu_isa_avx512bf16,
+    &cpu_isa_avx2, &cpu_isa_avxvnni, &cpu_isa_avx512, &cpu_isa_avx512bf16,
 #endif
     NULL,
 };

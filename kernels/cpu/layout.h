@@ -60,4 +60,4 @@ struct kv_shape {
     size_t bytes; /* of a block, without its positions */
 };
 
-enum { SPLIT_SLOTS = 256, KV_PAD = 16 };
+enum { SPLIT_SLOTS = 256, KV_PAD = 16, KV_DIMS_MAX = 1024 };

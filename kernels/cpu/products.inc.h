@@ -92,35 +92,21 @@ INLINE void unpack(enum tensor_type type, const uint8_t *strip, uint32_t b, int 
     }
 }
 
-INLINE int32_t quad_of(const struct act_block *a, int j) {
-    int32_t quad;
-    __builtin_memcpy(&quad, a->q + 4 * j, sizeof quad);
-    return quad;
-}
-
 INLINE vf product_step(enum tensor_type type, const struct unpacked *u, const struct act_block *a, vf sum) {
     vf d = vf_set1(a->d);
     if (type == TENSOR_Q6_K) {
-        vi low = vi_offset(a->nsum_low, 5), high = vi_offset(a->nsum - a->nsum_low, 5);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            low = vi_dot7(low, u->quad[j], quad_of(a, j));
-            high = vi_dot7(high, u->quad[j + 4], quad_of(a, j + 4));
-        }
+        vi low = vi_dot(vi_offset(a->nsum_low, 5), u->quad, a->q, 4, 6);
+        vi high = vi_dot(vi_offset(a->nsum - a->nsum_low, 5), u->quad + 4, a->q + 16, 4, 6);
         sum = vf_fma(vf_mul(u->d_low, d), vf_from_vi(low), sum);
         return vf_fma(vf_mul(u->d, d), vf_from_vi(high), sum);
     }
-    if (type == TENSOR_Q8_0) {
-        vi dot = vi_dot8_start(a->nsum);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) dot = vi_dot8(dot, u->quad[j], quad_of(a, j));
-        return vf_fma(vf_mul(u->d, d), vf_from_vi(dot), sum);
-    }
-    vi dot = type == TENSOR_Q4_0 ? vi_offset(a->nsum, 3) : type == TENSOR_Q5_0 ? vi_offset(a->nsum, 4) : vi_zero();
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) dot = vi_dot7(dot, u->quad[j], quad_of(a, j));
+    vi dot;
+    if (type == TENSOR_Q8_0) dot = vi_dot_signed(u->quad, a->q, 8, a->nsum);
+    else if (type == TENSOR_Q4_0) dot = vi_dot(vi_offset(a->nsum, 3), u->quad, a->q, 8, 4);
+    else if (type == TENSOR_Q5_0) dot = vi_dot(vi_offset(a->nsum, 4), u->quad, a->q, 8, 5);
+    else dot = vi_dot(vi_zero(), u->quad, a->q, 8, type == TENSOR_Q4_1 || type == TENSOR_Q4_K ? 4 : 5);
     sum = vf_fma(vf_mul(u->d, d), vf_from_vi(dot), sum);
-    if (type == TENSOR_Q4_0 || type == TENSOR_Q5_0) return sum;
+    if (type == TENSOR_Q8_0 || type == TENSOR_Q4_0 || type == TENSOR_Q5_0) return sum;
     return vf_fma(u->m, vf_set1(a->s), sum);
 }
 

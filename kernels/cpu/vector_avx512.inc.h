@@ -57,6 +57,7 @@ INLINE void vf_store_s8(int8_t *p, vf a) {
 
 INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
 INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vb vb_high(vb a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
@@ -65,10 +66,20 @@ INLINE vb vb_or_bits(vb q, vb a, int n, int mask) {
     vb shifted = n >= 0 ? _mm512_srli_epi16(a, n) : _mm512_slli_epi16(a, -n);
     return _mm512_ternarylogic_epi64(q, shifted, _mm512_set1_epi8((char)mask), 0xf8); /* q | (shifted & mask) */
 }
-/* acc + the four products of a lane: w unsigned up to 127, a signed. */
-INLINE vi vi_dot7(vi acc, vb w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
-/* The same with w = value + 128: starts at dot8_start, ends at the products of the values. */
-INLINE vi vi_dot8_start(int32_t nsum) { return _mm512_slli_epi32(_mm512_set1_epi32(nsum), 7); }
-INLINE vi vi_dot8(vi acc, vb w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
+/* start + the exact products of n quads with 4n activations; quads unsigned, of `bits` bits. */
+INLINE vi vi_dot(vi start, const vb *quads, const int8_t *a, const int n, int bits) {
+    (void)bits;
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j++) {
+        int32_t four;
+        __builtin_memcpy(&four, a + 4 * j, sizeof four);
+        start = _mm512_dpbusd_epi32(start, quads[j], _mm512_set1_epi32(four));
+    }
+    return start;
+}
+/* The products of signed values that are stored + 128. nsum: minus the sum of the 4n activations. */
+INLINE vi vi_dot_signed(const vb *quads, const int8_t *a, const int n, int32_t nsum) {
+    return vi_dot(_mm512_slli_epi32(_mm512_set1_epi32(nsum), 7), quads, a, n, 8);
+}
 /* nsum * 2^shift in every lane */
 INLINE vi vi_offset(int32_t nsum, int shift) { return _mm512_slli_epi32(_mm512_set1_epi32(nsum), (unsigned)shift); }
