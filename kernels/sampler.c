@@ -67,7 +67,10 @@ static float clean_all(float *logits, uint32_t n) {
 /* log of the sum of exp(logit), relative to `best`. Four sums, so that additions overlap; always the same four. */
 static double log_sum(const float *logits, uint32_t n, float best) {
     double sum[4] = {0};
-    for (uint32_t i = 0; i < n; i++) sum[i % 4] += (double)exp_negative(logits[i] - best);
+    uint32_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        for (uint32_t j = 0; j < 4; j++) sum[j] += (double)exp_negative(logits[i + j] - best);
+    for (; i < n; i++) sum[i % 4] += (double)exp_negative(logits[i] - best);
     return log((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 

@@ -123,7 +123,10 @@ static const char *reference_describe(const struct backend *backend) {
 /* Eight sums, so that additions overlap; always the same eight. */
 static float dot(const float *a, const float *b, uint32_t n) {
     double sum[8] = {0};
-    for (uint32_t i = 0; i < n; i++) sum[i % 8] += (double)a[i] * (double)b[i];
+    uint32_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (uint32_t j = 0; j < 8; j++) sum[j] += (double)a[i + j] * (double)b[i + j];
+    for (; i < n; i++) sum[i % 8] += (double)a[i] * (double)b[i];
     return (float)(((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7])));
 }
 

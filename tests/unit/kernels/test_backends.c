@@ -1,0 +1,304 @@
+/* Every backend and every instruction set of this machine on the whole table of phase cases, for every KV dtype:
+ *   - `reference` against a forward pass in double over a contiguous cache;
+ *   - the others against `reference`, by normalised mean squared error;
+ *   - the row contract on each of them, bit for bit: rows one at a time, in random chunks and batches, on two threads, after a history that was read in other
+ *     chunks: the same logits as all rows at once; and M = 1..97 rows in one step.
+ * What ran and what this machine cannot run is printed. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include <math.h>
+
+#include "base/check.h"
+#include "base/random.h"
+#include "kernels/backend.h"
+#include "tests/support/oracle.h"
+#include "tests/support/phase_cases.h"
+
+struct variant {
+    const struct backend_ops *ops;
+    const char *instruction_set;
+    char name[48];
+    double worst[KV_DTYPES]; /* error against reference */
+    uint32_t runs, contracts;
+};
+
+static struct variant variants[16];
+static uint32_t n_variants;
+static double worst_reference[KV_DTYPES];
+
+static bool computes(const struct variant *variant) { return variant->ops != &backend_mock; }
+
+static struct phase_world *new_world(const struct phase_case *c, const struct program *program, const struct variant *variant, enum kv_dtype dtype,
+                                     uint32_t threads, uint32_t history_chunk) {
+    const struct phase_world_options options = {
+        .kv_dtype = dtype, .instruction_set = variant->instruction_set, .threads = threads, .history_chunk = history_chunk};
+    struct phase_world *world;
+    struct error error = {0};
+    if (phase_world_new(c, program, variant->ops, &options, &world, &error) != STATUS_OK) fail_msg("%s: %s", variant->name, error.text);
+    return world;
+}
+
+/* sum (x - truth)^2 / sum truth^2 */
+static double error_of(const float *x, const double *truth, uint32_t n) {
+    double difference = 0, size = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        difference += ((double)x[i] - truth[i]) * ((double)x[i] - truth[i]);
+        size += truth[i] * truth[i];
+    }
+    return difference / size;
+}
+
+/* What `reference` may differ from exact arithmetic. f32 with sums in double leaves about 1e-7 a value, relative, and a layer or two amplify it: 1e-11 squared is
+ * generous. With narrow caches a key that lies on the border between two codes may be rounded to the other one: one dim of one slot, by one step of 2^-11, 2^-8
+ * or 1/127. A wrong slot, head or angle costs 1e-2 or more. */
+static const double reference_bound[KV_DTYPES] = {[KV_F32] = 1e-11, [KV_F16] = 1e-6, [KV_BF16] = 1e-5, [KV_Q8] = 1e-4};
+
+/* What a fast backend may differ from `reference`: its own rounding of activations, of queries and of attention weights.
+ *   Weights: float types keep activations in f32 (error 1e-7, as above). Quantised types meet activations of 8 bits in blocks of 32: about 0.5 % noise a
+ *   product, 2e-5 squared, seven products a layer, two layers: 3e-4 where nothing is amplified; attention and silu may double it.
+ *   Cache: queries and weights are rounded to the dtype too: 2^-12, 2^-9 or 1/254 of each, and scores of up to 30 turn a relative error into an absolute one. */
+static double backend_bound(const struct phase_case *c, enum kv_dtype dtype) {
+    bool floats = c->type <= TENSOR_BF16 && !(c->flags & PHASE_MIXED_TYPES);
+    static const double of_dtype[KV_DTYPES] = {[KV_F32] = 1e-9, [KV_F16] = 1e-5, [KV_BF16] = 5e-4, [KV_Q8] = 5e-3};
+    return of_dtype[dtype] + (floats ? 0 : 2e-3);
+}
+
+/* The case's rows by the oracle: [rows][n_vocab]. */
+static double *oracle_logits(const struct phase_case *c, const struct program *program, enum kv_dtype dtype) {
+    double *logits = check_calloc((size_t)phase_case_rows(c) * program->n_vocab, sizeof *logits), *next = logits;
+    for (uint32_t s = 0; s < phase_case_sequences(c); s++) {
+        const struct phase_sequence *plan = &c->sequences[s];
+        struct oracle *oracle = oracle_new(program, dtype);
+        for (uint32_t t = 0; t < plan->history; t++) oracle_row(oracle, phase_case_token(c, s, t), NULL);
+        for (uint32_t lane = 0; lane < program_lanes(program); lane++) {
+            if (plan->ragged) oracle_cut(oracle, lane, plan->lanes[lane % PHASE_LANES]);
+            for (uint32_t i = 0; i < plan->dropped && lane % 2 == 1; i++)
+                if (oracle_lane_slots(oracle, lane) >= BLOCK_TOKENS) oracle_drop(oracle, lane, BLOCK_TOKENS);
+        }
+        for (uint32_t t = 0; t < plan->rows; t++, next += program->n_vocab) oracle_row(oracle, phase_case_token(c, s, plan->history + t), next);
+        oracle_free(oracle);
+    }
+    return logits;
+}
+
+static double worst_error(const struct phase_case *c, const struct phase_world *world, const double *truth, uint32_t n_vocab) {
+    double worst = 0;
+    for (uint32_t s = 0; s < phase_case_sequences(c); s++)
+        for (uint32_t row = 0; row < c->sequences[s].rows; row++, truth += n_vocab) {
+            double error = error_of(phase_world_logits(world, s, row), truth, n_vocab);
+            if (!(error <= worst)) worst = error; /* a NaN is the worst */
+        }
+    return worst;
+}
+
+static void assert_same_bits(const struct phase_case *c, const struct variant *variant, enum kv_dtype dtype, const char *how,
+                             const struct phase_world *expected, const struct phase_world *world) {
+    for (uint32_t s = 0; s < phase_case_sequences(c); s++)
+        for (uint32_t row = 0; row < c->sequences[s].rows; row++)
+            if (memcmp(phase_world_logits(expected, s, row), phase_world_logits(world, s, row), c->n_vocab * sizeof(float)) != 0)
+                fail_msg("%s, %s, %s: sequence %u row %u differs %s", variant->name, kv_dtype_name(dtype), c->name, s, row, how);
+}
+
+static void run_one_at_a_time(const struct phase_case *c, struct phase_world *world) {
+    for (bool more = true; more;) {
+        more = false;
+        for (uint32_t s = phase_case_sequences(c); s-- > 0;) {
+            if (phase_world_rows_left(world, s) == 0) continue;
+            phase_world_step(world, &(struct phase_part){s, 1}, 1);
+            more = true;
+        }
+    }
+}
+
+/* Each step takes some of the sequences that have rows left, in any order, with any number of rows. */
+static void run_random(const struct phase_case *c, struct phase_world *world, uint64_t seed) {
+    struct random random = {seed};
+    for (;;) {
+        struct phase_part parts[PHASE_SEQUENCES];
+        uint32_t n_parts = 0, left = 0;
+        for (uint32_t s = 0; s < phase_case_sequences(c); s++) {
+            uint32_t rows = phase_world_rows_left(world, s);
+            left += rows;
+            if (rows == 0 || random_below(&random, 3) == 0) continue;
+            uint32_t at = random_below(&random, n_parts + 1);
+            memmove(&parts[at + 1], &parts[at], (n_parts - at) * sizeof *parts);
+            parts[at] = (struct phase_part){s, 1 + random_below(&random, rows)};
+            n_parts++;
+        }
+        if (left == 0) return;
+        if (n_parts > 0) phase_world_step(world, parts, n_parts);
+    }
+}
+
+/* `reference` has one thread, and its rows share nothing but the widening of weights: one KV dtype a case, in turn, keeps it from taking most of the time. */
+static void check_row_contract(const struct phase_case *c, const struct program *program, struct variant *variant, enum kv_dtype dtype,
+                               const struct phase_world *expected) {
+    bool slow = variant->ops == &backend_reference;
+    if (slow && (uint32_t)(c - phase_cases) % KV_DTYPES != (uint32_t)dtype) return;
+    variant->contracts++;
+    struct phase_world *world = new_world(c, program, variant, dtype, 1, slow ? 31 : 1);
+    run_one_at_a_time(c, world);
+    assert_same_bits(c, variant, dtype, "one at a time", expected, world);
+    phase_world_free(world);
+    for (uint32_t threads = 1; threads <= (slow ? 1u : 2u); threads++) {
+        world = new_world(c, program, variant, dtype, threads, 13);
+        run_random(c, world, threads);
+        assert_same_bits(c, variant, dtype, "in random batches", expected, world);
+        phase_world_free(world);
+    }
+    if (slow) return;
+    world = new_world(c, program, variant, dtype, 2, 0);
+    phase_world_run(world);
+    assert_same_bits(c, variant, dtype, "on two threads", expected, world);
+    phase_world_free(world);
+}
+
+/* The mock keeps what no sequence lost, so it cannot run lanes that were cut. */
+static bool can_run(const struct variant *variant, const struct phase_case *c) {
+    for (uint32_t s = 0; s < phase_case_sequences(c); s++)
+        if (!computes(variant) && (c->sequences[s].ragged || c->sequences[s].dropped)) return false;
+    return true;
+}
+
+static void test_case(void **state) {
+    const struct phase_case *c = *state;
+    const struct tiny_shape shape = phase_case_shape(c);
+    struct program *program = tiny_program_new(&shape);
+    for (int d = 0; d < KV_DTYPES; d++) {
+        enum kv_dtype dtype = (enum kv_dtype)d;
+        const struct variant reference = {.ops = &backend_reference, .name = "reference"};
+        struct phase_world *truth = new_world(c, program, &reference, dtype, 1, 0);
+        phase_world_run(truth);
+        double *exact = oracle_logits(c, program, dtype);
+        double error = worst_error(c, truth, exact, c->n_vocab);
+        if (!(error <= reference_bound[dtype])) fail_msg("reference, %s, %s: error %g", kv_dtype_name(dtype), c->name, error);
+        worst_reference[d] = fmax(worst_reference[d], error);
+        size_t at = 0;
+        for (uint32_t s = 0; s < phase_case_sequences(c); s++)
+            for (uint32_t row = 0; row < c->sequences[s].rows; row++)
+                for (uint32_t i = 0; i < c->n_vocab; i++) exact[at++] = (double)phase_world_logits(truth, s, row)[i];
+        for (struct variant *variant = variants; variant < variants + n_variants; variant++) {
+            if (!can_run(variant, c)) continue;
+            variant->runs++;
+            if (variant->ops == &backend_reference) {
+                check_row_contract(c, program, variant, dtype, truth);
+                continue;
+            }
+            struct phase_world *world = new_world(c, program, variant, dtype, 1, 0);
+            phase_world_run(world);
+            if (computes(variant)) {
+                error = worst_error(c, world, exact, c->n_vocab);
+                if (!(error <= backend_bound(c, dtype))) fail_msg("%s, %s, %s: error %g", variant->name, kv_dtype_name(dtype), c->name, error);
+                variant->worst[d] = fmax(variant->worst[d], error);
+            }
+            check_row_contract(c, program, variant, dtype, world);
+            phase_world_free(world);
+        }
+        free(exact);
+        phase_world_free(truth);
+    }
+    tiny_program_free(program);
+}
+
+/* M rows in one step, for every M: the first M rows of the sequence, over and over on the same history. */
+static void test_every_number_of_rows(void **state) {
+    (void)state;
+    const struct phase_case *c = phase_cases;
+    while (strcmp(c->name, "97 rows") != 0) c++;
+    const struct tiny_shape shape = phase_case_shape(c);
+    struct program *program = tiny_program_new(&shape);
+    for (struct variant *variant = variants; variant < variants + n_variants; variant++) {
+        if (!computes(variant)) continue; /* its slots are written once */
+        for (int d = 0; d < KV_DTYPES; d++) {
+            struct phase_world *expected = new_world(c, program, variant, (enum kv_dtype)d, 1, 0);
+            struct phase_world *world = new_world(c, program, variant, (enum kv_dtype)d, 1, 0);
+            run_one_at_a_time(c, expected);
+            uint32_t step = variant->ops == &backend_reference ? 16 : 1; /* its rows do not share anything: a sample will do */
+            for (uint32_t m = 1; m <= c->sequences[0].rows; m += step) {
+                phase_world_rewind(world);
+                phase_world_step(world, &(struct phase_part){0, m}, 1);
+                for (uint32_t row = 0; row < m; row++)
+                    if (memcmp(phase_world_logits(expected, 0, row), phase_world_logits(world, 0, row), c->n_vocab * sizeof(float)) != 0)
+                        fail_msg("%s, %s: row %u of %u differs", variant->name, kv_dtype_name((enum kv_dtype)d), row, m);
+            }
+            phase_world_free(expected);
+            phase_world_free(world);
+        }
+    }
+    tiny_program_free(program);
+}
+
+/* The first backend in the list is what "auto" means, and it must not invent its numbers. */
+static void test_names(void **state) {
+    (void)state;
+    assert_ptr_equal(backend_find("auto"), backends[0]);
+    assert_ptr_not_equal(backend_find("auto"), &backend_mock);
+    assert_ptr_equal(backend_find("reference"), &backend_reference);
+    assert_ptr_equal(backend_find("mock"), &backend_mock);
+    assert_null(backend_find("abacus"));
+    for (int d = 0; d < KV_DTYPES; d++) {
+        enum kv_dtype dtype;
+        assert_true(kv_dtype_parse(kv_dtype_name((enum kv_dtype)d), &dtype));
+        assert_int_equal(dtype, d);
+    }
+    enum kv_dtype dtype;
+    assert_false(kv_dtype_parse("f64", &dtype));
+}
+
+/* Backends and instruction sets; one that says STATUS_UNSUPPORTED is not of this machine. */
+static void find_variants(void) {
+    static const char *const sets[] = {"generic", "avx2", "avxvnni", "avx512", "avx512bf16"};
+    const struct tiny_shape shape = phase_case_shape(&phase_cases[0]);
+    struct program *program = tiny_program_new(&shape);
+    for (const struct backend_ops *const *ops = backends; *ops; ops++) {
+        uint32_t n_sets = strcmp((*ops)->name, "cpu") == 0 ? sizeof sets / sizeof *sets : 1;
+        for (uint32_t i = 0; i < n_sets; i++) {
+            struct variant *variant = &variants[n_variants];
+            *variant = (struct variant){.ops = *ops, .instruction_set = n_sets > 1 ? sets[i] : NULL};
+            (void)snprintf(variant->name, sizeof variant->name, "%s%s%s", (*ops)->name, n_sets > 1 ? " " : "", n_sets > 1 ? sets[i] : "");
+            const struct phase_world_options options = {.kv_dtype = KV_F32, .instruction_set = variant->instruction_set, .threads = 1};
+            struct phase_world *world;
+            struct error error = {0};
+            enum status status = phase_world_new(&phase_cases[0], program, *ops, &options, &world, &error);
+            if (status == STATUS_UNSUPPORTED) {
+                print_message("not on this machine: %s (%s)\n", variant->name, error.text);
+                continue;
+            }
+            if (status != STATUS_OK) fail_msg("%s: %s", variant->name, error.text);
+            phase_world_free(world);
+            n_variants++;
+        }
+    }
+    tiny_program_free(program);
+}
+
+static int report(void **state) {
+    (void)state;
+    print_message("reference against double: worst error f32 %.1e, f16 %.1e, bf16 %.1e, q8 %.1e\n", worst_reference[KV_F32], worst_reference[KV_F16],
+                  worst_reference[KV_BF16], worst_reference[KV_Q8]);
+    for (const struct variant *variant = variants; variant < variants + n_variants; variant++)
+        print_message("%s: %u of %u cases x dtypes, row contract on %u; against reference f32 %.1e, f16 %.1e, bf16 %.1e, q8 %.1e\n", variant->name,
+                      variant->runs, n_phase_cases * KV_DTYPES, variant->contracts, variant->worst[KV_F32], variant->worst[KV_F16],
+                      variant->worst[KV_BF16], variant->worst[KV_Q8]);
+    return 0;
+}
+
+int main(void) {
+    find_variants();
+    struct CMUnitTest tests[64] = {cmocka_unit_test(test_names), cmocka_unit_test(test_every_number_of_rows)};
+    size_t n = 2;
+    for (uint32_t i = 0; i < n_phase_cases; i++) {
+        CHECK(n < sizeof tests / sizeof *tests);
+        tests[n++] = (struct CMUnitTest){.name = phase_cases[i].name, .test_func = test_case, .initial_state = (void *)(uintptr_t)&phase_cases[i]};
+    }
+    for (; n < sizeof tests / sizeof *tests; n++) tests[n] = (struct CMUnitTest){0};
+    return _cmocka_run_group_tests("backends", tests, 2 + n_phase_cases, NULL, report);
+}
