@@ -10,19 +10,16 @@
 #include "kernels/cpu/cpu.h"
 
 /* Norm (if any) and rotation of one head's vector; `out` [dims] is padded with zeros. */
-static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, const float *weight, float *out) {
+static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, const float *weight, struct worker_scratch *own, float *out) {
     const struct program *p = cpu->program;
-    const uint32_t d = p->head_dim, pairs = p->rope_dims / 2;
-    const float *rope = cpu->rope + (size_t)row * p->rope_dims;
-    if (weight) cpu->isa->norm(x, weight, d, p->norm_epsilon, out);
-    else memcpy(out, x, d * sizeof *out);
-    bool halves = p->rope_pairs == ROPE_PAIRS_HALVES;
-    for (uint32_t i = 0; i < pairs; i++) {
-        float *a = &out[halves ? i : 2 * i], *b = &out[halves ? i + pairs : 2 * i + 1];
-        float c = rope[2 * i], s = rope[2 * i + 1], x0 = *a, x1 = *b;
-        *a = x0 * c - x1 * s;
-        *b = x0 * s + x1 * c;
+    const uint32_t d = p->head_dim, rotated = p->rope_dims;
+    const float *cosine = cpu->rope + (size_t)row * 2 * rotated;
+    if (weight) {
+        cpu->isa->norm(x, weight, d, p->norm_epsilon, own->head);
+        x = own->head;
     }
+    cpu->isa->rotate(x, rotated, p->rope_pairs == ROPE_PAIRS_HALVES, cosine, cosine + rotated, out);
+    for (uint32_t i = rotated; i < d; i++) out[i] = x[i];
     for (uint32_t i = d; i < cpu->kv.dims; i++) out[i] = 0;
 }
 
@@ -31,14 +28,14 @@ static const uint32_t *table_of(const struct cpu *cpu, const struct batch_sequen
 }
 
 /* Row i of the sequence into KV head `head` of the layer. */
-static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t i, uint32_t head, float *scratch) {
+static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t i, uint32_t head, struct worker_scratch *own) {
     const struct program *p = cpu->program;
     const uint32_t lane = layer * p->n_kv_heads + head, row = sequence->first_row + i, slot = sequence->lane_tokens[lane] + i;
     const float *k = cpu->qkv + row * cpu->qkv_stride + (size_t)(p->n_heads + head) * p->head_dim;
     const float *v = k + (size_t)p->n_kv_heads * p->head_dim;
     const uint32_t block = table_of(cpu, sequence, lane)[slot / BLOCK_TOKENS];
-    prepare_head(cpu, row, k, cpu->layers[layer].k_norm, scratch);
-    cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot % BLOCK_TOKENS, scratch, v);
+    prepare_head(cpu, row, k, cpu->layers[layer].k_norm, own, own->queries);
+    cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot % BLOCK_TOKENS, own->queries, v);
     cpu->positions[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = cpu->batch->positions[row];
     if (cpu->limits.accumulators) cpu->accumulated[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = 0;
 }
@@ -75,7 +72,7 @@ void stage_append(void *context, const struct stage *stage, uint32_t first, uint
     for (uint32_t unit = first; unit < end; unit++) {
         uint32_t row = unit / n_kv;
         const struct batch_sequence *sequence = &cpu->batch->sequences[cpu->row_sequence[row]];
-        append_row(cpu, stage->index, sequence, row - sequence->first_row, unit % n_kv, cpu->workers_scratch[worker].queries);
+        append_row(cpu, stage->index, sequence, row - sequence->first_row, unit % n_kv, &cpu->workers_scratch[worker]);
     }
 }
 
@@ -131,7 +128,7 @@ static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *til
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
         float *query = own->queries + (size_t)q * cpu->kv.dims;
-        prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, query);
+        prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, own, query);
         keep_query(cpu, layer, tile->sequence, row, query_head, query);
         for (uint32_t d = 0; d < p->head_dim; d++) query[d] *= p->attention_scale;
         attend->query[q] = query;
@@ -167,7 +164,7 @@ void stage_attend(void *context, const struct stage *stage, uint32_t first, uint
         uint32_t split = unit % pieces, n_splits = splits_of(tile.n_slots);
         struct attend attend;
         if (cpu->fused_append)
-            for (uint32_t i = 0; i < tile.sequence->n_rows; i++) append_row(cpu, layer, tile.sequence, i, tile.head, own->queries);
+            for (uint32_t i = 0; i < tile.sequence->n_rows; i++) append_row(cpu, layer, tile.sequence, i, tile.head, own);
         if (cpu->n_splits) {
             if (split >= n_splits) continue;
             load_queries(cpu, layer, &tile, own, &attend);

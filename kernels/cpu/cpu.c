@@ -148,7 +148,7 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     need(&z, &cpu->head);
     if (p->head_dim % PANEL_K) a.values = true; /* quantised row by row, later */
     cpu->x = take(arena, (size_t)rows * p->n_embd, sizeof(float));
-    cpu->rope = take(arena, (size_t)rows * p->rope_dims, sizeof(float));
+    cpu->rope = take(arena, (size_t)rows * 2 * p->rope_dims, sizeof(float));
     cpu->qkv_stride = n_q + 2 * (size_t)n_kv;
     cpu->qkv = take(arena, rows * cpu->qkv_stride, sizeof(float));
     take_act(arena, &cpu->h, h, rows, p->n_embd);
@@ -171,6 +171,7 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
         struct worker_scratch own = {0};
         take_act(arena, &own.act, h, PRIVATE_ROWS, p->n_embd);
         own.row = take(arena, widest + PANEL_K, sizeof(float));
+        own.head = take(arena, dims, sizeof(float));
         own.queries = take(arena, (size_t)ATTEND_QUERIES * dims, sizeof(float));
         own.states = take(arena, (size_t)ATTEND_QUERIES * (dims + 2), sizeof(float));
         own.attend = take(arena, attend_scratch_bytes(dims), 1);

@@ -26,6 +26,7 @@ struct worker_scratch {
     struct act act;        /* PRIVATE_ROWS rows of n_embd */
     uint64_t norm;         /* what `act` holds */
     float *row;            /* one row of any width, padded */
+    float *head;           /* [dims]: one vector on its way */
     float *queries;        /* [ATTEND_QUERIES][dims] */
     float *states;         /* [ATTEND_QUERIES][2 + dims] */
     uint8_t *attend;       /* attend_scratch_bytes */
@@ -68,7 +69,7 @@ struct cpu {
 
     /* Activations of a step */
     float *x;     /* [max_rows][n_embd]: the residual stream */
-    float *rope;  /* [max_rows][rope_dims/2][cos, sin] */
+    float *rope;  /* [max_rows][cosine, sine][rope_dims]: isa.h */
     float *qkv;   /* [max_rows][q, k, v] */
     size_t qkv_stride;
     struct act h, a, g, z; /* normed; attention's output; gated; rows of the head */

@@ -43,6 +43,8 @@ struct cpu_isa {
     void (*quantize)(const float *x, uint32_t n_blocks, struct act_block *blocks);
     /* out = silu(gate) * up */
     void (*silu)(const float *gate, const float *up, uint32_t n, float *out);
+    /* Rotary positions of the first n dims; tables [n] as step.c makes them. */
+    void (*rotate)(const float *x, uint32_t n, bool halves, const float *cosine, const float *sine, float *restrict out);
     /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless.
      * v NULL: the key alone. */
     void (*append)(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v);

@@ -46,8 +46,8 @@ static void quantize(const float *x, uint32_t n_blocks, struct act_block *blocks
         float inverse = small ? 0 : 127.0f / most;
         block->d = small ? 0 : most / 127.0f;
         for (int i = 0; i < PANEL_K; i += LANES) vf_store_s8(block->q + i, vf_mul(vf_load(x + i), vf_set1(inverse)));
-        int32_t low = 0, high = 0;
-        for (int i = 0; i < 16; i++) low += block->q[i], high += block->q[16 + i];
+        int32_t low, high;
+        sum_halves(block->q, &low, &high);
         block->nsum_low = -low;
         block->nsum = -(low + high);
         block->s = block->d * (float)(low + high);
@@ -71,6 +71,20 @@ static void silu(const float *gate, const float *up, uint32_t n, float *out) {
     for (uint32_t j = i; j < n; j++) g[j - i] = gate[j], u[j - i] = up[j];
     vf_store(o, silu_vector(vf_load(g), vf_load(u)));
     for (uint32_t j = i; j < n; j++) out[j] = o[j - i];
+}
+
+/* out = x cosine + (partner of x) sine: the partner of a dim is its neighbour, or the one half the vector away; sine carries the sign. */
+static void rotate(const float *x, uint32_t n, bool halves, const float *cosine, const float *sine, float *restrict out) {
+    if (halves) {
+        const uint32_t half = n / 2;
+        for (uint32_t i = 0; i < half; i++) out[i] = x[i] * cosine[i] + x[i + half] * sine[i];
+        for (uint32_t i = half; i < n; i++) out[i] = x[i] * cosine[i] + x[i - half] * sine[i];
+    } else {
+        for (uint32_t i = 0; i < n; i += 2) {
+            out[i] = x[i] * cosine[i] + x[i + 1] * sine[i];
+            out[i + 1] = x[i + 1] * cosine[i + 1] + x[i] * sine[i + 1];
+        }
+    }
 }
 
 static void track(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best) {

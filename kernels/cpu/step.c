@@ -14,11 +14,16 @@ static void embed_row(struct cpu *cpu, uint32_t row) {
     float *x = cpu->x + (size_t)row * p->n_embd;
     if (cpu->embedding.data) tensor_row_f32(&cpu->embedding, (uint32_t)batch->tokens[row], x);
     else panel_row_f32(&cpu->head, (uint32_t)batch->tokens[row], x);
-    float *rope = cpu->rope + (size_t)row * p->rope_dims;
+    /* One factor a dim, signs included (isa.h). */
+    float *cosine = cpu->rope + (size_t)row * 2 * p->rope_dims, *sine = cosine + p->rope_dims;
+    bool halves = p->rope_pairs == ROPE_PAIRS_HALVES;
     for (uint32_t i = 0; i < p->rope_dims / 2; i++) {
         double angle = (double)batch->positions[row] * p->rope_frequency[i];
-        rope[2 * i] = (float)(cos(angle) * (double)p->rope_magnitude);
-        rope[2 * i + 1] = (float)(sin(angle) * (double)p->rope_magnitude);
+        float c = (float)(cos(angle) * (double)p->rope_magnitude), s = (float)(sin(angle) * (double)p->rope_magnitude);
+        uint32_t first = halves ? i : 2 * i, second = halves ? i + p->rope_dims / 2 : 2 * i + 1;
+        cosine[first] = cosine[second] = c;
+        sine[first] = -s;
+        sine[second] = s;
     }
 }
 

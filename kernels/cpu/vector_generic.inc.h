@@ -67,6 +67,14 @@ INLINE void vf_store_s8(int8_t *p, vf a) {
         p[i] = (int8_t)((x + 0x1.8p23f) - 0x1.8p23f);
     }
 }
+/* Sums of the first and the last 16 of 32 signed bytes. */
+INLINE void sum_halves(const int8_t *q, int32_t *low, int32_t *high) {
+    *low = *high = 0;
+    for (int i = 0; i < 16; i++) *low += q[i], *high += q[16 + i];
+}
+INLINE void vf_store_f16(uint16_t *p, vf x) {
+    for (int i = 0; i < LANES; i++) p[i] = f16_from_float(x[i]);
+}
 
 INLINE vi vi_set1(int32_t x) { return (vi){x, x, x, x}; }
 INLINE vi vi_zero(void) { return vi_set1(0); }
