@@ -41,8 +41,13 @@ struct cpu_isa {
     /* out = x * rsqrt(mean x^2 + epsilon) * weight */
     void (*norm)(const float *x, const float *weight, uint32_t n, float epsilon, float *out);
     void (*quantize)(const float *x, uint32_t n_blocks, struct act_block *blocks);
-    /* out = silu(gate) * up */
-    void (*silu)(const float *gate, const float *up, uint32_t n, float *out);
+    /* One block of each of n_rows rows. stride in blocks. */
+    void (*quantize_column)(const float (*x)[PANEL_K], uint32_t n_rows, struct act_block *first, size_t stride);
+    /* out = silu(gate) * up: 16 columns, into half of 32. */
+    void (*silu)(const float (*gate)[STRIP_ROWS], const float (*up)[STRIP_ROWS], uint32_t n_rows, float (*out)[PANEL_K]);
+    /* The first n results of a strip for n_rows rows: stored, with a bias or without (NULL); added. stride in floats. */
+    void (*put_strip)(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, const float *bias, float *out, size_t stride);
+    void (*add_strip)(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, float *x, size_t stride);
     /* Rotary positions of the first n dims; tables [n] as step.c makes them. */
     void (*rotate)(const float *x, uint32_t n, bool halves, const float *cosine, const float *sine, float *restrict out);
     /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless.

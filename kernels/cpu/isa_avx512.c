@@ -13,7 +13,7 @@ static bool present(void) {
 }
 
 const struct cpu_isa cpu_isa_avx512 = {
-    .name = "avx512", .text = "AVX-512 F, BW, DQ, VL and VNNI", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu, .rotate = rotate, .append = append, .attend = attend,
+    .name = "avx512", .text = "AVX-512 F, BW, DQ, VL and VNNI", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .quantize_column = quantize_column, .silu = silu, .put_strip = put_strip, .add_strip = add_strip, .rotate = rotate, .append = append, .attend = attend,
     .weights = weights, .merge = merge, .track = track,
 };
 #endif

@@ -14,7 +14,7 @@ static bool present(void) {
 }
 
 const struct cpu_isa cpu_isa_avx512bf16 = {
-    .name = "avx512bf16", .text = "AVX-512 F, BW, DQ, VL, VNNI and BF16", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu, .rotate = rotate, .append = append, .attend = attend,
+    .name = "avx512bf16", .text = "AVX-512 F, BW, DQ, VL, VNNI and BF16", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .quantize_column = quantize_column, .silu = silu, .put_strip = put_strip, .add_strip = add_strip, .rotate = rotate, .append = append, .attend = attend,
     .weights = weights, .merge = merge, .track = track,
 };
 #endif

@@ -23,7 +23,7 @@ static bool present(void) {
 }
 
 const struct cpu_isa cpu_isa_avxvnni = {
-    .name = "avxvnni", .text = "AVX2, FMA, F16C and AVX-VNNI", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu, .rotate = rotate, .append = append, .attend = attend,
+    .name = "avxvnni", .text = "AVX2, FMA, F16C and AVX-VNNI", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .quantize_column = quantize_column, .silu = silu, .put_strip = put_strip, .add_strip = add_strip, .rotate = rotate, .append = append, .attend = attend,
     .weights = weights, .merge = merge, .track = track,
 };
 #endif

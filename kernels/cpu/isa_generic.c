@@ -9,6 +9,6 @@
 static bool present(void) { return true; }
 
 const struct cpu_isa cpu_isa_generic = {
-    .name = "generic", .text = "any CPU", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu, .rotate = rotate, .append = append,
+    .name = "generic", .text = "any CPU", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .quantize_column = quantize_column, .silu = silu, .put_strip = put_strip, .add_strip = add_strip, .rotate = rotate, .append = append,
     .attend = attend, .weights = weights, .merge = merge, .track = track,
 };

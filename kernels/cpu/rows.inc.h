@@ -1,5 +1,5 @@
-/* Operations along one row: norm, quantisation, activation, exponential, maximum; over the vectors of the file that includes this one.
- * Counts need not be multiples of the vector; the tail goes through a padded copy, so that its numbers are made the same way. */
+/* Operations along rows: norm, quantisation, activation, rotation, exponential, and what is done with a strip's results; over the vectors of the file that
+ * includes this one. */
 
 /* e^x for x <= 0 (and a little above): 2^n times a polynomial on [-ln2/2, ln2/2], about 1 ulp; 0 below -87. */
 INLINE vf vf_exp(vf x) {
@@ -35,23 +35,27 @@ static void norm(const float *x, const float *weight, uint32_t n, float epsilon,
     for (; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
+INLINE void quantize_block(const float *x, struct act_block *block) {
+    vf highest = vf_zero();
+    for (int i = 0; i < PANEL_K; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
+    float most = vf_reduce_max(highest);
+    /* Below this the inverse overflows; such values are zero beside anything else. */
+    bool small = !(most > 1e-34f);
+    float d = small ? 0 : most * (1.0f / 127), inverse = small ? 0 : 127.0f / most;
+    int32_t low, high;
+    quantize_32(x, vf_set1(inverse), block->q, &low, &high);
+    block->d = d;
+    block->s = d * (float)(low + high);
+    block->nsum = -(low + high);
+    block->nsum_low = -low;
+}
+
 static void quantize(const float *x, uint32_t n_blocks, struct act_block *blocks) {
-    for (uint32_t b = 0; b < n_blocks; b++, x += PANEL_K) {
-        struct act_block *block = &blocks[b];
-        vf highest = vf_zero();
-        for (int i = 0; i < PANEL_K; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
-        float most = vf_reduce_max(highest);
-        /* Below this the inverse overflows; such values are zero beside anything else. */
-        bool small = !(most > 1e-34f);
-        float inverse = small ? 0 : 127.0f / most;
-        block->d = small ? 0 : most / 127.0f;
-        for (int i = 0; i < PANEL_K; i += LANES) vf_store_s8(block->q + i, vf_mul(vf_load(x + i), vf_set1(inverse)));
-        int32_t low, high;
-        sum_halves(block->q, &low, &high);
-        block->nsum_low = -low;
-        block->nsum = -(low + high);
-        block->s = block->d * (float)(low + high);
-    }
+    for (uint32_t b = 0; b < n_blocks; b++) quantize_block(x + (size_t)b * PANEL_K, &blocks[b]);
+}
+
+static void quantize_column(const float (*x)[PANEL_K], uint32_t n_rows, struct act_block *first, size_t stride) {
+    for (uint32_t r = 0; r < n_rows; r++) quantize_block(x[r], first + r * stride);
 }
 
 INLINE vf silu_vector(vf gate, vf up) {
@@ -63,14 +67,29 @@ INLINE vf silu_vector(vf gate, vf up) {
     return vf_mul(value, up);
 }
 
-static void silu(const float *gate, const float *up, uint32_t n, float *out) {
-    uint32_t i = 0;
-    for (; i + LANES <= n; i += LANES) vf_store(out + i, silu_vector(vf_load(gate + i), vf_load(up + i)));
-    if (i == n) return;
-    float g[LANES] = {0}, u[LANES] = {0}, o[LANES];
-    for (uint32_t j = i; j < n; j++) g[j - i] = gate[j], u[j - i] = up[j];
-    vf_store(o, silu_vector(vf_load(g), vf_load(u)));
-    for (uint32_t j = i; j < n; j++) out[j] = o[j - i];
+static void silu(const float (*gate)[STRIP_ROWS], const float (*up)[STRIP_ROWS], uint32_t n_rows, float (*out)[PANEL_K]) {
+    for (uint32_t r = 0; r < n_rows; r++)
+        for (int i = 0; i < STRIP_ROWS; i += LANES) vf_store(out[r] + i, silu_vector(vf_load(gate[r] + i), vf_load(up[r] + i)));
+}
+
+static void put_strip(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, const float *bias, float *out, size_t stride) {
+    if (n < STRIP_ROWS) {
+        for (uint32_t r = 0; r < n_rows; r++)
+            for (uint32_t i = 0; i < n; i++) out[r * stride + i] = bias ? y[r][i] + bias[i] : y[r][i];
+        return;
+    }
+    for (uint32_t r = 0; r < n_rows; r++, out += stride)
+        for (int i = 0; i < STRIP_ROWS; i += LANES) vf_store(out + i, bias ? vf_add(vf_load(y[r] + i), vf_load(bias + i)) : vf_load(y[r] + i));
+}
+
+static void add_strip(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, float *x, size_t stride) {
+    if (n < STRIP_ROWS) {
+        for (uint32_t r = 0; r < n_rows; r++)
+            for (uint32_t i = 0; i < n; i++) x[r * stride + i] += y[r][i];
+        return;
+    }
+    for (uint32_t r = 0; r < n_rows; r++, x += stride)
+        for (int i = 0; i < STRIP_ROWS; i += LANES) vf_store(x + i, vf_add(vf_load(x + i), vf_load(y[r] + i)));
 }
 
 /* out = x cosine + (partner of x) sine: the partner of a dim is its neighbour, or the one half the vector away; sine carries the sign. */

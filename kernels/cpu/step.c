@@ -114,10 +114,7 @@ static void qkv_unit(struct cpu *cpu, const struct layer *layer, const struct ac
     for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
         uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
         multiply(cpu, panels[which], strip, act, row, rows, y);
-        for (uint32_t r = 0; r < rows; r++) {
-            float *to = cpu->qkv + (row + r) * cpu->qkv_stride + column + strip * STRIP_ROWS;
-            for (uint32_t i = 0; i < n; i++) to[i] = bias ? y[r][i] + bias[i] : y[r][i];
-        }
+        cpu->isa->put_strip((const float(*)[STRIP_ROWS])y, rows, n, bias, cpu->qkv + row * cpu->qkv_stride + column + strip * STRIP_ROWS, cpu->qkv_stride);
     }
 }
 
@@ -140,29 +137,27 @@ static void add_product(struct cpu *cpu, const struct panel *panel, const struct
         for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
             uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
             multiply(cpu, panel, unit.group, act, row, rows, y);
-            for (uint32_t r = 0; r < rows; r++) {
-                float *x = cpu->x + (size_t)(row + r) * n_embd + unit.group * STRIP_ROWS;
-                for (uint32_t i = 0; i < n; i++) x[i] += y[r][i];
-            }
+            cpu->isa->add_strip((const float(*)[STRIP_ROWS])y, rows, n, cpu->x + (size_t)row * n_embd + unit.group * STRIP_ROWS, n_embd);
         }
     }
 }
 
 /* 32 columns of silu(gate) * up: two strips of each, so that the result is whole blocks of activations. */
 static void mlp_unit(struct cpu *cpu, const struct layer *layer, const struct act *act, struct unit unit) {
-    float gate[TILE_ROWS][STRIP_ROWS], up[TILE_ROWS][STRIP_ROWS], both[TILE_ROWS][2 * STRIP_ROWS] = {0};
+    float gate[TILE_ROWS][STRIP_ROWS], up[TILE_ROWS][STRIP_ROWS], both[TILE_ROWS][PANEL_K];
     const uint32_t column = unit.group * PANEL_K;
+    const bool odd = 2 * unit.group + 1 == layer->gate.n_strips; /* half a block: no quantised type then, but zeros for the padding */
+    if (odd) memset(both, 0, sizeof both);
     for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
         uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
-        for (uint32_t half = 0; half < 2 && 2 * unit.group + half < layer->gate.n_strips; half++) {
+        for (uint32_t half = 0; half < (odd ? 1u : 2u); half++) {
             multiply(cpu, &layer->gate, 2 * unit.group + half, act, row, rows, gate);
             multiply(cpu, &layer->up, 2 * unit.group + half, act, row, rows, up);
-            for (uint32_t r = 0; r < rows; r++) cpu->isa->silu(gate[r], up[r], STRIP_ROWS, both[r] + half * STRIP_ROWS);
+            cpu->isa->silu((const float(*)[STRIP_ROWS])gate, (const float(*)[STRIP_ROWS])up, rows, (float(*)[PANEL_K])(both[0] + half * STRIP_ROWS));
         }
-        for (uint32_t r = 0; r < rows; r++) {
-            if (cpu->g.values) memcpy(cpu->g.values + (row + r) * cpu->g.value_stride + column, both[r], sizeof both[r]);
-            if (cpu->g.blocks) cpu->isa->quantize(both[r], 1, cpu->g.blocks + (row + r) * cpu->g.block_stride + unit.group);
-        }
+        for (uint32_t r = 0; cpu->g.values && r < rows; r++) memcpy(cpu->g.values + (row + r) * cpu->g.value_stride + column, both[r], sizeof both[r]);
+        if (cpu->g.blocks)
+            cpu->isa->quantize_column((const float(*)[PANEL_K])both, rows, cpu->g.blocks + row * cpu->g.block_stride + unit.group, cpu->g.block_stride);
     }
 }
 

@@ -63,22 +63,27 @@ INLINE vf vf_scale(vf p, vf n) {
     __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)));
 }
-/* Rounded to nearest even, clamped to -127..127 (NaN: -127), one byte a lane. */
+/* 8 floats, none above 127 in magnitude, to bytes, nearest even (NaN: -128). */
 INLINE void vf_store_s8(int8_t *p, vf a) {
-    __m256i x = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(a, _mm256_set1_ps(-127)), _mm256_set1_ps(127)));
+    __m256i x = _mm256_cvtps_epi32(a);
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     _mm_storel_epi64((void *)p, _mm_packs_epi16(words, words));
 }
 /* 8 halves to nearest even. */
 INLINE void vf_store_f16(uint16_t *p, vf x) { _mm_storeu_si128((void *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
-/* Sums of the first and the last 16 of 32 signed bytes. */
-INLINE void sum_halves(const int8_t *q, int32_t *low, int32_t *high) {
-    __m256i words = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const void *)q));
-    __m256i x = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
-    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0x4e));
-    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0xb1));
-    *low = _mm_cvtsi128_si32(_mm256_castsi256_si128(x));
-    *high = _mm_cvtsi128_si32(_mm256_extracti128_si256(x, 1));
+/* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
+INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
+    __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), scale)), _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), scale)));
+    __m256i b =
+        _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 16), scale)), _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 24), scale)));
+    /* packs works within 128-bit halves: fours come out as 0 2 4 6 1 3 5 7 */
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((void *)q, bytes);
+    __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
+    *low = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
+    *high = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
 }
 
 INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }

@@ -49,21 +49,20 @@ INLINE vf vf_add_pairs(vf a, vf b) {
 /* p * 2^n for whole n; 0 far below. */
 INLINE vf vf_scale(vf p, vf n) { return _mm512_scalef_ps(p, n); }
 INLINE vf vf_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-/* Rounded to nearest even, clamped to -127..127 (NaN: -127), one byte a lane. */
-INLINE void vf_store_s8(int8_t *p, vf a) {
-    __m512 clamped = _mm512_min_ps(_mm512_max_ps(a, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
-    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clamped)));
-}
+/* 16 floats, none above 127 in magnitude, to bytes, nearest even (NaN: -128). */
+INLINE __m128i bytes_of(vf a) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)); }
+INLINE void vf_store_s8(int8_t *p, vf a) { _mm_storeu_si128((void *)p, bytes_of(a)); }
 /* 16 halves to nearest even. */
 INLINE void vf_store_f16(uint16_t *p, vf x) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
-/* Sums of the first and the last 16 of 32 signed bytes. */
-INLINE void sum_halves(const int8_t *q, int32_t *low, int32_t *high) {
-    __m256i words = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const void *)q));
-    __m256i x = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
-    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0x4e));
-    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0xb1));
-    *low = _mm_cvtsi128_si32(_mm256_castsi256_si128(x));
-    *high = _mm_cvtsi128_si32(_mm256_extracti128_si256(x, 1));
+/* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
+INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
+    __m256i bytes = _mm256_set_m128i(bytes_of(_mm512_mul_ps(_mm512_loadu_ps(x + 16), scale)), bytes_of(_mm512_mul_ps(_mm512_loadu_ps(x), scale)));
+    _mm256_storeu_si256((void *)q, bytes);
+    __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
+    *low = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
+    *high = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
 }
 
 INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }

@@ -67,8 +67,9 @@ INLINE void vf_store_s8(int8_t *p, vf a) {
         p[i] = (int8_t)((x + 0x1.8p23f) - 0x1.8p23f);
     }
 }
-/* Sums of the first and the last 16 of 32 signed bytes. */
-INLINE void sum_halves(const int8_t *q, int32_t *low, int32_t *high) {
+/* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
+INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
+    for (int i = 0; i < 32; i += LANES) vf_store_s8(q + i, vf_load(x + i) * scale);
     *low = *high = 0;
     for (int i = 0; i < 16; i++) *low += q[i], *high += q[16 + i];
 }
