@@ -110,8 +110,26 @@ INLINE vf product_step(enum tensor_type type, const struct unpacked *u, const st
     return vf_fma(u->m, vf_set1(a->s), sum);
 }
 
+/* Bytes a block, header included. */
+INLINE size_t block_bytes(enum tensor_type type) {
+    switch (type) {
+    case TENSOR_Q4_0: return 288;
+    case TENSOR_Q4_1: return 320;
+    case TENSOR_Q5_0: return 352;
+    case TENSOR_Q5_1: return 384;
+    case TENSOR_Q8_0: return 544;
+    case TENSOR_Q4_K: return 296;
+    case TENSOR_Q5_K: return 360;
+    default: return 420;
+    }
+}
+
+/* Weights come from memory in one long stream: strips follow each other. Each block of a tile asks for n_lines cache lines from `fetch` on: a tile that is alone reads
+ * ahead of itself; where a strip is used by several tiles, they share the next strip. What lies behind the last strip is only named, never read. */
+enum { FETCH_AHEAD = 4096 };
+
 INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n_blocks, const uint8_t *first, size_t stride, const int n_rows,
-                         float (*y)[STRIP_ROWS]) {
+                         uintptr_t fetch, const size_t n_lines, float (*y)[STRIP_ROWS]) {
     for (int part = 0; part < STRIP_ROWS / LANES; part++) {
         vf sum[PRODUCT_TILE];
 #pragma GCC unroll 12
@@ -120,7 +138,7 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
         for (uint32_t b = 0; b < n_blocks; b++, at += sizeof(struct act_block)) {
             struct unpacked u;
             unpack(type, strip, b, part, &u);
-            if (n_rows <= 2) __builtin_prefetch((const void *)((uintptr_t)strip + (size_t)b * 320 + 4096));
+            for (size_t line = 0; line < n_lines; line++) __builtin_prefetch((const void *)(fetch + (b * n_lines + line) * 64));
 #pragma GCC unroll 12
             for (int r = 0; r < n_rows; r++) sum[r] = product_step(type, &u, (const struct act_block *)(const void *)(at + (size_t)r * stride), sum[r]);
         }
@@ -131,7 +149,7 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
 
 /* One function a number of rows, so that the sums are registers. */
 #define PRODUCT_CASE(type, n)                                                                                                                                  \
-    case n: product_tile(type, strip, n_blocks, at, stride, n, y); return
+    case n: product_tile(type, strip, n_blocks, at, stride, n, next, (block_bytes(type) + 63) / 64, y); return
 
 #if PRODUCT_TILE == 12
 #define PRODUCT_CASES(type)                                                                                                                                    \
@@ -156,8 +174,10 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
 #define PRODUCT(type, name)                                                                                                                                    \
     static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float (*y)[STRIP_ROWS]) {          \
         const uint8_t *at = first;                                                                                                                             \
-        for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE)                                                  \
-            product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, y);                                                                                  \
+        uintptr_t next = (uintptr_t)strip + n_blocks * block_bytes(type);                                                                                       \
+        if (n_rows <= PRODUCT_TILE) next = (uintptr_t)strip + FETCH_AHEAD;                                                                                     \
+        for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE, next += (size_t)n_blocks * 128)                  \
+            product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 2, y);                                                                         \
         switch (n_rows) {                                                                                                                                      \
             PRODUCT_CASE(type, 1);                                                                                                                             \
             PRODUCT_CASE(type, 2);                                                                                                                             \
