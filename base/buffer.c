@@ -49,6 +49,7 @@ void buffer_printf(struct buffer *buffer, const char *format, ...) {
 
 void buffer_consume(struct buffer *buffer, size_t length) {
     CHECK(length <= buffer->length);
+    if (length == 0) return; /* nothing was ever appended, perhaps */
     memmove(buffer->bytes, buffer->bytes + length, buffer->length - length);
     buffer->length -= length;
 }

@@ -11,6 +11,7 @@
 struct lane {
     uint32_t n_slots, room;
     double *k, *v; /* [n_slots][head_dim] */
+    double *accumulated;
 };
 
 struct oracle {
@@ -19,6 +20,7 @@ struct oracle {
     int32_t position;
     struct lane *lanes;
     double *x, *h, *q, *k, *v, *a, *gate, *up;
+    double *queries; /* [position][n_layers][n_heads * head_dim] */
 };
 
 struct oracle *oracle_new(const struct program *program, enum kv_dtype dtype) {
@@ -42,6 +44,7 @@ void oracle_free(struct oracle *oracle) {
     for (uint32_t lane = 0; lane < program_lanes(oracle->program); lane++) {
         free(oracle->lanes[lane].k);
         free(oracle->lanes[lane].v);
+        free(oracle->lanes[lane].accumulated);
     }
     free(oracle->lanes);
     free(oracle->x);
@@ -52,6 +55,7 @@ void oracle_free(struct oracle *oracle) {
     free(oracle->v);
     free(oracle->gate);
     free(oracle->up);
+    free(oracle->queries);
     free(oracle);
 }
 
@@ -111,13 +115,14 @@ static void append(struct oracle *oracle, struct lane *lane, const double *k, co
         lane->room = 2 * lane->room + 16;
         lane->k = check_realloc(lane->k, (size_t)lane->room * d, sizeof(double));
         lane->v = check_realloc(lane->v, (size_t)lane->room * d, sizeof(double));
+        lane->accumulated = check_realloc(lane->accumulated, lane->room, sizeof(double));
     }
     round_kv(oracle->dtype, k, d, lane->k + (size_t)lane->n_slots * d);
     round_kv(oracle->dtype, v, d, lane->v + (size_t)lane->n_slots * d);
-    lane->n_slots++;
+    lane->accumulated[lane->n_slots++] = 0;
 }
 
-static void attend(const struct program *program, const struct lane *lane, const double *q, double *out) {
+static void attend(const struct program *program, struct lane *lane, const double *q, double *out) {
     uint32_t d = program->head_dim;
     double *p = check_calloc(lane->n_slots, sizeof *p), largest = -INFINITY, total = 0;
     for (uint32_t s = 0; s < lane->n_slots; s++) {
@@ -126,6 +131,7 @@ static void attend(const struct program *program, const struct lane *lane, const
         largest = fmax(largest, p[s]);
     }
     for (uint32_t s = 0; s < lane->n_slots; s++) total += p[s] = exp(p[s] - largest);
+    for (uint32_t s = 0; s < lane->n_slots; s++) lane->accumulated[s] += p[s] / total;
     for (uint32_t i = 0; i < d; i++) {
         out[i] = 0;
         for (uint32_t s = 0; s < lane->n_slots; s++) out[i] += p[s] / total * lane->v[(size_t)s * d + i];
@@ -147,6 +153,19 @@ static void attention(struct oracle *oracle, uint32_t layer) {
     }
 }
 
+static size_t queries_a_row(const struct program *program) { return (size_t)program->n_layers * program->n_heads * program->head_dim; }
+
+const double *oracle_queries(const struct oracle *oracle, int32_t position, uint32_t layer) {
+    return oracle->queries + (size_t)position * queries_a_row(oracle->program) + (size_t)layer * oracle->program->n_heads * oracle->program->head_dim;
+}
+
+static void keep_queries(struct oracle *oracle, uint32_t layer) {
+    memcpy((double *)(uintptr_t)oracle_queries(oracle, oracle->position, layer), oracle->q,
+           (size_t)oracle->program->n_heads * oracle->program->head_dim * sizeof(double));
+}
+
+double oracle_accumulated(const struct oracle *oracle, uint32_t lane, uint32_t slot) { return oracle->lanes[lane].accumulated[slot]; }
+
 static void attention_in(struct oracle *oracle, const struct phase *phase) {
     const struct program *program = oracle->program;
     normalize(program, &phase->norm, oracle->x, oracle->h);
@@ -162,6 +181,7 @@ static void attention_in(struct oracle *oracle, const struct phase *phase) {
 void oracle_row(struct oracle *oracle, int32_t token, double *logits) {
     const struct program *program = oracle->program;
     float *embedding = check_calloc(program->n_embd, sizeof *embedding);
+    oracle->queries = check_realloc(oracle->queries, ((size_t)oracle->position + 1) * queries_a_row(program), sizeof(double));
     for (uint32_t i = 0; i < program->n_phases; i++) {
         const struct phase *phase = &program->phases[i];
         switch (phase->kind) {
@@ -170,7 +190,10 @@ void oracle_row(struct oracle *oracle, int32_t token, double *logits) {
             for (uint32_t c = 0; c < program->n_embd; c++) oracle->x[c] = (double)embedding[c];
             break;
         case PHASE_ATTN_IN: attention_in(oracle, phase); break;
-        case PHASE_ATTN: attention(oracle, phase->layer); break;
+        case PHASE_ATTN:
+            attention(oracle, phase->layer);
+            keep_queries(oracle, phase->layer);
+            break;
         case PHASE_ATTN_OUT: multiply(&phase->weight[WEIGHT_ONLY], NULL, oracle->a, oracle->x, true); break;
         case PHASE_MLP_IN:
             normalize(program, &phase->norm, oracle->x, oracle->h);
@@ -204,6 +227,7 @@ void oracle_keep(struct oracle *oracle, uint32_t lane_index, const uint32_t *kee
         CHECK(keep[i] < lane->n_slots && keep[i] >= i);
         memmove(lane->k + i * d, lane->k + keep[i] * d, d * sizeof(double));
         memmove(lane->v + i * d, lane->v + keep[i] * d, d * sizeof(double));
+        lane->accumulated[i] = lane->accumulated[keep[i]];
     }
     lane->n_slots = n_keep;
 }
@@ -215,4 +239,5 @@ void oracle_drop(struct oracle *oracle, uint32_t lane_index, uint32_t count) {
     lane->n_slots -= count;
     memmove(lane->k, lane->k + count * d, lane->n_slots * d * sizeof(double));
     memmove(lane->v, lane->v + count * d, lane->n_slots * d * sizeof(double));
+    memmove(lane->accumulated, lane->accumulated + count, lane->n_slots * sizeof(double));
 }

@@ -18,5 +18,9 @@ uint32_t oracle_lane_slots(const struct oracle *oracle, uint32_t lane);
 /* Leaves `keep` slots of the lane; removes its first `count`. */
 void oracle_cut(struct oracle *oracle, uint32_t lane, uint32_t keep);
 void oracle_drop(struct oracle *oracle, uint32_t lane, uint32_t count);
+/* Of row `position`, one layer: rotated queries [n_heads][head_dim]. */
+const double *oracle_queries(const struct oracle *oracle, int32_t position, uint32_t layer);
+/* Attention that slot was given by every row since it entered, summed over the query heads of the lane. */
+double oracle_accumulated(const struct oracle *oracle, uint32_t lane, uint32_t slot);
 /* Leaves the slots named. */
 void oracle_keep(struct oracle *oracle, uint32_t lane, const uint32_t *keep, uint32_t n_keep);
