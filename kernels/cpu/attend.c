@@ -28,7 +28,8 @@ static const uint32_t *table_of(const struct cpu *cpu, const struct batch_sequen
 }
 
 /* Row i of the sequence into KV head `head` of the layer. */
-static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t i, uint32_t head, struct worker_scratch *own) {
+static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t i, uint32_t head,
+                       struct worker_scratch *own) {
     const struct program *p = cpu->program;
     const uint32_t lane = layer * p->n_kv_heads + head, row = sequence->first_row + i, slot = sequence->lane_tokens[lane] + i;
     const float *k = cpu->qkv + row * cpu->qkv_stride + (size_t)(p->n_heads + head) * p->head_dim;
@@ -44,11 +45,14 @@ static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_seque
 static void keep_query(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t row, uint32_t query_head, const float *q) {
     const struct program *p = cpu->program;
     if (sequence->ring == 0 || sequence->first_row + sequence->n_rows - row > cpu->limits.ring_rows) return;
-    size_t at = ((size_t)(sequence->ring - 1) * p->n_layers + layer) * cpu->limits.ring_rows + (uint32_t)cpu->batch->positions[row] % cpu->limits.ring_rows;
+    size_t at =
+        ((size_t)(sequence->ring - 1) * p->n_layers + layer) * cpu->limits.ring_rows + (uint32_t)cpu->batch->positions[row] % cpu->limits.ring_rows;
     at = (at * p->n_heads + query_head) * p->head_dim;
     for (uint32_t i = 0; i < p->head_dim; i++) {
-        if (cpu->narrow_rings) ((uint16_t *)cpu->ring_queries)[at + i] = f16_from_float(q[i]);
-        else ((float *)cpu->ring_queries)[at + i] = q[i];
+        if (cpu->narrow_rings)
+            ((uint16_t *)cpu->ring_queries)[at + i] = f16_from_float(q[i]);
+        else
+            ((float *)cpu->ring_queries)[at + i] = q[i];
     }
 }
 
@@ -59,7 +63,8 @@ static void accumulate(struct cpu *cpu, const struct attend *attend, uint32_t n_
         uint32_t first = split * SPLIT_SLOTS, last = attend->visible[attend->n_queries - 1];
         for (uint32_t i = 0; i < SPLIT_SLOTS && first + i < last; i++) {
             uint64_t sum = 0;
-            for (uint32_t q = 0; q < attend->n_queries; q++) sum += (uint64_t)llrint((double)weights[(size_t)q * SPLIT_SLOTS + i] * SCORE_ACCUMULATED_ONE);
+            for (uint32_t q = 0; q < attend->n_queries; q++)
+                sum += (uint64_t)llrint((double)weights[(size_t)q * SPLIT_SLOTS + i] * SCORE_ACCUMULATED_ONE);
             size_t at = (size_t)attend->blocks[(first + i) / BLOCK_TOKENS] * BLOCK_TOKENS + (first + i) % BLOCK_TOKENS;
             atomic_fetch_add_explicit(&cpu->accumulated[at], sum, memory_order_relaxed);
         }
@@ -82,15 +87,16 @@ static void put_output(struct cpu *cpu, uint32_t row, uint32_t head, const float
     float inverse = 1.0f / state[1];
     float *to = cpu->a.values ? cpu->a.values + row * cpu->a.value_stride + (size_t)head * d : scratch;
     for (uint32_t i = 0; i < d; i++) to[i] = state[2 + i] * inverse;
-    if (cpu->a.blocks && d % PANEL_K == 0) cpu->isa->quantize(to, d / PANEL_K, cpu->a.blocks + row * cpu->a.block_stride + (size_t)head * (d / PANEL_K));
+    if (cpu->a.blocks && d % PANEL_K == 0)
+        cpu->isa->quantize(to, d / PANEL_K, cpu->a.blocks + row * cpu->a.block_stride + (size_t)head * (d / PANEL_K));
 }
 
 /* A tile of query vectors of one KV head. */
 struct tile {
     const struct batch_sequence *sequence;
-    uint32_t lane, head;     /* KV head */
-    uint32_t first, n;       /* query vectors of the sequence: row by row, heads of the group within */
-    uint32_t n_slots;        /* that its last row sees */
+    uint32_t lane, head; /* KV head */
+    uint32_t first, n;   /* query vectors of the sequence: row by row, heads of the group within */
+    uint32_t n_slots;    /* that its last row sees */
 };
 
 static struct tile tile_of(const struct cpu *cpu, uint32_t layer, uint32_t index) {
@@ -99,8 +105,10 @@ static struct tile tile_of(const struct cpu *cpu, uint32_t layer, uint32_t index
     uint32_t low = 0, high = cpu->batch->n_sequences; /* first_tile[low] * n_kv <= index < first_tile[high] * n_kv */
     while (high - low > 1) {
         uint32_t middle = (low + high) / 2;
-        if (cpu->first_tile[middle] * n_kv <= index) low = middle;
-        else high = middle;
+        if (cpu->first_tile[middle] * n_kv <= index)
+            low = middle;
+        else
+            high = middle;
     }
     while (cpu->first_tile[low + 1] == cpu->first_tile[low]) low++; /* sequences without rows */
     index -= cpu->first_tile[low] * n_kv;
@@ -123,8 +131,8 @@ static uint32_t row_of(const struct cpu *cpu, const struct tile *tile, uint32_t 
 
 static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *tile, struct worker_scratch *own, struct attend *attend) {
     const struct program *p = cpu->program;
-    *attend = (struct attend){.shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, tile->sequence, tile->lane), .scratch = own->attend,
-                              .n_queries = tile->n};
+    *attend = (struct attend){
+        .shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, tile->sequence, tile->lane), .scratch = own->attend, .n_queries = tile->n};
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
         float *query = own->queries + (size_t)q * cpu->kv.dims;
@@ -141,7 +149,8 @@ static void clear_states(float *states, uint32_t n, size_t stride) {
     for (uint32_t q = 0; q < n; q++) states[q * stride] = -INFINITY;
 }
 
-static void finish_tile(struct cpu *cpu, const struct tile *tile, const struct attend *attend, const float *states, size_t stride, struct worker_scratch *own) {
+static void finish_tile(struct cpu *cpu, const struct tile *tile, const struct attend *attend, const float *states, size_t stride,
+                        struct worker_scratch *own) {
     if (tile->sequence->accumulate) accumulate(cpu, attend, splits_of(tile->n_slots), states, stride);
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);

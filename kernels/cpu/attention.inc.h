@@ -12,10 +12,10 @@ struct split {
     const struct attend *a;
     uint32_t first_block, n_blocks; /* of the lane */
     uint32_t n_queries;
-    float *scores;                  /* [n_queries][SPLIT_SLOTS] */
-    float *out;                     /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
-    uint16_t *pairs;                /* [n_queries][SPLIT_SLOTS] bf16 weights */
-    uint8_t *quants;                /* [n_queries][dims]: queries as the score product takes them, s8 or bf16 */
+    float *scores;   /* [n_queries][SPLIT_SLOTS] */
+    float *out;      /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
+    uint16_t *pairs; /* [n_queries][SPLIT_SLOTS] bf16 weights */
+    uint8_t *quants; /* [n_queries][dims]: queries as the score product takes them, s8 or bf16 */
 };
 
 INLINE const uint8_t *split_block(const struct split *s, uint32_t i) {
@@ -186,8 +186,10 @@ static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs
         vf weight = vf_zero();
         if (i < count) weight = vf_first(vf_exp(vf_sub(vf_load(x + i), m)), vf_zero(), (int)(count - i));
 #ifdef BF16_PAIRS
-        if (pairs) weight = store_rounded(s->pairs + (size_t)q * SPLIT_SLOTS + i, weight);
-        else vf_store(x + i, weight);
+        if (pairs)
+            weight = store_rounded(s->pairs + (size_t)q * SPLIT_SLOTS + i, weight);
+        else
+            vf_store(x + i, weight);
 #else
         (void)pairs;
         vf_store(x + i, weight);
@@ -212,8 +214,7 @@ static void merge(float *state, const float *next, uint32_t dims) {
     vf old = vf_set1(scaled[0]), new = vf_set1(scaled[1]);
     state[0] = most;
     state[1] = state[1] * scaled[0] + next[1] * scaled[1];
-    for (uint32_t i = 0; i < dims; i += LANES)
-        vf_store(state + 2 + i, vf_fma(vf_load(next + 2 + i), new, vf_mul(vf_load(state + 2 + i), old)));
+    for (uint32_t i = 0; i < dims; i += LANES) vf_store(state + 2 + i, vf_fma(vf_load(next + 2 + i), new, vf_mul(vf_load(state + 2 + i), old)));
 }
 
 static void scores(const struct split *s) {
@@ -320,8 +321,10 @@ static void append_q8(const struct kv_shape *shape, uint8_t *block, uint32_t slo
         for (uint32_t i = 0; i < shape->dims; i++) {
             float scaled = i < shape->head_dim ? finite_within(x[i], 3e38f) * inverse : 0;
             int q = (int)((scaled + 0x1.8p23f) - 0x1.8p23f); /* nearest, ties to even */
-            if (which) block[shape->v_offset + (size_t)slot * shape->dims + i] = (uint8_t)q;
-            else block[(size_t)(i / 4) * 128 + slot * 4 + i % 4] = (uint8_t)(q + 128);
+            if (which)
+                block[shape->v_offset + (size_t)slot * shape->dims + i] = (uint8_t)q;
+            else
+                block[(size_t)(i / 4) * 128 + slot * 4 + i % 4] = (uint8_t)(q + 128);
         }
     }
 }

@@ -15,12 +15,12 @@ typedef void product_function(const uint8_t *strip, uint32_t n_blocks, const voi
 struct attend {
     const struct kv_shape *shape;
     const uint8_t *pool;
-    const uint32_t *blocks; /* the lane's table */
-    uint32_t n_queries;     /* <= ATTEND_QUERIES */
+    const uint32_t *blocks;             /* the lane's table */
+    uint32_t n_queries;                 /* <= ATTEND_QUERIES */
     const float *query[ATTEND_QUERIES]; /* [dims], scaled */
     uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
-    uint8_t *scratch;       /* attend_scratch_bytes */
-    bool sums_only;         /* maxima and sums, no output */
+    uint8_t *scratch;                   /* attend_scratch_bytes */
+    bool sums_only;                     /* maxima and sums, no output */
 };
 
 /* Highest logit of each row of the strips seen, and in which strip. */

@@ -3,12 +3,16 @@
 
 #if defined(__x86_64__)
 #define AVX_VNNI 1
+#include "base/half.h"
 #include <cpuid.h>
 
-#include "base/half.h"
+/* In this order: each builds on those before. */
 #include "kernels/cpu/vector_avx2.inc.h"
+
 #include "kernels/cpu/products.inc.h"
+
 #include "kernels/cpu/rows.inc.h"
+
 #include "kernels/cpu/attention.inc.h"
 
 /* Compilers that know the name for __builtin_cpu_supports are newer than those this is built with: leaf 7, sub-leaf 1, EAX bit 4. That the system saves the
@@ -23,7 +27,21 @@ static bool present(void) {
 }
 
 const struct cpu_isa cpu_isa_avxvnni = {
-    .name = "avxvnni", .text = "AVX2, FMA, F16C and AVX-VNNI", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .quantize_column = quantize_column, .silu = silu, .put_strip = put_strip, .add_strip = add_strip, .rotate = rotate, .append = append, .attend = attend,
-    .weights = weights, .merge = merge, .track = track,
+    .name = "avxvnni",
+    .text = "AVX2, FMA, F16C and AVX-VNNI",
+    .present = present,
+    .product = PRODUCTS,
+    .norm = norm,
+    .quantize = quantize,
+    .quantize_column = quantize_column,
+    .silu = silu,
+    .put_strip = put_strip,
+    .add_strip = add_strip,
+    .rotate = rotate,
+    .append = append,
+    .attend = attend,
+    .weights = weights,
+    .merge = merge,
+    .track = track,
 };
 #endif

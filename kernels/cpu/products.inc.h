@@ -63,9 +63,7 @@ INLINE void unpack(enum tensor_type type, const uint8_t *strip, uint32_t b, int 
         unpack_nibbles(strip + 128, part, u);
         unpack_fifth(strip + 64, part, u);
         break;
-    case TENSOR_Q8_0:
-        strip += (size_t)b * 544;
-        u->d = load_scales(strip, part);
+    case TENSOR_Q8_0: strip += (size_t)b * 544; u->d = load_scales(strip, part);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) u->quad[j] = vb_load(strip + 32 + 64 * j + 4 * LANES * part);
         break;
@@ -101,10 +99,14 @@ INLINE vf product_step(enum tensor_type type, const struct unpacked *u, const st
         return vf_fma(vf_mul(u->d, d), vf_from_vi(high), sum);
     }
     vi dot;
-    if (type == TENSOR_Q8_0) dot = vi_dot_signed(u->quad, a->q, 8, a->nsum);
-    else if (type == TENSOR_Q4_0) dot = vi_dot(vi_offset(a->nsum, 3), u->quad, a->q, 8, 4);
-    else if (type == TENSOR_Q5_0) dot = vi_dot(vi_offset(a->nsum, 4), u->quad, a->q, 8, 5);
-    else dot = vi_dot(vi_zero(), u->quad, a->q, 8, type == TENSOR_Q4_1 || type == TENSOR_Q4_K ? 4 : 5);
+    if (type == TENSOR_Q8_0)
+        dot = vi_dot_signed(u->quad, a->q, 8, a->nsum);
+    else if (type == TENSOR_Q4_0)
+        dot = vi_dot(vi_offset(a->nsum, 3), u->quad, a->q, 8, 4);
+    else if (type == TENSOR_Q5_0)
+        dot = vi_dot(vi_offset(a->nsum, 4), u->quad, a->q, 8, 5);
+    else
+        dot = vi_dot(vi_zero(), u->quad, a->q, 8, type == TENSOR_Q4_1 || type == TENSOR_Q4_K ? 4 : 5);
     sum = vf_fma(vf_mul(u->d, d), vf_from_vi(dot), sum);
     if (type == TENSOR_Q8_0 || type == TENSOR_Q4_0 || type == TENSOR_Q5_0) return sum;
     return vf_fma(u->m, vf_set1(a->s), sum);
@@ -140,7 +142,8 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
             unpack(type, strip, b, part, &u);
             for (size_t line = 0; line < n_lines; line++) __builtin_prefetch((const void *)(fetch + (b * n_lines + line) * 64));
 #pragma GCC unroll 12
-            for (int r = 0; r < n_rows; r++) sum[r] = product_step(type, &u, (const struct act_block *)(const void *)(at + (size_t)r * stride), sum[r]);
+            for (int r = 0; r < n_rows; r++)
+                sum[r] = product_step(type, &u, (const struct act_block *)(const void *)(at + (size_t)r * stride), sum[r]);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < n_rows; r++) vf_store(y[r] + LANES * part, sum[r]);
@@ -148,42 +151,44 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
 }
 
 /* One function a number of rows, so that the sums are registers. */
-#define PRODUCT_CASE(type, n)                                                                                                                                  \
-    case n: product_tile(type, strip, n_blocks, at, stride, n, next, (block_bytes(type) + 63) / 64, y); return
+#define PRODUCT_CASE(type, n)                                                                                                                        \
+    case n:                                                                                                                                          \
+        product_tile(type, strip, n_blocks, at, stride, n, next, (block_bytes(type) + 63) / 64, y);                                                  \
+        return
 
 #if PRODUCT_TILE == 12
-#define PRODUCT_CASES(type)                                                                                                                                    \
-    PRODUCT_CASE(type, 3);                                                                                                                                     \
-    PRODUCT_CASE(type, 4);                                                                                                                                     \
-    PRODUCT_CASE(type, 5);                                                                                                                                     \
-    PRODUCT_CASE(type, 6);                                                                                                                                     \
-    PRODUCT_CASE(type, 7);                                                                                                                                     \
-    PRODUCT_CASE(type, 8);                                                                                                                                     \
-    PRODUCT_CASE(type, 9);                                                                                                                                     \
-    PRODUCT_CASE(type, 10);                                                                                                                                    \
-    PRODUCT_CASE(type, 11);                                                                                                                                    \
+#define PRODUCT_CASES(type)                                                                                                                          \
+    PRODUCT_CASE(type, 3);                                                                                                                           \
+    PRODUCT_CASE(type, 4);                                                                                                                           \
+    PRODUCT_CASE(type, 5);                                                                                                                           \
+    PRODUCT_CASE(type, 6);                                                                                                                           \
+    PRODUCT_CASE(type, 7);                                                                                                                           \
+    PRODUCT_CASE(type, 8);                                                                                                                           \
+    PRODUCT_CASE(type, 9);                                                                                                                           \
+    PRODUCT_CASE(type, 10);                                                                                                                          \
+    PRODUCT_CASE(type, 11);                                                                                                                          \
     PRODUCT_CASE(type, 12)
 #elif PRODUCT_TILE == 4
-#define PRODUCT_CASES(type)                                                                                                                                    \
-    PRODUCT_CASE(type, 3);                                                                                                                                     \
+#define PRODUCT_CASES(type)                                                                                                                          \
+    PRODUCT_CASE(type, 3);                                                                                                                           \
     PRODUCT_CASE(type, 4)
 #else
 #define PRODUCT_CASES(type)
 #endif
 
-#define PRODUCT(type, name)                                                                                                                                    \
-    static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float (*y)[STRIP_ROWS]) {          \
-        const uint8_t *at = first;                                                                                                                             \
-        uintptr_t next = (uintptr_t)strip + n_blocks * block_bytes(type);                                                                                       \
-        if (n_rows <= PRODUCT_TILE) next = (uintptr_t)strip + FETCH_AHEAD;                                                                                     \
-        for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE, next += (size_t)n_blocks * 128)                  \
-            product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 2, y);                                                                         \
-        switch (n_rows) {                                                                                                                                      \
-            PRODUCT_CASE(type, 1);                                                                                                                             \
-            PRODUCT_CASE(type, 2);                                                                                                                             \
-            PRODUCT_CASES(type);                                                                                                                               \
-        default: return;                                                                                                                                       \
-        }                                                                                                                                                      \
+#define PRODUCT(type, name)                                                                                                                          \
+    static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float(*y)[STRIP_ROWS]) {  \
+        const uint8_t *at = first;                                                                                                                   \
+        uintptr_t next = (uintptr_t)strip + n_blocks * block_bytes(type);                                                                            \
+        if (n_rows <= PRODUCT_TILE) next = (uintptr_t)strip + FETCH_AHEAD;                                                                           \
+        for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE, next += (size_t)n_blocks * 128)        \
+            product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 2, y);                                                               \
+        switch (n_rows) {                                                                                                                            \
+            PRODUCT_CASE(type, 1);                                                                                                                   \
+            PRODUCT_CASE(type, 2);                                                                                                                   \
+            PRODUCT_CASES(type);                                                                                                                     \
+        default: return;                                                                                                                             \
+        }                                                                                                                                            \
     }
 
 PRODUCT(TENSOR_Q4_0, q4_0)
@@ -219,26 +224,25 @@ INLINE void float_tile(enum tensor_type type, const uint8_t *strip, uint32_t n_b
                     sum[r][c] = vf_fma(w, vf_set1(((const float *)(const void *)(first + (size_t)r * stride))[k + (size_t)c]), sum[r][c]);
             }
 #pragma GCC unroll 6
-        for (int r = 0; r < n_rows; r++)
-            vf_store(y[r] + LANES * part, vf_add(vf_add(sum[r][0], sum[r][1]), vf_add(sum[r][2], sum[r][3])));
+        for (int r = 0; r < n_rows; r++) vf_store(y[r] + LANES * part, vf_add(vf_add(sum[r][0], sum[r][1]), vf_add(sum[r][2], sum[r][3])));
     }
 }
 
-#define FLOAT_PRODUCT(type, name)                                                                                                                              \
-    static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float (*y)[STRIP_ROWS]) {          \
-        const uint8_t *at = first;                                                                                                                             \
-        for (; n_rows >= FLOAT_TILE; n_rows -= FLOAT_TILE, at += FLOAT_TILE * stride, y += FLOAT_TILE)                                                         \
-            float_tile(type, strip, n_blocks, at, stride, FLOAT_TILE, y);                                                                                      \
-        for (; n_rows > 0; n_rows--, at += stride, y++) float_tile(type, strip, n_blocks, at, stride, 1, y);                                                   \
+#define FLOAT_PRODUCT(type, name)                                                                                                                    \
+    static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float(*y)[STRIP_ROWS]) {  \
+        const uint8_t *at = first;                                                                                                                   \
+        for (; n_rows >= FLOAT_TILE; n_rows -= FLOAT_TILE, at += FLOAT_TILE * stride, y += FLOAT_TILE)                                               \
+            float_tile(type, strip, n_blocks, at, stride, FLOAT_TILE, y);                                                                            \
+        for (; n_rows > 0; n_rows--, at += stride, y++) float_tile(type, strip, n_blocks, at, stride, 1, y);                                         \
     }
 
 FLOAT_PRODUCT(TENSOR_F32, f32)
 FLOAT_PRODUCT(TENSOR_F16, f16)
 FLOAT_PRODUCT(TENSOR_BF16, bf16)
 
-#define PRODUCTS                                                                                                                                               \
-    {                                                                                                                                                          \
-        [TENSOR_F32] = product_f32, [TENSOR_F16] = product_f16, [TENSOR_BF16] = product_bf16, [TENSOR_Q8_0] = product_q8_0, [TENSOR_Q4_0] = product_q4_0,      \
-        [TENSOR_Q4_1] = product_q4_1, [TENSOR_Q5_0] = product_q5_0, [TENSOR_Q5_1] = product_q5_1, [TENSOR_Q4_K] = product_q4_k,                                \
-        [TENSOR_Q5_K] = product_q5_k, [TENSOR_Q6_K] = product_q6_k                                                                                            \
+#define PRODUCTS                                                                                                                                     \
+    {                                                                                                                                                \
+        [TENSOR_F32] = product_f32, [TENSOR_F16] = product_f16, [TENSOR_BF16] = product_bf16, [TENSOR_Q8_0] = product_q8_0,                          \
+        [TENSOR_Q4_0] = product_q4_0, [TENSOR_Q4_1] = product_q4_1, [TENSOR_Q5_0] = product_q5_0, [TENSOR_Q5_1] = product_q5_1,                      \
+        [TENSOR_Q4_K] = product_q4_k, [TENSOR_Q5_K] = product_q5_k, [TENSOR_Q6_K] = product_q6_k                                                     \
     }

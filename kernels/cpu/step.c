@@ -12,8 +12,10 @@ static void embed_row(struct cpu *cpu, uint32_t row) {
     const struct program *p = cpu->program;
     const struct batch *batch = cpu->batch;
     float *x = cpu->x + (size_t)row * p->n_embd;
-    if (cpu->embedding.data) tensor_row_f32(&cpu->embedding, (uint32_t)batch->tokens[row], x);
-    else panel_row_f32(&cpu->head, (uint32_t)batch->tokens[row], x);
+    if (cpu->embedding.data)
+        tensor_row_f32(&cpu->embedding, (uint32_t)batch->tokens[row], x);
+    else
+        panel_row_f32(&cpu->head, (uint32_t)batch->tokens[row], x);
     /* One factor a dim, signs included (isa.h). */
     float *cosine = cpu->rope + (size_t)row * 2 * p->rope_dims, *sine = cosine + p->rope_dims;
     bool halves = p->rope_pairs == ROPE_PAIRS_HALVES;
@@ -72,12 +74,14 @@ static const struct act *normed(struct cpu *cpu, const struct stage *stage, cons
     return &own->act;
 }
 
-static void multiply(struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows, float (*y)[STRIP_ROWS]) {
+static void multiply(struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows,
+                     float (*y)[STRIP_ROWS]) {
     const uint8_t *data = panel->data + strip * panel->strip_bytes;
     if (panel_is_float(panel->type))
         cpu->isa->product[panel->type](data, panel->n_blocks, act->values + row * act->value_stride, act->value_stride * sizeof(float), n_rows, y);
     else
-        cpu->isa->product[panel->type](data, panel->n_blocks, act->blocks + row * act->block_stride, act->block_stride * sizeof(struct act_block), n_rows, y);
+        cpu->isa->product[panel->type](data, panel->n_blocks, act->blocks + row * act->block_stride, act->block_stride * sizeof(struct act_block),
+                                       n_rows, y);
 }
 
 enum { TILE_ROWS = 4 * PRODUCT_ROWS };
@@ -114,7 +118,8 @@ static void qkv_unit(struct cpu *cpu, const struct layer *layer, const struct ac
     for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
         uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
         multiply(cpu, panels[which], strip, act, row, rows, y);
-        cpu->isa->put_strip((const float(*)[STRIP_ROWS])y, rows, n, bias, cpu->qkv + row * cpu->qkv_stride + column + strip * STRIP_ROWS, cpu->qkv_stride);
+        cpu->isa->put_strip((const float(*)[STRIP_ROWS])y, rows, n, bias, cpu->qkv + row * cpu->qkv_stride + column + strip * STRIP_ROWS,
+                            cpu->qkv_stride);
     }
 }
 
@@ -155,9 +160,11 @@ static void mlp_unit(struct cpu *cpu, const struct layer *layer, const struct ac
             multiply(cpu, &layer->up, 2 * unit.group + half, act, row, rows, up);
             cpu->isa->silu((const float(*)[STRIP_ROWS])gate, (const float(*)[STRIP_ROWS])up, rows, (float(*)[PANEL_K])(both[0] + half * STRIP_ROWS));
         }
-        for (uint32_t r = 0; cpu->g.values && r < rows; r++) memcpy(cpu->g.values + (row + r) * cpu->g.value_stride + column, both[r], sizeof both[r]);
+        for (uint32_t r = 0; cpu->g.values && r < rows; r++)
+            memcpy(cpu->g.values + (row + r) * cpu->g.value_stride + column, both[r], sizeof both[r]);
         if (cpu->g.blocks)
-            cpu->isa->quantize_column((const float(*)[PANEL_K])both, rows, cpu->g.blocks + row * cpu->g.block_stride + unit.group, cpu->g.block_stride);
+            cpu->isa->quantize_column((const float(*)[PANEL_K])both, rows, cpu->g.blocks + row * cpu->g.block_stride + unit.group,
+                                      cpu->g.block_stride);
     }
 }
 

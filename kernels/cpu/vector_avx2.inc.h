@@ -73,9 +73,10 @@ INLINE void vf_store_s8(int8_t *p, vf a) {
 INLINE void vf_store_f16(uint16_t *p, vf x) { _mm_storeu_si128((void *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 /* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
 INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
-    __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), scale)), _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), scale)));
-    __m256i b =
-        _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 16), scale)), _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 24), scale)));
+    __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), scale)),
+                                   _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), scale)));
+    __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 16), scale)),
+                                   _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 24), scale)));
     /* packs works within 128-bit halves: fours come out as 0 2 4 6 1 3 5 7 */
     __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((void *)q, bytes);

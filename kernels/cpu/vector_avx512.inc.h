@@ -2,9 +2,9 @@
 #include <immintrin.h>
 
 #define LANES 16
-#define PRODUCT_TILE 12       /* rows of an integer product whose sums stay in registers */
-#define FLOAT_TILE 6          /* rows of a float product, four sums each */
-#define WIDEN_QUERIES 4       /* queries of a widening attention loop, 2 * 16 / LANES sums each */
+#define PRODUCT_TILE 12 /* rows of an integer product whose sums stay in registers */
+#define FLOAT_TILE 6    /* rows of a float product, four sums each */
+#define WIDEN_QUERIES 4 /* queries of a widening attention loop, 2 * 16 / LANES sums each */
 
 typedef __m512 vf;
 typedef __m512i vi;

@@ -93,8 +93,7 @@ INLINE vb vb_or_bits(vb q, vb a, int n, int mask) { return q | ((n >= 0 ? a >> n
 INLINE vi vi_dot(vi start, const vb *quads, const int8_t *a, const int n, int bits) {
     (void)bits;
     for (int j = 0; j < n; j++)
-        for (int c = 0; c < 4; c++)
-            start += (vi){quads[j][c], quads[j][4 + c], quads[j][8 + c], quads[j][12 + c]} * (int32_t)a[4 * j + c];
+        for (int c = 0; c < 4; c++) start += (vi){quads[j][c], quads[j][4 + c], quads[j][8 + c], quads[j][12 + c]} * (int32_t)a[4 * j + c];
     return start;
 }
 /* The products of signed values that are stored + 128. nsum: minus the sum of the 4n activations. */
