@@ -31,6 +31,8 @@ const struct cpu_isa cpu_isa_avx2 = {
     .attend = attend,
     .weights = weights,
     .merge = merge,
+    .peak = peak,
+    .read = read_memory,
     .track = track,
 };
 #endif

@@ -35,6 +35,8 @@ const struct cpu_isa cpu_isa_avx512 = {
     .attend = attend,
     .weights = weights,
     .merge = merge,
+    .peak = peak,
+    .read = read_memory,
     .track = track,
 };
 #endif

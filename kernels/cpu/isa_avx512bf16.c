@@ -36,6 +36,8 @@ const struct cpu_isa cpu_isa_avx512bf16 = {
     .attend = attend,
     .weights = weights,
     .merge = merge,
+    .peak = peak,
+    .read = read_memory,
     .track = track,
 };
 #endif

@@ -42,6 +42,8 @@ const struct cpu_isa cpu_isa_avxvnni = {
     .attend = attend,
     .weights = weights,
     .merge = merge,
+    .peak = peak,
+    .read = read_memory,
     .track = track,
 };
 #endif

@@ -29,5 +29,7 @@ const struct cpu_isa cpu_isa_generic = {
     .attend = attend,
     .weights = weights,
     .merge = merge,
+    .peak = peak,
+    .read = read_memory,
     .track = track,
 };

@@ -181,8 +181,13 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
         const uint8_t *at = first;                                                                                                                   \
         uintptr_t next = (uintptr_t)strip + n_blocks * block_bytes(type);                                                                            \
         if (n_rows <= PRODUCT_TILE) next = (uintptr_t)strip + FETCH_AHEAD;                                                                           \
-        for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE, next += (size_t)n_blocks * 128)        \
-            product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 2, y);                                                               \
+        const uintptr_t end = next + n_blocks * block_bytes(type);                                                                                   \
+        for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE, next += (size_t)n_blocks * 128) {      \
+            if (next < end)                                                                                                                          \
+                product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 2, y);                                                           \
+            else                                                                                                                                     \
+                product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 0, y);                                                           \
+        }                                                                                                                                            \
         switch (n_rows) {                                                                                                                            \
             PRODUCT_CASE(type, 1);                                                                                                                   \
             PRODUCT_CASE(type, 2);                                                                                                                   \
