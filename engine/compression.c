@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Is `name` in a comma-separated list? Sets *unknown to the first entry that `known` refuses. */
+/* Is `name` in a comma-separated list? */
 static bool list_has(const char *list, const char *name) {
     size_t length = strlen(name);
     for (const char *at = list; *at;) {
@@ -176,22 +176,35 @@ bool compression_plan(const struct config *config, const struct kv_wish *wish, s
 }
 
 uint32_t compression_tokens_max(const struct kv_plan *plan) {
-    if (plan->policy->scorer == SCORER_NONE || !plan->target.budget_tokens) return UINT32_MAX;
+    if (!compression_is_on(plan) || !plan->target.budget_tokens) return UINT32_MAX;
     if (!(plan->triggers & (TRIGGER_PROMPT_END | TRIGGER_BUDGET))) return UINT32_MAX;
     uint64_t most = (uint64_t)plan->target.budget_tokens + plan->interval;
     return most > UINT32_MAX ? UINT32_MAX : (uint32_t)most;
 }
 
-uint32_t compression_next_point(const struct kv_plan *plan, uint32_t computed, uint32_t n_prompt, uint32_t read_interval) {
-    if (plan->policy->scorer == SCORER_NONE || !(plan->triggers & (TRIGGER_PROMPT_END | TRIGGER_BUDGET))) return UINT32_MAX;
-    if (computed < n_prompt) {
-        if (!plan->while_reading) return n_prompt;
-        uint64_t next = ((uint64_t)computed / read_interval + 1) * read_interval;
-        return next < n_prompt ? (uint32_t)next : n_prompt;
-    }
+struct scheduler_points compression_points(const struct kv_plan *plan) {
+    struct scheduler_points points = {0};
+    if (!compression_is_on(plan) || !(plan->triggers & (TRIGGER_PROMPT_END | TRIGGER_BUDGET))) return points;
+    points.prompt_end = true;
+    if (plan->while_reading) points.reading = COMPRESSION_READING;
     /* A policy of the prompt's end alone goes on with its own score once a budget is reached again; a ratio asks for nothing more. */
-    bool again = plan->triggers & TRIGGER_BUDGET || plan->target.budget_tokens;
-    if (!again) return UINT32_MAX;
-    uint64_t next = n_prompt + ((uint64_t)(computed - n_prompt) / plan->interval + 1) * plan->interval;
-    return next > UINT32_MAX ? UINT32_MAX : (uint32_t)next;
+    if (plan->triggers & TRIGGER_BUDGET || plan->target.budget_tokens) points.growing = plan->interval;
+    return points;
+}
+
+uint32_t compression_first_row(const struct kv_plan *plan, uint32_t n_prompt) {
+    if (!compression_is_on(plan)) return UINT32_MAX;
+    if (plan->policy->rows == POLICY_ROWS_ALL) return 0;
+    if (plan->policy->rows == POLICY_ROWS_WINDOW) return n_prompt > plan->options.window ? n_prompt - plan->options.window : 0;
+    return UINT32_MAX;
+}
+
+uint32_t compression_window(const struct kv_plan *plan, uint32_t n_computed, uint32_t n_prompt) {
+    uint32_t rows = n_computed > n_prompt ? n_computed - n_prompt : n_computed;
+    return rows < plan->options.window ? rows : plan->options.window;
+}
+
+bool compression_may_use(const struct config *config, const struct policy *policy) {
+    if (policy->scorer == SCORER_NONE) return false;
+    return policy == policy_find(config->compression_policy) || !config->allowed_policies[0] || list_has(config->allowed_policies, policy->name);
 }
