@@ -2,8 +2,7 @@
  *
  * A row is driven through the backend directly (kernels/backend.h) with block tables of the bench's own: exactly the named number of sequences at exactly the named
  * context, every step the same, which a run through the scheduler cannot promise. What is timed is what a step costs from a filled-in batch to
- * sampled tokens: the whole forward pass and greedy sampling, and the building of the batch, but not the scheduler, the mailboxes or HTTP. Their cost is measured apart
- * (engine_overhead), and end to end by the load client of tests/bench.
+ * sampled tokens: the whole forward pass and greedy sampling, and the building of the batch, but not the scheduler, the mailboxes or HTTP.
  *
  * Honest by construction: every sequence has its own random tokens; there is no prefix cache at this level; keys and values are those the model computed for these
  * tokens; blocks are placed as the pool places them, in extents of 64 KiB, lanes and sequences interleaved; each row has one untimed round before it. */

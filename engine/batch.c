@@ -65,12 +65,13 @@ static void add_targets(struct batch_builder *builder, const struct plan_entry *
     }
 }
 
-static void add_draw(struct batch_builder *builder, const struct requests *requests, const struct plan_entry *entry, uint32_t row, uint32_t choice) {
+static void add_draw(struct batch_builder *builder, const struct requests *requests, const struct plan_entry *entry, uint32_t index, uint32_t row,
+                     uint32_t choice) {
     struct request *request = entry->owner;
     const struct choice_state *state = requests_choice(requests, request->state, choice);
     CHECK(builder->n_draws < builder->max_draws);
     builder->draws[builder->n_draws++] =
-        (struct draw){.state = request->state, .choice = choice, .n_tokens = entry->n_tokens, .result = builder->batch.n_samples};
+        (struct draw){.state = request->state, .choice = choice, .n_tokens = entry->n_tokens, .result = builder->batch.n_samples, .entry = index};
     /* A choice that is about to fork has no tokens of its own yet: its history is that of the one that read the prompt. */
     *next_sample(builder) = (struct sample){.row = row,
                                             .sampling = &request->sampling,
@@ -83,17 +84,17 @@ static void add_draw(struct batch_builder *builder, const struct requests *reque
                                             .n_history = entry->n_tokens};
 }
 
-static void add_draws(struct batch_builder *builder, const struct requests *requests, const struct plan_entry *entry, uint32_t row) {
+static void add_draws(struct batch_builder *builder, const struct requests *requests, const struct plan_entry *entry, uint32_t index, uint32_t row) {
     const struct request *request = entry->owner;
     uint32_t before = builder->n_draws;
     if (entry->n_samples == 0) return;
     if (entry->n_tokens > request->n_prompt) {
-        add_draw(builder, requests, entry, row, entry->choice);
+        add_draw(builder, requests, entry, index, row, entry->choice);
     } else {
         /* The prompt ends: one token for each choice, or for each that still lives. */
         bool all = entry->n_samples == request->n_candidates;
         for (uint32_t c = 0; c < request->n_candidates; c++)
-            if (all || !requests_choice(requests, request->state, c)->over) add_draw(builder, requests, entry, row, c);
+            if (all || !requests_choice(requests, request->state, c)->over) add_draw(builder, requests, entry, index, row, c);
     }
     CHECK(builder->n_draws - before == entry->n_samples);
 }
@@ -113,13 +114,17 @@ void batch_build(struct batch_builder *builder, const struct requests *requests,
         const struct request *request = entry->owner;
         uint32_t row = batch->n_rows;
         CHECK(entry->n_rows > 0 && entry->n_rows <= builder->max_rows - row);
-        builder->sequences[e] =
-            (struct batch_sequence){.first_row = row, .n_rows = entry->n_rows, .lane_first = entry->lane_first, .lane_tokens = entry->lane_tokens};
+        builder->sequences[e] = (struct batch_sequence){.first_row = row,
+                                                        .n_rows = entry->n_rows,
+                                                        .lane_first = entry->lane_first,
+                                                        .lane_tokens = entry->lane_tokens,
+                                                        .ring = entry->ring,
+                                                        .accumulate = compression_is_on(&request->kv) && request->kv.policy->rows == POLICY_ROWS_ALL};
         memcpy(builder->tokens + row, request->tokens[entry->choice] + entry->first_token, entry->n_rows * sizeof *builder->tokens);
         for (uint32_t i = 0; i < entry->n_rows; i++) builder->positions[row + i] = (int32_t)(entry->first_token + i);
         batch->n_rows += entry->n_rows;
         add_targets(builder, entry, row, e);
-        add_draws(builder, requests, entry, batch->n_rows - 1);
+        add_draws(builder, requests, entry, e, batch->n_rows - 1);
     }
     CHECK(batch->n_rows == plan->n_rows && builder->n_draws == plan->n_samples);
 }

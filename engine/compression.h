@@ -4,9 +4,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "base/block.h"
 #include "base/error.h"
 #include "config/config.h"
 #include "policies/policy.h"
+#include "scheduler/scheduler.h"
 
 /* The "kv" object of a request, as it stands there. */
 struct kv_wish {
@@ -19,7 +21,7 @@ struct kv_wish {
 
 /* What is done for one request. Const while it lives. */
 struct kv_plan {
-    const struct policy *policy; /* never NULL; "none": the rest is unused */
+    const struct policy *policy; /* NULL or "none": the rest is unused */
     struct policy_options options;
     struct policy_target target;
     unsigned triggers; /* of enum policy_trigger */
@@ -36,6 +38,18 @@ bool compression_plan(const struct config *config, const struct kv_wish *wish, s
 /* The most tokens a lane can hold on average once the prompt is read: what admission counts beyond the prompt. UINT32_MAX: no bound (no compression, or by ratio). */
 uint32_t compression_tokens_max(const struct kv_plan *plan);
 
-/* The next token index > `computed` at which the sequence is compressed (end of prompt, multiples of the interval after it; every `read_interval` tokens of the prompt
- * when compressed while reading), or UINT32_MAX: never again. A function of indices alone, so that chunks, steps and recomputation cannot change it. */
-uint32_t compression_next_point(const struct kv_plan *plan, uint32_t computed, uint32_t n_prompt, uint32_t read_interval);
+/* The token indices at which the sequence is compressed: end of prompt, multiples of the interval after it, every COMPRESSION_READING tokens of the prompt when compressed while
+ * reading. Functions of indices alone, so that chunks, steps and recomputation cannot change them. */
+#define COMPRESSION_READING (4 * BLOCK_TOKENS)
+struct scheduler_points compression_points(const struct kv_plan *plan);
+/* Prompt rows from here on are needed by the score, whatever the prefix cache holds (UINT32_MAX: none but the last). */
+uint32_t compression_first_row(const struct kv_plan *plan, uint32_t n_prompt);
+/* Rows that score at a point: of the window those that belong to the prompt at its end, after it those since. */
+uint32_t compression_window(const struct kv_plan *plan, uint32_t n_computed, uint32_t n_prompt);
+static inline bool compression_is_on(const struct kv_plan *plan) { return plan->policy && plan->policy->scorer != SCORER_NONE; }
+static inline bool compression_needs_ring(const struct kv_plan *plan) {
+    return compression_is_on(plan) &&
+           (plan->policy->rows == POLICY_ROWS_WINDOW || plan->policy->rows == POLICY_ROWS_LAST || plan->policy->shifts_sinks);
+}
+/* May some request have this policy? What the engine must have state for. */
+bool compression_may_use(const struct config *config, const struct policy *policy);

@@ -145,7 +145,7 @@ bool compressor_choose(struct compressor *compressor, const struct kv_plan *plan
                        struct compressor_result *result) {
     *result = (struct compressor_result){.lanes = compressor->lanes};
     lay_out(compressor, sequence);
-    uint32_t window = plan->options.window < sequence->n_computed ? plan->options.window : sequence->n_computed;
+    uint32_t window = sequence->n_window;
     struct choose_request request = {.policy = plan->policy,
                                      .options = &plan->options,
                                      .n_layers = compressor->program->n_layers,

@@ -26,6 +26,7 @@ void compressor_free(struct compressor *compressor); /* NULL is fine */
 struct compressor_sequence {
     uint32_t ring;                                        /* 0: none was kept */
     uint32_t n_computed;                                  /* tokens seen; the newest has position n_computed - 1 */
+    uint32_t n_window;     /* rows that score, all of them in the ring */
     const int32_t *tokens;                                /* [n_computed], for classes */
     const uint32_t *block_ids, *lane_first, *lane_tokens; /* as in struct batch */
 };

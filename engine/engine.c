@@ -56,7 +56,12 @@ static void for_choices(struct engine *engine, struct request_state *state, uint
 }
 
 static void abort_choice(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
+    const uint32_t *lane_tokens;
+    uint32_t n_computed;
     (void)words;
+    /* A stop string ends a choice by an abort: it has something to report too. */
+    if (scheduler_lanes(engine->scheduler, state->request->id, choice, &lane_tokens, &n_computed))
+        compress_report(engine, state->request, lane_tokens, 0, n_computed);
     (void)scheduler_abort(engine->scheduler, state->request->id, choice);
     post(engine, state, choice, (struct event){.finish = FINISH_ABORTED});
 }
@@ -74,6 +79,12 @@ static bool tokens_known(const struct engine *engine, const struct request *requ
     return true;
 }
 
+/* What a lane holds at most once the prompt is compressed, in the scheduler's terms: 0 is no bound. */
+static uint32_t peak_tokens(const struct kv_plan *kv) {
+    uint32_t most = compression_tokens_max(kv);
+    return most == UINT32_MAX ? 0 : most;
+}
+
 static void take_submit(struct engine *engine, struct request *request) {
     struct request_state *state = requests_add(&engine->requests, request);
     if (!tokens_known(engine, request)) {
@@ -89,7 +100,11 @@ static void take_submit(struct engine *engine, struct request *request) {
                                             .priority = request->priority,
                                             .arrival_ns = request->arrival_ns,
                                             .cache_scope = request->cache_scope,
-                                            .first_needed_row = request->prompt_results ? 0 : UINT32_MAX};
+                                            .points = compression_points(&request->kv),
+                                            .peak_tokens = peak_tokens(&request->kv),
+                                            .needs_ring = compression_needs_ring(&request->kv),
+                                            .private = compression_is_on(&request->kv) && request->kv.policy->shifts_sinks,
+                                            .first_needed_row = request->prompt_results ? 0 : compression_first_row(&request->kv, request->n_prompt)};
     CHECK(scheduler_add(engine->scheduler, &asked)); /* engine_submit counts to the same bound */
 }
 
@@ -140,6 +155,10 @@ static enum finish finish_of(const struct request *request, const struct choice_
     return n_generated >= request->max_new ? FINISH_LENGTH : FINISH_NONE;
 }
 
+static void report_end(struct engine *engine, const struct plan_entry *entry) {
+    compress_report(engine, entry->owner, entry->lane_tokens, entry->n_rows, entry->first_token + entry->n_rows);
+}
+
 /* Results to where they belong: prompt log-probabilities, tokens, who is over. */
 static void take_results(struct engine *engine, const struct plan *plan) {
     struct batch_builder *builder = &engine->builder;
@@ -162,18 +181,28 @@ static void take_results(struct engine *engine, const struct plan *plan) {
         request->tokens[draw->choice][draw->n_tokens] = token;
         builder->finishes[i] = finish_of(request, choice, token);
         builder->ended[i] = builder->finishes[i] == FINISH_STOP;
+        if (builder->finishes[i] != FINISH_NONE) report_end(engine, &plan->entries[draw->entry]);
         choice->n_generated++;
         choice->next_row = draw->n_tokens;
     }
 }
 
 /* A prompt that is read and wants nothing more. */
+static bool is_finished_prompt(const struct plan_entry *entry) {
+    const struct request *request = entry->owner;
+    return request->max_new == 0 && entry->first_token + entry->n_rows == entry->n_tokens;
+}
+
+static void report_prompts(struct engine *engine, const struct plan *plan) {
+    for (uint32_t e = 0; e < plan->n_entries; e++)
+        if (is_finished_prompt(&plan->entries[e])) report_end(engine, &plan->entries[e]);
+}
+
 static void post_finished_prompts(struct engine *engine, const struct plan *plan) {
     for (uint32_t e = 0; e < plan->n_entries; e++) {
         const struct plan_entry *entry = &plan->entries[e];
-        if (entry->n_samples > 0 || entry->first_token + entry->n_rows < entry->n_tokens) continue;
+        if (!is_finished_prompt(entry)) continue;
         struct request_state *state = ((struct request *)entry->owner)->state;
-        if (state->request->max_new > 0) continue;
         struct event event = {.finish = FINISH_LENGTH};
         for (uint32_t c = 0, n = state->n_open; n > 0; c++)
             if (!requests_choice(&engine->requests, state, c)->over) {
@@ -221,6 +250,7 @@ static enum status run(struct engine *engine, struct error *error) {
 
 /* false: there is nothing to do. */
 static bool step(struct engine *engine) {
+    compress_step(engine);
     uint64_t start = clock_now_ns();
     const struct plan *plan = scheduler_plan(engine->scheduler, start);
     if (plan->n_copies > 0) engine->backend->ops->copy_blocks(engine->backend, plan->n_copies, plan->copy_source, plan->copy_destination);
@@ -236,6 +266,7 @@ static bool step(struct engine *engine) {
 
     if (status == STATUS_OK) {
         take_results(engine, plan);
+        report_prompts(engine, plan);
         scheduler_commit(engine->scheduler, engine->builder.ended);
         post_results(engine, plan);
     } else {
@@ -268,6 +299,8 @@ void engine_publish(struct engine *engine) {
     stats->prefix_hits = now.prefix_hits;
     stats->prefix_partial_hits = now.prefix_partial_hits;
     stats->prefix_evictions = now.prefix_evictions;
+    stats->kv_blocks_freed = now.blocks_freed;
+    stats->admissions_by_compression = now.admissions_by_compression;
     publisher_write(&engine->publisher, stats);
 }
 

@@ -3,7 +3,7 @@
  * Threads: engine_start, engine_stop: any one thread, not concurrently. engine_submit, engine_abort, engine_poll: the loop thread. engine_stats, engine_alive: any.
  * wake(context) is called on the engine thread, at most once a step, when events wait; it must only signal (uv_async_send).
  *
- * One step: drain inbox -> plan -> block copies -> submit -> sync -> commit -> post. Idle, the thread sleeps until the inbox is written.
+ * One step: drain inbox -> compress what is due -> plan -> block copies -> submit -> sync -> commit -> post. Idle, the thread sleeps until the inbox is written.
  *
  * Ownership: a struct request belongs to the loop until engine_submit returned true, then to the engine until the loop took the terminal event of its last choice, then to the
  * loop again, which frees it. Every choice gets exactly one terminal event (finish != FINISH_NONE), aborted ones too. */
@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "config/config.h"
+#include "engine/compression.h"
 #include "kernels/backend.h"
 #include "kernels/sample.h"
 #include "model/model.h"
@@ -29,13 +30,22 @@ enum finish {
     FINISH_ERROR,   /* the backend failed; no token */
 };
 
+/* What compression did to a request: summed over lanes and choices, as each choice stood at its end. */
+struct kv_report {
+    uint64_t tokens_seen, slots_kept, slots_evicted, blocks;
+    uint32_t head_min, head_median, head_max; /* slots of a head: least and most of all choices, the median of the last choice to end */
+    double hits_kept, hits_all;               /* hit rate = kept / all; all = 0: not measured */
+    uint32_t pressure_compressions;
+};
+
 struct request {
     /* Written by the loop before submit, const afterwards. */
-    uint64_t id;              /* 64-bit, never reused */
-    uint32_t n_candidates;    /* >= 1 */
+    uint64_t id;           /* 64-bit, never reused */
+    uint32_t n_candidates; /* >= 1 */
     uint32_t n_prompt, max_new;
-    uint32_t min_new;         /* stop tokens are banned before that many generated tokens */
-    int32_t **tokens;         /* [n_candidates], each with room for n_prompt + max_new ids; the prompt in [0]. The engine writes, nobody reads before the end */
+    uint32_t min_new; /* stop tokens are banned before that many generated tokens */
+    int32_t *
+        *tokens; /* [n_candidates], each with room for n_prompt + max_new ids; the prompt in [0]. The engine writes, nobody reads before the end */
     struct sampling sampling; /* .banned = the stop tokens, for min_new */
     uint32_t n_stop_tokens;
     const int32_t *stop_tokens; /* EOS among them unless ignore_eos */
@@ -44,7 +54,12 @@ struct request {
     uint64_t cache_scope;
     /* echo with logprobs: [n_prompt]; entry i is written with the log-probability of prompt token i given those before it (entry 0 is left alone) before the first event. NULL: not asked */
     struct sample_result *prompt_results;
-    void *owner;              /* the loop's own; the engine only hands it back */
+    struct kv_plan kv; /* compression; policy "none": everything stays */
+    bool measure_hits; /* fill hits_kept and hits_all of the report */
+    void *owner;       /* the loop's own; the engine only hands it back */
+
+    /* Written by the engine before the last terminal event. */
+    struct kv_report kv_report;
 
     /* The engine's own. */
     struct request_state *state;
@@ -60,10 +75,13 @@ struct event {
     /* With a choice's first event: */
     uint32_t cached_tokens;
     /* With the terminal event: */
-    uint32_t preemptions;     /* of this choice */
-    uint64_t scheduled_ns;    /* clock at the request's first step; 0 if it never ran */
-    char error[96];           /* FINISH_ERROR */
+    uint32_t preemptions;  /* of this choice */
+    uint64_t scheduled_ns; /* clock at the request's first step; 0 if it never ran */
+    char error[96];        /* FINISH_ERROR */
 };
+
+#define ENGINE_POLICIES_MAX 16
+#define ENGINE_LAYERS_MAX 64
 
 struct engine_stats {
     uint32_t running, waiting; /* choices */
@@ -71,23 +89,31 @@ struct engine_stats {
     uint64_t block_bytes;
     uint64_t steps, preemptions, forks, blocks_copied, chunks;
     uint64_t prefix_queries, prefix_hits, prefix_partial_hits, prefix_evictions; /* tokens, tokens, admissions, entries */
-    uint64_t prompt_tokens, generation_tokens; /* computed prompt rows (cached ones not counted); sampled tokens */
-    uint64_t step_rows_bucket[14];             /* histogram le 1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf (not cumulative) */
+    uint64_t prompt_tokens, generation_tokens;                                   /* computed prompt rows (cached ones not counted); sampled tokens */
+    uint64_t step_rows_bucket[14]; /* histogram le 1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf (not cumulative) */
     uint64_t step_rows_sum;
-    uint64_t busy_ns, schedule_ns;             /* in steps; in scheduler and batch building */
+    uint64_t busy_ns, schedule_ns; /* in steps; in scheduler and batch building */
+    /* Compression */
+    uint64_t compressions[ENGINE_POLICIES_MAX][TRIGGER_KINDS]; /* by policy_index() and bit of the trigger */
+    uint64_t slots_kept, slots_evicted, kv_blocks_freed, compression_ns;
+    uint64_t layer_kept[ENGINE_LAYERS_MAX]; /* slots kept by compressions, layer by layer; the last one stands for all above */
+    uint64_t admissions_by_compression;
+    uint32_t n_layers;
 };
 
 /* What everything large will take, from config, model, free memory and the cgroup limit. Printed at start; each line count x bytes. */
 struct memory_plan {
-    uint32_t max_model_len, max_sequences, max_rows, max_choices;
+    uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows, max_choices;
+    uint32_t n_rings, ring_rows, sink_slots; /* for compression */
+    bool accumulators;
     uint32_t n_blocks, extent_blocks;
     size_t block_bytes;
     enum kv_dtype kv_dtype;
     uint32_t n_lines;
     struct memory_line lines[24];
     uint64_t total_bytes, available_bytes;
-    uint64_t kv_tokens;       /* slots of the pool / lanes */
-    char lowered[160];        /* what was lowered to make it fit; empty: nothing */
+    uint64_t kv_tokens; /* slots of the pool / lanes */
+    char lowered[160];  /* what was lowered to make it fit; empty: nothing */
 };
 enum status engine_plan_memory(const struct config *config, const struct model *model, struct memory_plan *plan, struct error *error);
 void memory_plan_print(const struct memory_plan *plan, FILE *out);
@@ -100,11 +126,16 @@ struct engine_hooks {
 };
 
 /* Allocates everything, repacks the weights, fits the step cost, starts the thread. `model` must outlive the engine. */
-enum status engine_start(const struct config *config, const struct model *model, const struct engine_hooks *hooks, struct engine **engine, struct error *error);
+enum status engine_start(const struct config *config, const struct model *model, const struct engine_hooks *hooks, struct engine **engine,
+                         struct error *error);
 /* Aborts what lives (each choice still gets its terminal event, to be polled before), joins the thread, frees. NULL is fine. */
 void engine_stop(struct engine *engine);
 
-/* false: no room in the queue ("not now"); the request stays the loop's. Prompt + max_new must be <= max_model_len and fit the pool (engine_limits): CHECKed. */
+/* The most tokens, prompt and answer, that a request with this plan may have: max_model_len, or max_stream_tokens for one whose sinks shift. */
+uint32_t engine_tokens_max(const struct engine *engine, const struct kv_plan *kv);
+/* Could a request of this length ever run? Not where the pool was sized for compressing while reading and this one does not. */
+bool engine_can_hold(const struct engine *engine, const struct kv_plan *kv, uint32_t n_prompt, uint32_t max_new);
+/* false: no room in the queue ("not now"); the request stays the loop's. Prompt + max_new must be <= engine_tokens_max, the prompt <= max_model_len, and engine_can_hold it: CHECKed. */
 bool engine_submit(struct engine *engine, struct request *request);
 #define ENGINE_ALL_CHOICES UINT32_MAX
 /* Always accepted. Unknown or ended: ignored. */

@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 
 #include "base/mailbox.h"
+#include "engine/compressor.h"
 #include "engine/engine.h"
 #include "scheduler/scheduler.h"
 
@@ -25,6 +26,7 @@ struct request_state {
     uint32_t cached_tokens;
     uint32_t first_choice;        /* in requests.choices: n_candidates of them */
     uint32_t n_open;              /* choices without a terminal event */
+    uint32_t compressed_to;       /* the highest token index at which it was compressed: below, a compression is a replay */
     uint32_t prompt_results_next; /* prompt_results below are written and belong to the loop once an event was posted: never written again */
     struct request_state *older, *newer;
 };
@@ -40,6 +42,7 @@ struct requests {
     struct request_state **table; /* [table_mask + 1] open addressing by id; NULL: empty */
     uint32_t table_mask;
     struct request_state *oldest, *newest;
+    uint32_t n_compressed, n_pressed; /* live requests with a policy; with the pressure trigger */
 };
 
 uint64_t requests_bytes_per_choice(void);
@@ -60,6 +63,7 @@ struct draw {
     struct request_state *state;
     uint32_t choice, n_tokens; /* where the token goes: tokens[choice][n_tokens] */
     uint32_t result;           /* its index in the batch's samples */
+    uint32_t entry;            /* of the plan */
 };
 
 struct batch_builder {
@@ -79,6 +83,28 @@ struct batch_builder {
 void batch_builder_init(struct batch_builder *builder, uint32_t max_rows, uint32_t max_sequences, uint32_t max_samples, uint32_t max_draws);
 void batch_builder_done(struct batch_builder *builder);
 void batch_build(struct batch_builder *builder, const struct requests *requests, const struct plan *plan);
+
+/* ---- compression: engine thread ---- */
+
+struct compress {
+    struct compressor *compressor;
+    uint32_t n_lanes, n_kv_heads, n_layers, sink_slots;
+    double pressure_high, pressure_low;
+    bool pressing;            /* above the low mark since the high one was reached */
+    uint8_t *classes;         /* [n_vocab] */
+    uint32_t *n_keep, *first; /* [n_lanes] */
+    uint32_t *sorted;         /* [n_lanes] */
+    struct compaction *items; /* [n_lanes] */
+};
+
+uint64_t compress_bytes(const struct memory_plan *plan, const struct program *program);
+void compress_init(struct compress *compress, struct backend *backend, const struct config *config, const struct model *model,
+                   const struct memory_plan *plan);
+void compress_done(struct compress *compress);
+/* Between two steps, before the plan. */
+void compress_step(struct engine *engine);
+/* A choice ends with lanes of lane_tokens + n_rows slots, having seen n_seen tokens: into the request's report. */
+void compress_report(struct engine *engine, struct request *request, const uint32_t *lane_tokens, uint32_t n_rows, uint32_t n_seen);
 
 /* ---- sizes that follow from the plan ---- */
 
@@ -153,6 +179,7 @@ struct engine {
     struct scheduler *scheduler;
     struct requests requests;
     struct batch_builder builder;
+    struct compress compress;
     struct engine_stats stats;
     bool must_wake; /* events were posted since the last wake */
 };

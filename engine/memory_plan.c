@@ -64,6 +64,10 @@ void engine_backend_limits(const struct memory_plan *plan, const struct config *
         .threads = config->threads,
         .instruction_set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set,
         .drop_source_pages = true,
+        .n_rings = plan->n_rings,
+        .ring_rows = plan->ring_rows,
+        .sink_slots = plan->sink_slots,
+        .accumulators = plan->accumulators,
         .mock_tokens_per_second = config->mock_tokens_per_second,
     };
 }
@@ -93,6 +97,7 @@ static void add_fixed_lines(const struct backend_ops *ops, const struct config *
     add_line(plan, "sequences", plan->max_sequences,
              (uint64_t)program_lanes(program) * BYTES_PER_LANE + sizeof(struct plan_entry) + sizeof(struct batch_sequence) + 8);
     add_line(plan, "choices", plan->max_choices, requests_bytes_per_choice() + BYTES_PER_CHOICE);
+    add_line(plan, "compression", 1, compress_bytes(plan, program));
     add_line(plan, "rows", plan->max_rows, 2 * sizeof(int32_t));
     add_line(plan, "samples", sizes.samples, sizeof(struct sample) + sizeof(struct sample_result));
     add_line(plan, "draws", sizes.draws, sizeof(struct draw) + sizeof(enum finish) + sizeof(bool));
@@ -117,10 +122,23 @@ static enum status does_not_fit(const struct memory_plan *plan, const struct pro
         MIB(plan->available_bytes), MIB(plan->total_bytes), MIB(pool_bytes), plan->max_model_len, blocks, each, MIB(blocks * each));
 }
 
+/* What one sequence holds at most: all of it, or, where prompts are compressed while they are read, the operator's budget and what is read between two points. */
+static uint64_t blocks_of_one(const struct config *config, const struct program *program, const struct memory_plan *plan) {
+    uint64_t tokens = plan->max_model_len;
+    struct kv_plan kv;
+    const char *field;
+    if (config->compress_while_reading && compression_plan(config, &(struct kv_wish){.policy = ""}, &kv, &field, NULL) && kv.while_reading &&
+        compression_tokens_max(&kv) != UINT32_MAX) {
+        uint64_t held = (uint64_t)compression_tokens_max(&kv) + COMPRESSION_READING + 2 * BLOCK_TOKENS;
+        if (held < tokens) tokens = held;
+    }
+    return blocks_of(program, tokens);
+}
+
 /* Lowers max_model_len to what the pool holds, where that is ours to choose. */
 static enum status fit_model_len(const struct config *config, const struct program *program, uint64_t blocks, uint64_t pool_bytes,
                                  struct memory_plan *plan, struct error *error) {
-    if (blocks >= blocks_of(program, plan->max_model_len)) return STATUS_OK;
+    if (blocks >= blocks_of_one(config, program, plan)) return STATUS_OK;
     uint64_t holds = blocks / program_lanes(program) * BLOCK_TOKENS;
     bool given = config->kv_memory != 0;
     if (config->max_model_len) return does_not_fit(plan, program, pool_bytes, given, error);
@@ -154,11 +172,23 @@ static enum status size_pool(const struct config *config, const struct program *
     uint64_t useful = blocks_of(program, plan->max_model_len) * plan->max_sequences;
     if (blocks > useful) blocks = useful;
     if (blocks > BLOCKS_MAX) blocks = BLOCKS_MAX;
-    if (blocks < blocks_of(program, plan->max_model_len))
+    if (blocks < blocks_of_one(config, program, plan))
         return error_set(error, STATUS_UNSUPPORTED, "engine.max_model_len: one sequence of %u tokens takes %" PRIu64 " blocks; %d are supported",
                          plan->max_model_len, blocks_of(program, plan->max_model_len), BLOCKS_MAX);
     plan->n_blocks = (uint32_t)blocks;
     return STATUS_OK;
+}
+
+/* State for the most demanding policies that may be asked for. */
+static void plan_compression(const struct config *config, struct memory_plan *plan) {
+    for (const struct policy *const *policy = policies; *policy; policy++) {
+        if (!compression_may_use(config, *policy)) continue;
+        plan->accumulators = plan->accumulators || (*policy)->rows == POLICY_ROWS_ALL;
+        if ((*policy)->shifts_sinks) plan->sink_slots = (config->sink_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS;
+        if ((*policy)->shifts_sinks || (*policy)->rows == POLICY_ROWS_WINDOW || (*policy)->rows == POLICY_ROWS_LAST)
+            plan->n_rings = plan->max_sequences;
+    }
+    if (plan->n_rings) plan->ring_rows = config->window;
 }
 
 enum status engine_plan_memory_on(const struct backend_ops *ops, const struct config *config, const struct model *model, uint64_t available_bytes,
@@ -172,6 +202,8 @@ enum status engine_plan_memory_on(const struct backend_ops *ops, const struct co
     if (plan->extent_blocks > EXTENT_BLOCKS) plan->extent_blocks = EXTENT_BLOCKS;
     plan->max_sequences = config->max_sequences ? config->max_sequences : auto_sequences(config);
     plan->max_choices = plan->max_sequences + config->max_queue;
+    plan->max_stream_tokens = config->max_stream_tokens;
+    plan_compression(config, plan);
     if (config->max_model_len > program->context_train)
         return error_set(error, STATUS_INVALID, "engine.max_model_len: %u tokens; the model was trained for %u", config->max_model_len,
                          program->context_train);

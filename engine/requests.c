@@ -78,6 +78,8 @@ struct request_state *requests_add(struct requests *requests, struct request *re
         requests->oldest = state;
     requests->newest = state;
     requests->table[at] = state;
+    requests->n_compressed += compression_is_on(&request->kv);
+    requests->n_pressed += compression_is_on(&request->kv) && request->kv.triggers & TRIGGER_PRESSURE;
     request->state = state;
     return state;
 }
@@ -85,6 +87,9 @@ struct request_state *requests_add(struct requests *requests, struct request *re
 void requests_remove(struct requests *requests, struct request_state *state) {
     uint32_t mask = requests->table_mask, hole = place(requests, state->request->id);
     CHECK(requests->table[hole] == state);
+    const struct kv_plan *kv = &state->request->kv;
+    requests->n_compressed -= compression_is_on(kv);
+    requests->n_pressed -= compression_is_on(kv) && kv->triggers & TRIGGER_PRESSURE;
     /* Those behind the hole move up, unless that would carry them before their home. */
     for (uint32_t at = (hole + 1) & mask; requests->table[at]; at = (at + 1) & mask) {
         uint32_t wanted = home(requests, requests->table[at]->request->id);

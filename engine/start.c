@@ -23,6 +23,7 @@ struct birth {
     struct engine *engine;
     const struct backend_ops *ops;
     const struct config *config;
+    const struct model *model;
     const struct program *program;
     struct error *error;
     enum status status;
@@ -38,7 +39,8 @@ static uint64_t random_seed(void) {
 static struct scheduler *new_scheduler(const struct engine *engine, const struct birth *birth, const struct step_cost *cost) {
     const struct memory_plan *plan = &engine->plan;
     uint32_t lanes = program_lanes(birth->program), sequence = (plan->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS * lanes;
-    uint32_t watermark = plan->n_blocks / 50, spare = plan->n_blocks - sequence; /* 2 %, but one sequence of max_model_len is always admitted */
+    uint32_t watermark = plan->n_blocks / 50,
+             spare = plan->n_blocks > sequence ? plan->n_blocks - sequence : 0; /* 2 %, but one sequence of max_model_len is always admitted */
     struct scheduler_limits limits = {
         .n_lanes = lanes,
         .n_blocks = plan->n_blocks,
@@ -51,6 +53,7 @@ static struct scheduler *new_scheduler(const struct engine *engine, const struct
         .cost = *cost,
         .step_budget_us = birth->config->step_ms * 1000,
         .watermark_blocks = watermark < spare ? watermark : spare,
+        .n_rings = plan->n_rings,
         .prefix_cache = birth->config->prefix_cache,
         .hash_seed = random_seed(),
     };
@@ -71,6 +74,8 @@ static enum status open_engine(struct birth *birth) {
     if (status != STATUS_OK) return status;
     engine->scheduler = new_scheduler(engine, birth, &cost);
     requests_init(&engine->requests, plan->max_choices);
+    compress_init(&engine->compress, engine->backend, birth->config, birth->model, plan);
+    engine->stats.n_layers = birth->program->n_layers;
     batch_builder_init(&engine->builder, plan->max_rows, plan->max_sequences, engine->sizes.samples, engine->sizes.draws);
     (void)snprintf(engine->description, sizeof engine->description, "%s, kv %s", engine->backend->ops->describe(engine->backend),
                    kv_dtype_name(plan->kv_dtype));
@@ -105,6 +110,7 @@ static void free_engine(struct engine *engine) {
     scheduler_free(engine->scheduler);
     batch_builder_done(&engine->builder);
     requests_done(&engine->requests);
+    compress_done(&engine->compress);
     mailbox_done(&engine->inbox);
     mailbox_done(&engine->outbox);
     free(engine);
@@ -128,7 +134,7 @@ enum status engine_start_on(const struct backend_ops *ops, const struct config *
     mailbox_init(&engine->outbox, sizeof(struct posted), engine->sizes.outbox);
     atomic_init(&engine->progress_ns, clock_now_ns());
 
-    struct birth birth = {.engine = engine, .ops = ops, .config = config, .program = model_program(model), .error = error};
+    struct birth birth = {.engine = engine, .ops = ops, .config = config, .model = model, .program = model_program(model), .error = error};
     CHECK(sem_init(&birth.done, 0, 0) == 0);
     int failed = start_thread(engine, &birth);
     if (failed) {
@@ -164,10 +170,29 @@ void engine_stop(struct engine *engine) {
 
 /* ---- the loop thread's calls ---- */
 
+uint32_t engine_tokens_max(const struct engine *engine, const struct kv_plan *kv) {
+    const struct memory_plan *plan = &engine->plan;
+    bool endless = compression_is_on(kv) && kv->policy->shifts_sinks && kv->target.budget_tokens;
+    return endless && plan->max_stream_tokens > plan->max_model_len ? plan->max_stream_tokens : plan->max_model_len;
+}
+
+bool engine_can_hold(const struct engine *engine, const struct kv_plan *kv, uint32_t n_prompt, uint32_t max_new) {
+    uint64_t tokens = (uint64_t)n_prompt + max_new;
+    uint32_t bound = compression_tokens_max(kv);
+    if (bound != UINT32_MAX) {
+        /* The prompt is whole in the cache before its end is compressed, unless it is compressed while being read; lanes differ by a block. */
+        uint64_t held = kv->while_reading ? (uint64_t)bound + COMPRESSION_READING : bound > n_prompt ? bound : n_prompt;
+        held += 2 * BLOCK_TOKENS;
+        if (held < tokens) tokens = held;
+    }
+    return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS * engine->compress.n_lanes <= engine->plan.n_blocks;
+}
+
 bool engine_submit(struct engine *engine, struct request *request) {
     const struct memory_plan *plan = &engine->plan;
     CHECK(request->n_candidates >= 1 && request->n_candidates <= engine->sizes.draws && request->n_prompt >= 1);
-    CHECK(request->n_prompt <= plan->max_model_len && request->max_new <= plan->max_model_len - request->n_prompt);
+    CHECK(request->n_prompt <= plan->max_model_len && request->max_new <= engine_tokens_max(engine, &request->kv) - request->n_prompt);
+    CHECK(engine_can_hold(engine, &request->kv, request->n_prompt, request->max_new));
     if (request->n_candidates > plan->max_choices - engine->live_choices) return false;
     if (!mailbox_put(&engine->inbox, &(struct letter){.kind = LETTER_SUBMIT, .request = request, .id = request->id})) return false;
     engine->live_choices += request->n_candidates;

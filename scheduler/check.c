@@ -35,7 +35,7 @@ void scheduler_check(const struct scheduler *s) {
     CHECK(!s->planned);
     uint32_t *owners = check_calloc(s->pool.n_blocks, sizeof *owners), *users = check_calloc(s->cache.capacity, sizeof *users);
     uint8_t *seen = check_calloc(s->limits.max_choices, 1);
-    uint32_t n_choices = 0, n_tables = 0;
+    uint32_t n_choices = 0, n_tables = 0, n_rings = 0;
     for (uint32_t at = 0; at < s->n_running; at++) {
         CHECK(s->choices[s->running[at]].state == CHOICE_RUNNING || s->choices[s->running[at]].state == CHOICE_LINGERING);
         CHECK(!seen[s->running[at]]++);
@@ -57,11 +57,13 @@ void scheduler_check(const struct scheduler *s) {
                 live += choice->state != CHOICE_OVER && !choice->silent;
                 dependents += choice->state == CHOICE_UNFORKED || choice->state == CHOICE_FORKING;
                 n_tables += choice->table != NONE;
+                n_rings += choice->ring != 0;
+                CHECK((choice->ring != 0) == (choice->table != NONE && request->asked.needs_ring));
                 check_choice(s, i, owners, users);
             }
             CHECK(live == request->n_live && dependents == request->n_dependents);
         }
-    CHECK(n_choices == s->n_choices && n_tables + s->n_free_tables == s->limits.max_sequences);
+    CHECK(n_choices == s->n_choices && n_tables + s->n_free_tables == s->limits.max_sequences && n_rings + s->n_free_rings == s->limits.n_rings);
     block_pool_check(&s->pool, owners);
     prefix_cache_check(&s->cache, users);
     free(owners);

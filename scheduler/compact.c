@@ -60,6 +60,7 @@ bool scheduler_next_due(struct scheduler *s, struct scheduler_due *due) {
                                       .choice = choice->index,
                                       .n_computed = choice->n_computed,
                                       .n_prompt = asked->n_prompt,
+                                      .ring = choice->ring,
                                       .pressure = was_pressed(choice),
                                       .block_ids = s->tables.ids,
                                       .lane_first = table_lane_first(&s->tables, choice->table),

@@ -28,6 +28,7 @@ struct choice {
     bool preempted; /* has run before */
     bool evicted;   /* a slot of the table was evicted: it no longer matches the prefix cache */
     uint32_t table; /* NONE: none */
+    uint32_t ring;  /* 0: none */
     uint32_t n_tokens, n_computed;
     uint32_t handled_at; /* n_computed of the last point dealt with; NONE: none in this life of the table */
     uint32_t seen_max;   /* the highest n_computed ever compressed at: below it a compaction is a replay */
@@ -71,6 +72,7 @@ struct scheduler {
     uint32_t *waiting; /* unordered */
     uint32_t n_waiting;
     uint32_t *free_tables, n_free_tables;
+    uint32_t *free_rings, n_free_rings;
 
     uint32_t *copy_source, *copy_destination; /* [max_sequences * n_lanes] of the plan; each source has one more owner until the commit */
     uint32_t n_copies;
@@ -103,6 +105,7 @@ uint32_t waiting_head(struct scheduler *s); /* index in waiting, or NONE */
 uint32_t request_find(struct scheduler *s, uint64_t id);
 
 /* life.c */
+bool choice_take_table(struct scheduler *s, uint32_t choice); /* and a ring where the request needs one; false: there is none */
 void choice_give_table(struct scheduler *s, uint32_t choice); /* blocks and prefix chain go back */
 void choice_leave_chain(struct scheduler *s, uint32_t choice);
 void choice_preempt(struct scheduler *s, uint32_t choice);

@@ -14,6 +14,16 @@ void choice_leave_chain(struct scheduler *s, uint32_t i) {
     choice->joins = false;
 }
 
+bool choice_take_table(struct scheduler *s, uint32_t i) {
+    struct choice *choice = &s->choices[i];
+    bool needs_ring = request_of(s, choice)->asked.needs_ring;
+    CHECK(choice->table == NONE && choice->ring == 0);
+    if (s->n_free_tables == 0 || (needs_ring && s->n_free_rings == 0)) return false;
+    choice->table = s->free_tables[--s->n_free_tables];
+    if (needs_ring) choice->ring = s->free_rings[--s->n_free_rings];
+    return true;
+}
+
 void choice_give_table(struct scheduler *s, uint32_t i) {
     struct choice *choice = &s->choices[i];
     CHECK(choice->table != NONE);
@@ -21,6 +31,8 @@ void choice_give_table(struct scheduler *s, uint32_t i) {
     table_clear(&s->tables, choice->table);
     s->free_tables[s->n_free_tables++] = choice->table;
     choice->table = NONE;
+    if (choice->ring) s->free_rings[s->n_free_rings++] = choice->ring;
+    choice->ring = 0;
     choice->n_computed = 0;
     choice->handled_at = NONE;
     choice->evicted = false;

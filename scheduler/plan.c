@@ -33,6 +33,7 @@ static void add_entry(struct builder *b, uint32_t i, uint32_t n_rows) {
                                  .n_samples = reaches ? samples_at_end(s, choice) : 0,
                                  .cached_tokens = choice->cached_tokens,
                                  .first_run = !request->started,
+                                 .ring = choice->ring,
                                  .lane_first = table_lane_first(&s->tables, choice->table),
                                  .lane_tokens = table_lane_tokens(&s->tables, choice->table)};
     s->entry_choice[s->plan.n_entries++] = i;
@@ -190,7 +191,7 @@ static void take_hit(struct scheduler *s, struct choice *choice, struct hit hit)
 static bool admit(struct builder *b) {
     struct scheduler *s = b->s;
     uint32_t head = waiting_head(s);
-    if (head == NONE || s->n_free_tables == 0) return false;
+    if (head == NONE) return false;
     uint32_t i = s->waiting[head];
     struct choice *choice = &s->choices[i];
     struct hit hit = find_hit(s, choice);
@@ -198,9 +199,9 @@ static bool admit(struct builder *b) {
     needed = (needed > hits ? needed - hits : 0) + hit.cached_only;
     uint64_t available = (uint64_t)s->pool.n_free + s->pool.n_cached, spoken_for = promised(s) + s->limits.watermark_blocks;
     if (s->n_running > 0 && needed + spoken_for > available) return false; /* alone it always fits: the caller refused what does not */
+    if (!choice_take_table(s, i)) return false;
     s->stats.admissions_by_compression += s->freed_since_plan > 0 && needed + spoken_for > available - s->freed_since_plan;
     waiting_remove(s, i);
-    choice->table = s->free_tables[--s->n_free_tables];
     choice->state = CHOICE_RUNNING;
     choice->joins = s->limits.prefix_cache && !request_of(s, choice)->asked.private;
     take_hit(s, choice, hit);
@@ -220,8 +221,7 @@ static bool fork_one(struct scheduler *s, uint32_t from, uint32_t to) {
     struct choice *choice = &s->choices[to];
     uint32_t partial = 0;
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) partial += table_lane_tokens(&s->tables, leader->table)[lane] % BLOCK_TOKENS != 0;
-    if (s->n_free_tables == 0 || !blocks_available(s, partial)) return false;
-    choice->table = s->free_tables[--s->n_free_tables];
+    if (request_of(s, leader)->asked.private || !blocks_available(s, partial) || !choice_take_table(s, to)) return false;
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
         uint32_t tokens = table_lane_tokens(&s->tables, leader->table)[lane], full = tokens / BLOCK_TOKENS;
         const uint32_t *ids = table_lane_ids(&s->tables, leader->table, lane);

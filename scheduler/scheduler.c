@@ -19,6 +19,7 @@ struct scheduler *scheduler_new(const struct scheduler_limits *limits) {
     s->running = check_calloc(limits->max_sequences, sizeof *s->running);
     s->waiting = check_calloc(limits->max_choices, sizeof *s->waiting);
     s->free_tables = check_calloc(limits->max_sequences, sizeof *s->free_tables);
+    s->free_rings = check_calloc(limits->n_rings ? limits->n_rings : 1, sizeof *s->free_rings);
     s->copy_source = check_calloc((size_t)limits->max_sequences * limits->n_lanes, sizeof *s->copy_source);
     s->copy_destination = check_calloc((size_t)limits->max_sequences * limits->n_lanes, sizeof *s->copy_destination);
     s->entries = check_calloc(limits->max_sequences, sizeof *s->entries);
@@ -36,6 +37,7 @@ struct scheduler *scheduler_new(const struct scheduler_limits *limits) {
         s->free_request = s->free_choice = i;
     }
     for (uint32_t i = 0; i < limits->max_sequences; i++) s->free_tables[s->n_free_tables++] = limits->max_sequences - 1 - i;
+    for (uint32_t ring = limits->n_rings; ring > 0; ring--) s->free_rings[s->n_free_rings++] = ring;
     return s;
 }
 
@@ -49,6 +51,7 @@ void scheduler_free(struct scheduler *s) {
     free(s->running);
     free(s->waiting);
     free(s->free_tables);
+    free(s->free_rings);
     free(s->copy_source);
     free(s->copy_destination);
     free(s->entries);
@@ -95,6 +98,7 @@ bool scheduler_add(struct scheduler *s, const struct scheduler_request *asked) {
     CHECK(asked->n_candidates >= 1 && asked->n_prompt >= 1 && asked->n_candidates <= s->limits.max_samples);
     bool bounded = asked->private && asked->peak_tokens > 0; /* lanes stay short however long the sequence gets */
     CHECK(asked->n_prompt <= s->limits.max_model_len && asked->max_new <= (bounded ? INT32_MAX : s->limits.max_model_len) - asked->n_prompt);
+    CHECK(!asked->needs_ring || s->limits.n_rings > 0);
     if (asked->n_candidates > s->limits.max_choices - s->n_choices) return false;
     uint32_t i = s->free_request;
     struct request *request = &s->requests[i];
@@ -126,6 +130,19 @@ bool scheduler_abort(struct scheduler *s, uint64_t id, uint32_t index) {
     choice_end(s, i);
     request_settle(s, request);
     return true;
+}
+
+bool scheduler_lanes(const struct scheduler *scheduler, uint64_t id, uint32_t index, const uint32_t **lane_tokens, uint32_t *n_computed) {
+    struct scheduler *s = (struct scheduler *)(uintptr_t)scheduler;
+    uint32_t request = request_find(s, id);
+    if (request == NONE) return false;
+    for (uint32_t i = s->requests[request].first_choice; i != NONE; i = s->choices[i].next) {
+        if (s->choices[i].index != index || s->choices[i].table == NONE) continue;
+        *lane_tokens = table_lane_tokens(&s->tables, s->choices[i].table);
+        *n_computed = s->choices[i].n_computed;
+        return true;
+    }
+    return false;
 }
 
 void scheduler_drop_prefix_cache(struct scheduler *s) { prefix_cache_clear_idle(&s->cache); }

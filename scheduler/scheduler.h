@@ -42,6 +42,7 @@ struct scheduler_limits {
     struct step_cost cost;
     double step_budget_us;      /* a plan stays under it unless its decode rows alone exceed it; at least one chunk of BLOCK_TOKENS rows always fits in */
     uint32_t watermark_blocks;  /* left free by admission */
+    uint32_t n_rings;           /* query rings that sequences may hold (kernels/); ids 1..n_rings */
     bool prefix_cache;
     uint64_t hash_seed;
 };
@@ -65,7 +66,8 @@ struct scheduler_request {
     uint64_t cache_scope;      /* prefix cache entries are shared within a scope only */
     struct scheduler_points points;
     uint32_t peak_tokens;      /* the most slots a lane holds on average, once the prompt is compressed, or from the start if points.reading; 0: no bound */
-    bool private;              /* its blocks are never shared with the prefix cache, in neither direction; with peak_tokens its length is not bound by max_model_len */
+    bool needs_ring;           /* holds a query ring while it has blocks; not admitted without one */
+    bool private;              /* its blocks are never shared: neither with the prefix cache nor by forks, which read the prompt themselves; with peak_tokens its length is not bound by max_model_len */
     uint32_t first_needed_row; /* rows from here on must be computed, whatever the cache holds (0: no hit; UINT32_MAX: only the last one) */
 };
 
@@ -78,6 +80,7 @@ struct plan_entry {
     uint32_t n_samples;            /* 0 while catching up; 1; or n_candidates in the step that ends the prompt of choice 0 */
     uint32_t cached_tokens;        /* taken from the prefix cache at the latest admission */
     bool first_run;                /* the request's first rows ever are in this step */
+    uint32_t ring;                 /* 0: none */
     const uint32_t *lane_first;    /* [n_lanes] index in plan.block_ids of the lane's first block */
     const uint32_t *lane_tokens;   /* [n_lanes] slots filled before this step */
 };
@@ -137,7 +140,7 @@ struct scheduler_due {
     void *owner;
     uint64_t request_id;
     uint32_t choice;
-    uint32_t n_computed, n_prompt;
+    uint32_t n_computed, n_prompt, ring;
     bool pressure;               /* not at a point of its own: scheduler_press asked for it, now or before it was preempted */
     const uint32_t *block_ids;   /* the table arena */
     const uint32_t *lane_first, *lane_tokens; /* as in plan_entry */
@@ -171,6 +174,9 @@ bool scheduler_own_first(struct scheduler *scheduler, const struct scheduler_due
 bool scheduler_press(struct scheduler *scheduler, bool (*may)(void *context, void *owner), void *context);
 /* While set, nothing new is admitted (preempted sequences are). */
 void scheduler_hold_admission(struct scheduler *scheduler, bool hold);
+
+/* Between steps: how a choice that holds blocks stands. false: it holds none. */
+bool scheduler_lanes(const struct scheduler *scheduler, uint64_t id, uint32_t choice, const uint32_t **lane_tokens, uint32_t *n_computed);
 
 /* Gives back what the prefix cache holds (tests, memory pressure). */
 void scheduler_drop_prefix_cache(struct scheduler *scheduler);

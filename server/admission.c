@@ -90,6 +90,8 @@ static void make_job(struct serving *serving, uint32_t prompt, uint64_t now) {
         .arrival_ns = now,
         .cache_scope = cache_scope(serving),
         .prompt_results = job->results,
+        .kv = completion->kv,
+        .measure_hits = completion->kv_wish.report && compression_needs_ring(&completion->kv),
         .owner = job,
     };
 }
@@ -114,6 +116,21 @@ static bool charge_results(struct serving *serving, struct api_error *error) {
     }
     serving->result_bytes = bytes;
     serving->server->prompt_result_bytes += bytes;
+    return true;
+}
+
+/* Only where the cache was sized for prompts that are compressed while they are read. */
+static bool cache_can_hold(struct serving *serving, struct api_error *error) {
+    const struct completion *completion = &serving->completion;
+    for (uint32_t i = 0; i < completion->n_prompts; i++) {
+        uint32_t n_prompt = (uint32_t)completion->prompts[i].tokens.count;
+        if (engine_can_hold(serving->server->model.engine, &completion->kv, n_prompt, completion->max_tokens)) continue;
+        api_error_set(
+            error, 400, "invalid_request_error", "context_length_exceeded", "prompt",
+            "The cache does not hold %u tokens of one sequence under the policy %s; ask for fewer, or for a policy that compresses while reading.",
+            n_prompt + completion->max_tokens, completion->kv.policy->name);
+        return false;
+    }
     return true;
 }
 
@@ -157,7 +174,7 @@ static void admit(struct serving *serving) {
         serving_fail(serving, &serving->error);
         return;
     }
-    if (!server_takes_requests(server, &error) || !charge_results(serving, &error)) {
+    if (!server_takes_requests(server, &error) || !cache_can_hold(serving, &error) || !charge_results(serving, &error)) {
         serving_fail(serving, &error);
         return;
     }

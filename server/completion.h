@@ -20,7 +20,8 @@
 struct completion_limits {
     const char *served_name;
     const struct tokenizer *tokenizer;
-    uint32_t max_model_len, max_prompts, max_choices, max_logprobs;
+    uint32_t max_model_len, max_stream_tokens, max_prompts, max_choices, max_logprobs;
+    const struct config *compression; /* its [compression] part alone is read, which no reload changes; outlives the request */
 };
 
 struct completion_prompt {
@@ -42,6 +43,8 @@ struct completion {
     int32_t logprobs;        /* -1: none */
     int64_t truncate_prompt; /* 0: no; -1: to what fits; else keep the last so many */
     int32_t priority;
+    struct kv_wish kv_wish; /* "kv": what is asked of compression, */
+    struct kv_plan kv;      /* and what is granted */
     bool seed_given;
     struct sampling sampling; /* n_top, banned and (without seed_given) seed are filled by the caller */
     struct logit_bias *bias;

@@ -318,6 +318,63 @@ static bool read_frequency(struct parse *parse, const char *name, uint32_t node)
     return field_number(&parse->fields, name, node, -2, 2, &parse->completion->sampling.frequency_penalty);
 }
 
+/* ---- what is not known ---- */
+
+static void note_ignored(struct completion *completion, const char *key, size_t length) {
+    size_t used = strlen(completion->ignored);
+    /* The name is the client's: only what is harmless in a log line. */
+    char name[33];
+    size_t n = 0;
+    for (size_t i = 0; i < length && n < sizeof name - 1; i++)
+        name[n++] =
+            (key[i] >= '0' && key[i] <= '9') || (key[i] >= 'a' && key[i] <= 'z') || (key[i] >= 'A' && key[i] <= 'Z') || key[i] == '_' ? key[i] : '?';
+    name[n] = '\0';
+    (void)snprintf(completion->ignored + used, sizeof completion->ignored - used, "%s%s", used ? "," : "", name);
+}
+
+/* ---- kv: compression ---- */
+
+static bool read_kv_field(struct parse *parse, uint32_t key) {
+    const struct json_document *document = &parse->fields.document;
+    struct kv_wish *wish = &parse->completion->kv_wish;
+    if (json_string_equals(document, key, "policy")) {
+        const struct json_node *json = node_at(parse, key + 1);
+        if (json->type == JSON_NULL) return true;
+        if (json->type != JSON_STRING) return field_fail(&parse->fields, "kv.policy", "kv.policy must be a string, not %s.", field_type_name(json));
+        struct buffer name = {0};
+        json_string_append(document, key + 1, &name);
+        size_t length = name.length < sizeof wish->policy - 1 ? name.length : sizeof wish->policy - 1;
+        if (length) memcpy(wish->policy, name.bytes, length);
+        wish->policy[length] = '\0';
+        buffer_done(&name);
+        return length > 0 || field_fail(&parse->fields, "kv.policy", "kv.policy must not be empty; there are %s.", policy_names());
+    }
+    if (json_string_equals(document, key, "budget_tokens")) return to_count(parse, "kv.budget_tokens", key + 1, 1, INT32_MAX, &wish->budget_tokens);
+    if (json_string_equals(document, key, "protect_tokens"))
+        return to_count(parse, "kv.protect_tokens", key + 1, 0, INT32_MAX, &wish->protect_tokens);
+    if (json_string_equals(document, key, "report")) return field_bool(&parse->fields, "kv.report", key + 1, &wish->report);
+    if (json_string_equals(document, key, "keep_ratio")) {
+        float ratio = 0;
+        if (!field_number(&parse->fields, "kv.keep_ratio", key + 1, 0, 1, &ratio)) return false;
+        if (ratio <= 0 && node_at(parse, key + 1)->type != JSON_NULL)
+            return field_fail(&parse->fields, "kv.keep_ratio", "kv.keep_ratio must be greater than 0 and at most 1.");
+        wish->keep_ratio = (double)ratio;
+        return true;
+    }
+    const struct json_node *name = node_at(parse, key);
+    note_ignored(parse->completion, document->text + name->start, name->length);
+    return true;
+}
+
+static bool read_kv(struct parse *parse, const char *name, uint32_t node) {
+    const struct json_node *json = node_at(parse, node);
+    if (json->type == JSON_NULL) return true;
+    if (json->type != JSON_OBJECT) return field_fail(&parse->fields, name, "kv must be an object, not %s.", field_type_name(json));
+    for (uint32_t key = node + 1; key < json->next; key = node_at(parse, key + 1)->next)
+        if (!read_kv_field(parse, key)) return false;
+    return true;
+}
+
 /* ---- the table ---- */
 
 #define FLAG(field) .flag = offsetof(struct completion, field) + 1
@@ -357,19 +414,8 @@ static const struct {
     {"return_token_ids", FLAG(return_token_ids)},
     {"priority", read_priority, 0},
     {"cache_salt", read_salt, 0},
+    {"kv", read_kv, 0},
 };
-
-static void note_ignored(struct completion *completion, const char *key, size_t length) {
-    size_t used = strlen(completion->ignored);
-    /* The name is the client's: only what is harmless in a log line. */
-    char name[33];
-    size_t n = 0;
-    for (size_t i = 0; i < length && n < sizeof name - 1; i++)
-        name[n++] =
-            (key[i] >= '0' && key[i] <= '9') || (key[i] >= 'a' && key[i] <= 'z') || (key[i] >= 'A' && key[i] <= 'Z') || key[i] == '_' ? key[i] : '?';
-    name[n] = '\0';
-    (void)snprintf(completion->ignored + used, sizeof completion->ignored - used, "%s%s", used ? "," : "", name);
-}
 
 static bool read_fields(struct parse *parse) {
     const struct json_document *document = &parse->fields.document;
@@ -400,6 +446,10 @@ static bool check_together(struct parse *parse) {
     if (parse->have_stream_options && !completion->stream) return field_fail(read, "stream_options", "stream_options needs stream: true.");
     if (completion->min_tokens > completion->max_tokens)
         return field_fail(read, "min_tokens", "min_tokens (%u) must be at most max_tokens (%u).", completion->min_tokens, completion->max_tokens);
+    const char *field = "kv";
+    struct error why;
+    if (!compression_plan(parse->limits->compression, &completion->kv_wish, &completion->kv, &field, &why))
+        return field_fail(read, field, "%s: %s.", field, why.text);
     uint64_t choices = (uint64_t)completion->n_prompts * completion->best_of;
     if (choices > parse->limits->max_choices)
         return field_fail(read, completion->best_of > 1 ? "n" : "prompt",
@@ -447,12 +497,18 @@ void completion_done(struct completion *completion) {
 
 /* ---- prompts ---- */
 
+/* Prompt and answer together. A sequence whose cache stays short may go on beyond the context; its prompt may not. */
+static uint32_t tokens_max(const struct completion *completion, const struct completion_limits *limits) {
+    bool endless = compression_is_on(&completion->kv) && completion->kv.policy->shifts_sinks && completion->kv.target.budget_tokens;
+    return endless && limits->max_stream_tokens > limits->max_model_len ? limits->max_stream_tokens : limits->max_model_len;
+}
+
 static bool too_long(const struct completion *completion, size_t n_prompt, const struct completion_limits *limits, struct api_error *error) {
     api_error_set(
         error, 400, "invalid_request_error", "context_length_exceeded", "prompt",
         "This model's maximum context length is %u tokens. However, you requested %zu tokens (%zu in the prompt, %u for the completion). Please "
         "shorten the prompt or the completion.",
-        limits->max_model_len, n_prompt + completion->max_tokens, n_prompt, completion->max_tokens);
+        tokens_max(completion, limits), n_prompt + completion->max_tokens, n_prompt, completion->max_tokens);
     return false;
 }
 
@@ -493,7 +549,8 @@ bool completion_tokenize(struct completion *completion, const struct completion_
     if (!completion->max_tokens_given && longest < limits->max_model_len && longest + completion->max_tokens > limits->max_model_len &&
         completion->min_tokens <= limits->max_model_len - longest)
         completion->max_tokens = limits->max_model_len - (uint32_t)longest;
-    if (longest + completion->max_tokens > limits->max_model_len) return too_long(completion, longest, limits, error);
+    if (longest > limits->max_model_len || longest + completion->max_tokens > tokens_max(completion, limits))
+        return too_long(completion, longest, limits, error);
     total = (total + (uint64_t)completion->n_prompts * completion->max_tokens) * completion->best_of;
     if (total > limit) {
         api_error_set(error, 400, "invalid_request_error", NULL, "prompt",

@@ -190,8 +190,48 @@ void write_answer_choice(struct json_writer *json, const struct answer_head *hea
     write_choice(json, head, index, choice, piece, true);
 }
 
-void write_answer_end(struct json_writer *json, const struct answer_head *head, const struct usage *usage) {
+static void write_kv(struct json_writer *json, const struct kv_answer *kv) {
+    const struct kv_report *report = &kv->report;
+    const struct {
+        const char *key;
+        uint64_t value;
+    } counts[] = {{"tokens_seen", report->tokens_seen},
+                  {"slots_kept", report->slots_kept},
+                  {"slots_evicted", report->slots_evicted},
+                  {"blocks", report->blocks},
+                  {"bytes", kv->bytes}};
+    json_object(json);
+    json_key(json, "policy");
+    json_text(json, kv->policy);
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        json_key(json, counts[i].key);
+        json_unsigned(json, counts[i].value);
+    }
+    json_key(json, "heads");
+    json_object(json);
+    json_key(json, "min");
+    json_unsigned(json, report->head_min);
+    json_key(json, "median");
+    json_unsigned(json, report->head_median);
+    json_key(json, "max");
+    json_unsigned(json, report->head_max);
+    json_object_end(json);
+    json_key(json, "hit_rate");
+    if (report->hits_all > 0)
+        json_double(json, report->hits_kept / report->hits_all);
+    else
+        json_null(json);
+    json_key(json, "pressure_compressions");
+    json_unsigned(json, report->pressure_compressions);
+    json_object_end(json);
+}
+
+void write_answer_end(struct json_writer *json, const struct answer_head *head, const struct usage *usage, const struct kv_answer *kv) {
     json_array_end(json);
+    if (kv) {
+        json_key(json, "kv");
+        write_kv(json, kv);
+    }
     if (usage) {
         json_key(json, "usage");
         write_usage(json, usage);
@@ -209,15 +249,15 @@ void write_chunk(struct buffer *out, const struct answer_head *head, uint32_t in
     buffer_append_text(out, "data: ");
     write_answer_begin(&json, head, out);
     write_choice(&json, head, index, choice, piece, first);
-    write_answer_end(&json, head, usage);
+    write_answer_end(&json, head, usage, NULL);
     buffer_append_text(out, "\n\n");
 }
 
-void write_usage_chunk(struct buffer *out, const struct answer_head *head, const struct usage *usage) {
+void write_last_chunk(struct buffer *out, const struct answer_head *head, const struct usage *usage, const struct kv_answer *kv) {
     struct json_writer json;
     buffer_append_text(out, "data: ");
     write_answer_begin(&json, head, out);
-    write_answer_end(&json, head, usage);
+    write_answer_end(&json, head, usage, kv);
     buffer_append_text(out, "\n\n");
 }
 

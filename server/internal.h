@@ -25,6 +25,7 @@ struct server {
     uv_loop_t loop;
     const struct server_setup *setup;
     struct config config;
+    struct config config_at_start; /* for what no reload changes; workers read it */
     struct http *http;
     struct keys keys;
     struct metrics metrics;

@@ -24,7 +24,7 @@ static bool is_space(char c) { return c == ' ' || c == '\t' || c == '\r'; }
 static enum status read_file(const char *path, char **text, size_t *length, struct error *error) {
     int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     struct stat info;
-    if (file < 0) return error_set(error, STATUS_IO, "%s: %s", path, strerror(errno));
+    if (file < 0) return error_set(error, STATUS_INVALID, "%s: %s", path, strerror(errno));
     if (fstat(file, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size > KEY_FILE_BYTES_MAX) {
         (void)close(file);
         return error_set(error, STATUS_INVALID, "%s: not a regular file of at most 1 MiB", path);

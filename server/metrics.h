@@ -38,7 +38,7 @@ enum metric_finish { METRIC_STOP, METRIC_LENGTH, METRIC_ABORT, METRIC_ERROR, MET
 struct metrics {
     struct histogram histograms[METRIC_HISTOGRAMS];
     uint64_t finishes[METRIC_FINISHES];
-    uint64_t prompt_tokens, cached_tokens, generation_tokens; /* of ended choices' requests; tokens as they came */
+    uint64_t prompt_tokens, cached_tokens, generation_tokens; /* as usage counts them */
     uint64_t answers[METRIC_ROUTES][METRIC_CODES];
     uint64_t rejected_queue, rejected_key, rejected_not_ready, client_gone, timeouts;
     double bounds[48]; /* 1-2-5 series up to max_model_len */

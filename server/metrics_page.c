@@ -156,6 +156,36 @@ static void engine_metrics(struct page *page, const struct metrics_view *view) {
            (double)engine->generation_tokens);
 }
 
+static void compression_metrics(struct page *page, const struct metrics_view *view) {
+    const struct engine_stats *engine = &view->engine;
+    char labels[96];
+    head(page, "kvasir_compressions_total", "counter", "Sequences whose KV cache was cut, by policy and by what set it off.");
+    for (uint32_t p = 1; p < policy_count() && p < ENGINE_POLICIES_MAX; p++)
+        for (uint32_t t = 0; t < TRIGGER_KINDS; t++) {
+            if (!(policies[p]->triggers & 1u << t) && engine->compressions[p][t] == 0) continue;
+            (void)snprintf(labels, sizeof labels, ",policy=\"%s\",trigger=\"%s\"", policies[p]->name,
+                           policy_trigger_name((enum policy_trigger)(1u << t)));
+            sample(page, "kvasir_compressions_total", labels, (double)engine->compressions[p][t]);
+        }
+    single(page, "kvasir_compression_seconds_total", "counter", "Time in scoring, choosing and moving.", (double)engine->compression_ns / 1e9);
+    single(page, "kvasir_kv_slots_kept_total", "counter", "Cached tokens of a head that compressions kept.", (double)engine->slots_kept);
+    single(page, "kvasir_kv_slots_evicted_total", "counter", "Cached tokens of a head that compressions evicted.", (double)engine->slots_evicted);
+    single(page, "kvasir_kv_blocks_freed_total", "counter", "Blocks that compressions gave back.", (double)engine->kv_blocks_freed);
+    single(page, "kvasir_kv_bytes_saved_total", "counter", "Memory of those blocks.", (double)engine->kv_blocks_freed * (double)engine->block_bytes);
+    uint64_t seen = engine->slots_kept + engine->slots_evicted;
+    single(page, "kvasir_kv_compression_ratio", "gauge", "Cached tokens before compressions over those after, since the start; 1: nothing evicted.",
+           engine->slots_kept ? (double)seen / (double)engine->slots_kept : 1);
+    single(page, "kvasir_admissions_by_compression_total", "counter",
+           "Admissions for which the free blocks would not have sufficed without those that the same step's compression freed.",
+           (double)engine->admissions_by_compression);
+    head(page, "kvasir_kv_layer_slots_kept_total", "counter",
+         "Cached tokens of a head that compressions kept, by layer; the last layer shown stands for all above.");
+    for (uint32_t layer = 0; layer < engine->n_layers && layer < ENGINE_LAYERS_MAX; layer++) {
+        (void)snprintf(labels, sizeof labels, ",layer=\"%u\"", layer);
+        sample(page, "kvasir_kv_layer_slots_kept_total", labels, (double)engine->layer_kept[layer]);
+    }
+}
+
 static void request_metrics(struct page *page, const struct metrics *metrics, const struct metrics_view *view) {
     single(page, "kvasir_prompt_tokens_total", "counter", "Prompt tokens of requests, cached ones among them.", (double)metrics->prompt_tokens);
     single(page, "kvasir_prompt_tokens_cached_total", "counter", "Prompt tokens that came from the prefix cache.", (double)metrics->cached_tokens);
@@ -237,6 +267,7 @@ void metrics_page(struct buffer *out, const struct metrics *metrics, const struc
     escape(name, sizeof name, view->model_name);
     (void)snprintf(page.labels, sizeof page.labels, "model_name=\"%s\"", name);
     engine_metrics(&page, view);
+    compression_metrics(&page, view);
     request_metrics(&page, metrics, view);
     process_metrics(&page, view);
     if (view->vllm_names) vllm_metrics(&page, metrics, view);

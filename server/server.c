@@ -27,6 +27,8 @@ struct completion_limits server_limits(const struct server *server) {
         .served_name = server->model.served_name,
         .tokenizer = server->model.tokenizer,
         .max_model_len = plan->max_model_len,
+        .max_stream_tokens = plan->max_stream_tokens,
+        .compression = &server->config_at_start,
         .max_prompts = server->config.max_prompts,
         .max_choices = max_choices,
         .max_logprobs = server->config.max_logprobs < SAMPLE_TOP_MAX ? server->config.max_logprobs : SAMPLE_TOP_MAX,
@@ -301,7 +303,7 @@ enum status server_run(const struct server_setup *setup, struct error *error) {
     struct server *server = check_calloc(1, sizeof *server);
     uv_timeval64_t wall;
     server->setup = setup;
-    server->config = *setup->config;
+    server->config = server->config_at_start = *setup->config;
     (void)uv_gettimeofday(&wall);
     server->started_at = wall.tv_sec;
     server->start_time = (double)wall.tv_sec + (double)wall.tv_usec / 1e6;

@@ -89,7 +89,7 @@ static void note(struct serving *serving) {
     for (uint32_t i = 0; i < serving->completion.n_prompts; i++) prompt += serving->completion.prompts[i].tokens.count;
     for (uint32_t i = 0; i < serving->n_choices; i++) {
         const struct choice *choice = &serving->choices[i];
-        generated += choice->n_tokens;
+        generated += choice->n_events;
         preemptions += choice->preemptions;
         if (choice->candidate == 0) cached += choice->cached;
         (void)snprintf(finish, sizeof finish, "%s",
@@ -169,6 +169,32 @@ static int by_mean(const void *a, const void *b) {
     return (left->choice > right->choice) - (left->choice < right->choice); /* the earlier candidate */
 }
 
+/* Every choice is said, and (if a report is asked for, which the engine completes with its last event) the engine is done. */
+static bool is_complete(const struct serving *serving) {
+    return serving->n_unclosed == 0 && (serving->n_unended == 0 || !serving->completion.kv_wish.report);
+}
+
+static const struct kv_answer *kv_of(const struct serving *serving, struct kv_answer *answer) {
+    if (!serving->completion.kv_wish.report) return NULL;
+    *answer = (struct kv_answer){.policy = serving->completion.kv.policy->name};
+    struct kv_report *sum = &answer->report;
+    for (uint32_t p = 0; p < serving->completion.n_prompts; p++) {
+        const struct kv_report *one = &serving->jobs[p].request.kv_report;
+        if (one->tokens_seen && (sum->tokens_seen == 0 || one->head_min < sum->head_min)) sum->head_min = one->head_min;
+        if (one->head_max > sum->head_max) sum->head_max = one->head_max;
+        if (p == serving->completion.n_prompts / 2) sum->head_median = one->head_median;
+        sum->tokens_seen += one->tokens_seen;
+        sum->slots_kept += one->slots_kept;
+        sum->slots_evicted += one->slots_evicted;
+        sum->blocks += one->blocks;
+        sum->hits_kept += one->hits_kept;
+        sum->hits_all += one->hits_all;
+        sum->pressure_compressions += one->pressure_compressions;
+    }
+    answer->bytes = sum->blocks * engine_limits(serving->server->model.engine)->block_bytes;
+    return answer;
+}
+
 static void answer_whole(struct serving *serving) {
     const struct completion *completion = &serving->completion;
     struct answer_head head = head_of(serving);
@@ -186,7 +212,8 @@ static void answer_whole(struct serving *serving) {
             usage.completion_tokens += order[j].choice->n_tokens;
         }
     }
-    write_answer_end(&json, &head, &usage);
+    struct kv_answer kv;
+    write_answer_end(&json, &head, &usage, kv_of(serving, &kv));
     free(order);
     note(serving);
     serving->answered = serving->ended = true;
@@ -201,8 +228,8 @@ static void close_if_done(struct serving *serving, struct choice *choice) {
     if (!choice->ended) engine_abort(serving->server->model.engine, serving->jobs[choice->prompt].request.id, choice->candidate);
 }
 
-/* What a stop string drops is not counted: the counter says what usage says. */
-static void next_token(struct serving *serving, struct choice *choice, struct piece *piece) {
+/* Counted as usage counts: what a stop string dropped is not. */
+static void advance(struct serving *serving, struct choice *choice, struct piece *piece) {
     uint32_t before = choice->n_tokens;
     choice_next(choice, piece);
     serving->server->metrics.generation_tokens += choice->n_tokens - before;
@@ -216,7 +243,7 @@ static void produce_token(struct serving *serving, struct choice *choice, struct
     bool first = choice->n_tokens == 0;
     piece_clear(piece);
     echo(serving, choice, piece);
-    next_token(serving, choice, piece);
+    advance(serving, choice, piece);
     close_if_done(serving, choice);
     bool silent = piece->text.length == 0 && !choice->closed && completion->logprobs < 0 && !completion->return_token_ids;
     if (silent) return;
@@ -235,12 +262,14 @@ static enum produced produce(void *owner, struct buffer *out) {
     if (serving->n_choices) serving->next_choice = (serving->next_choice + 1) % serving->n_choices;
     if (serving->failed) {
         write_error_chunk(out, &serving->error);
-    } else if (serving->n_unclosed == 0) {
+    } else if (is_complete(serving)) {
         struct answer_head head = head_of(serving);
         struct usage usage = usage_of(serving, false);
-        if (serving->completion.include_usage) write_usage_chunk(out, &head, &usage);
+        struct kv_answer kv;
+        if (serving->completion.include_usage || serving->completion.kv_wish.report)
+            write_last_chunk(out, &head, serving->completion.include_usage ? &usage : NULL, kv_of(serving, &kv));
     }
-    if (serving->failed || serving->n_unclosed == 0) {
+    if (serving->failed || is_complete(serving)) {
         note(serving);
         serving->ended = serving->done_sent = true;
         write_done(out);
@@ -323,10 +352,10 @@ static void progress_whole(struct serving *serving) {
         struct choice *choice = &serving->choices[i];
         if (!choice_ready(choice)) continue;
         echo(serving, choice, &serving->pieces[i]);
-        while (choice_ready(choice)) next_token(serving, choice, &serving->pieces[i]);
+        while (choice_ready(choice)) advance(serving, choice, &serving->pieces[i]);
         close_if_done(serving, choice);
     }
-    if (serving->n_unclosed == 0) answer_whole(serving);
+    if (is_complete(serving)) answer_whole(serving);
 }
 
 void serving_poll(struct server *server) {

@@ -65,7 +65,16 @@ static void check_tree(const struct json_document *document) {
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static struct tokenizer *tokenizer;
     if (!tokenizer) tokenizer = tokenizer_byte_level(VOCABULARY);
-    const struct completion_limits limits = {"m", tokenizer, CONTEXT, 8, 16, 20};
+    static struct config config;
+    config_defaults(&config);
+    const struct completion_limits limits = {.served_name = "m",
+                                             .tokenizer = tokenizer,
+                                             .max_model_len = CONTEXT,
+                                             .max_stream_tokens = CONTEXT,
+                                             .max_prompts = 8,
+                                             .max_choices = 16,
+                                             .max_logprobs = 20,
+                                             .compression = &config};
     const char *body = (const char *)data;
     struct json_document document;
     struct json_failure failure;

@@ -108,6 +108,7 @@ static void draw_limits(struct sim *sim) {
                                             .cost = {.fixed_us = 10, .per_row_us = 1, .per_row_context_us = 0.01},
                                             .step_budget_us = 20 + random_below(r, 200),
                                             .watermark_blocks = random_below(r, 1 + blocks / 20),
+                                            .n_rings = 1 + random_below(r, 8),
                                             .prefix_cache = random_below(r, 4) != 0,
                                             .hash_seed = sim->seed};
 }
@@ -150,6 +151,7 @@ static void add_request(struct sim *sim) {
             .prompt_end = random_below(r, 4) != 0, .growing = 1 + random_below(r, 24), .reading = random_below(r, 4) ? 0 : 8 + random_below(r, 64)};
         asked.peak_tokens = asked.points.reading ? 0 : 8 + random_below(r, 64);
         asked.private = request->drops;
+        asked.needs_ring = random_below(r, 2);
     }
     if (!scheduler_add(sim->scheduler, &asked)) {
         request->live = false;

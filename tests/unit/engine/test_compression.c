@@ -99,25 +99,43 @@ static void test_settings_that_make_no_sense(void **state) {
     }
 }
 
+static void expect_points(struct kv_plan plan, uint32_t reading, bool prompt_end, uint32_t growing) {
+    struct scheduler_points points = compression_points(&plan);
+    assert_int_equal(points.reading, reading);
+    assert_int_equal(points.prompt_end, prompt_end);
+    assert_int_equal(points.growing, growing);
+}
+
 static void test_points(void **state) {
     (void)state;
     struct config config = defaults();
-    struct kv_plan plan = granted(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 64});
-    assert_int_equal(compression_next_point(&plan, 0, 100, 64), 100);
-    assert_int_equal(compression_next_point(&plan, 99, 100, 64), 100);
-    assert_int_equal(compression_next_point(&plan, 100, 100, 64), 132);
-    assert_int_equal(compression_next_point(&plan, 131, 100, 64), 132);
-    assert_int_equal(compression_next_point(&plan, 132, 100, 64), 164);
-    plan = granted(&config, (struct kv_wish){.policy = "snapkv", .keep_ratio = 0.5});
-    assert_int_equal(compression_next_point(&plan, 100, 100, 64), UINT32_MAX);
-    plan = granted(&config, (struct kv_wish){.policy = "h2o", .keep_ratio = 0.5});
-    assert_int_equal(compression_next_point(&plan, 100, 100, 64), 132);
+    expect_points(granted(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 64}), 0, true, 32);
+    expect_points(granted(&config, (struct kv_wish){.policy = "snapkv", .keep_ratio = 0.5}), 0, true, 0);
+    expect_points(granted(&config, (struct kv_wish){.policy = "h2o", .keep_ratio = 0.5}), 0, true, 32);
+    expect_points(granted(&config, (struct kv_wish){.policy = "none"}), 0, false, 0);
     config.compress_while_reading = true;
-    plan = granted(&config, (struct kv_wish){.policy = "keydiff", .budget_tokens = 64});
-    assert_int_equal(compression_next_point(&plan, 0, 100, 64), 64);
-    assert_int_equal(compression_next_point(&plan, 64, 100, 64), 100);
-    plan = granted(&config, (struct kv_wish){.policy = "none"});
-    assert_int_equal(compression_next_point(&plan, 0, 100, 64), UINT32_MAX);
+    expect_points(granted(&config, (struct kv_wish){.policy = "keydiff", .budget_tokens = 64}), COMPRESSION_READING, true, 32);
+    expect_points(granted(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 64}), 0, true, 32);
+}
+
+static void test_rows(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct kv_plan plan = granted(&config, (struct kv_wish){.policy = "snapkv"});
+    assert_int_equal(compression_first_row(&plan, 100), 68);
+    assert_int_equal(compression_first_row(&plan, 10), 0);
+    assert_int_equal(compression_window(&plan, 100, 100), 32);
+    assert_int_equal(compression_window(&plan, 10, 10), 10);
+    assert_int_equal(compression_window(&plan, 116, 100), 16);
+    assert_int_equal(compression_window(&plan, 164, 100), 32);
+    plan = granted(&config, (struct kv_wish){.policy = "h2o"});
+    assert_int_equal(compression_first_row(&plan, 100), 0);
+    plan = granted(&config, (struct kv_wish){.policy = "keydiff"});
+    assert_int_equal(compression_first_row(&plan, 100), UINT32_MAX);
+    strcpy(config.allowed_policies, "tova");
+    assert_true(compression_may_use(&config, policy_find("tova")));
+    assert_false(compression_may_use(&config, policy_find("h2o")));
+    assert_false(compression_may_use(&config, policy_find("none")));
 }
 
 int main(void) {
@@ -126,6 +144,7 @@ int main(void) {
         cmocka_unit_test(test_operators_limits),
         cmocka_unit_test(test_settings_that_make_no_sense),
         cmocka_unit_test(test_points),
+        cmocka_unit_test(test_rows),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -245,6 +245,10 @@ void engine_stats(const struct engine *engine, struct engine_stats *stats) {
     pthread_mutex_unlock(&locked->mutex);
 }
 
+bool engine_can_hold(const struct engine *engine, const struct kv_plan *kv, uint32_t n_prompt, uint32_t max_new) {
+    (void)kv;
+    return n_prompt + max_new <= engine->plan.max_model_len;
+}
 const struct memory_plan *engine_limits(const struct engine *engine) { return &engine->plan; }
 const char *engine_describe(const struct engine *engine) {
     (void)engine;

@@ -24,8 +24,16 @@ static struct completion_limits limits;
 static int setup(void **state) {
     (void)state;
     tokenizer = tokenizer_byte_level(VOCABULARY);
-    limits = (struct completion_limits){
-        .served_name = "m", .tokenizer = tokenizer, .max_model_len = CONTEXT, .max_prompts = 8, .max_choices = 16, .max_logprobs = 20};
+    static struct config config;
+    config_defaults(&config);
+    limits = (struct completion_limits){.served_name = "m",
+                                        .tokenizer = tokenizer,
+                                        .max_model_len = CONTEXT,
+                                        .max_stream_tokens = 10 * CONTEXT,
+                                        .max_prompts = 8,
+                                        .max_choices = 16,
+                                        .max_logprobs = 20,
+                                        .compression = &config};
     return 0;
 }
 static int teardown(void **state) {
@@ -49,6 +57,21 @@ struct bad {
 static const struct bad bad[] = {
     /* not JSON, not an object */
     {"", NULL, "invalid_json", 0},
+    {"{\"prompt\":\"a\",\"kv\":1}", "kv", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":[]}", "kv", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snap\"}}", "kv.policy", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"\"}}", "kv.policy", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":3}}", "kv.policy", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"budget_tokens\":35}}", "kv.budget_tokens", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"budget_tokens\":0}}", "kv.budget_tokens", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"budget_tokens\":\"64\"}}", "kv.budget_tokens", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"keep_ratio\":0}}", "kv.keep_ratio", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"keep_ratio\":1.01}}", "kv.keep_ratio", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"keep_ratio\":1e999}}", "kv.keep_ratio", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"keep_ratio\":0.5,\"budget_tokens\":64}}", "kv.keep_ratio", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"budget_tokens\":64,\"protect_tokens\":-1}}", "kv.protect_tokens", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"budget_tokens\":64,\"protect_tokens\":50}}", "kv.protect_tokens", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"report\":1}}", "kv.report", NULL, 0},
     {"   ", NULL, "invalid_json", 0},
     {"{", NULL, "invalid_json", 0},
     {"[]", NULL, "invalid_json", 0},

@@ -615,6 +615,7 @@ static void test_queue_full(void **state) {
     assert_non_null(strstr(answer.bytes, "Retry-After: 1"));
     buffer_done(&answer);
     (void)close(fd);
+    FAKE_SET(daemon->engine, max_requests, 64);
     FAKE_SET(daemon->engine, held, false);
     until_metric(daemon, "kvasir_requests_waiting", 0);
     struct answer good = complete(daemon, "{\"prompt\":\"abc\",\"max_tokens\":1}");

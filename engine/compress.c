@@ -1,0 +1,239 @@
+/* Compression between two steps: sequences that wait at a point are scored, their lanes cut, blocks given back; under pressure others are made to wait. Engine thread. What stays is
+ * chosen by the compressor, which blocks may be written and which come free is the scheduler's business, moving is the backend's. Nothing here allocates after init. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "base/clock.h"
+#include "engine/internal.h"
+#include "model/tokenizer.h"
+
+static bool is_punctuation(const char *bytes, size_t length) {
+    for (size_t i = 0; i < length; i++)
+        if (!strchr(" !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\t\r\n", bytes[i]) || bytes[i] == '\0') return false;
+    return length > 0;
+}
+
+static uint8_t *token_classes(const struct tokenizer *tokenizer) {
+    uint32_t n = tokenizer_vocabulary(tokenizer);
+    uint8_t *classes = check_calloc(n, sizeof *classes);
+    for (uint32_t token = 0; token < n; token++) {
+        size_t length;
+        const char *bytes = tokenizer_bytes(tokenizer, (int32_t)token, &length);
+        if (tokenizer_is_special(tokenizer, (int32_t)token))
+            classes[token] = TOKEN_CLASS_SPECIAL;
+        else if (is_punctuation(bytes, length))
+            classes[token] = TOKEN_CLASS_PUNCTUATION;
+    }
+    return classes;
+}
+
+struct compressor_limits compress_limits(const struct memory_plan *plan, const struct program *program) {
+    uint32_t slots = plan->max_model_len;
+    return (struct compressor_limits){.slots_max = slots, .slots_total = (size_t)slots * program_lanes(program)};
+}
+
+uint64_t compress_bytes(const struct memory_plan *plan, const struct program *program) {
+    struct compressor_limits limits = compress_limits(plan, program);
+    return compressor_bytes(program, &limits) + program->n_vocab +
+           (uint64_t)program_lanes(program) * (4 * sizeof(uint32_t) + sizeof(struct compaction));
+}
+
+void compress_init(struct compress *compress, struct backend *backend, const struct config *config, const struct model *model,
+                   const struct memory_plan *plan) {
+    const struct program *program = model_program(model);
+    uint32_t lanes = program_lanes(program);
+    struct compressor_limits limits = compress_limits(plan, program);
+    *compress = (struct compress){.n_lanes = lanes,
+                                  .n_kv_heads = program->n_kv_heads,
+                                  .n_layers = program->n_layers,
+                                  .sink_slots = plan->sink_slots,
+                                  .pressure_high = config->pressure_high,
+                                  .pressure_low = config->pressure_low,
+                                  .classes = token_classes(model_tokenizer(model)),
+                                  .n_keep = check_calloc(lanes, sizeof(uint32_t)),
+                                  .first = check_calloc(lanes, sizeof(uint32_t)),
+                                  .sorted = check_calloc(lanes, sizeof(uint32_t)),
+                                  .items = check_calloc(lanes, sizeof(struct compaction))};
+    limits.classes = compress->classes;
+    compress->compressor = compressor_new(backend, program, &limits);
+}
+
+void compress_done(struct compress *compress) {
+    compressor_free(compress->compressor);
+    free(compress->classes);
+    free(compress->n_keep);
+    free(compress->first);
+    free(compress->sorted);
+    free(compress->items);
+    *compress = (struct compress){0};
+}
+
+static unsigned trigger_bit(const struct scheduler_due *due, const struct kv_plan *kv) {
+    unsigned trigger = TRIGGER_BUDGET;
+    if (due->pressure)
+        trigger = TRIGGER_PRESSURE;
+    else if (due->n_computed <= due->n_prompt && kv->triggers & TRIGGER_PROMPT_END)
+        trigger = TRIGGER_PROMPT_END;
+    return (unsigned)__builtin_ctz(trigger);
+}
+
+static void count(struct engine *engine, const struct scheduler_due *due, const struct kv_plan *kv, const struct compressor_result *result) {
+    struct engine_stats *stats = &engine->stats;
+    stats->compressions[policy_index(kv->policy)][trigger_bit(due, kv)]++;
+    stats->slots_kept += result->n_keep;
+    stats->slots_evicted += result->n_slots - result->n_keep;
+    for (uint32_t l = 0; l < engine->compress.n_lanes; l++) {
+        uint32_t layer = l / engine->compress.n_kv_heads;
+        stats->layer_kept[layer < ENGINE_LAYERS_MAX ? layer : ENGINE_LAYERS_MAX - 1] += result->lanes[l].n_keep;
+    }
+}
+
+/* Survivors move forward, lane by lane; the scheduler knows what may be written in place. */
+static void cut_lanes(struct engine *engine, const struct scheduler_due *due, const struct compressor_result *result) {
+    struct compress *compress = &engine->compress;
+    uint32_t n_items = 0;
+    for (uint32_t l = 0; l < compress->n_lanes; l++) {
+        const struct choose_lane *lane = &result->lanes[l];
+        uint32_t first = 0;
+        while (first < lane->n_keep && lane->keep[first] == first) first++;
+        compress->n_keep[l] = lane->n_keep;
+        compress->first[l] = first;
+    }
+    const struct scheduler_lane_move *moves = scheduler_compact(engine->scheduler, due, compress->n_keep, compress->first);
+    for (uint32_t l = 0; l < compress->n_lanes; l++) {
+        if (!moves[l].moves || compress->first[l] == compress->n_keep[l]) continue; /* the end alone is cut: nothing moves */
+        compress->items[n_items++] = (struct compaction){.source = moves[l].source,
+                                                         .n_slots = result->lanes[l].n_slots,
+                                                         .keep = result->lanes[l].keep,
+                                                         .n_keep = result->lanes[l].n_keep,
+                                                         .destination = moves[l].destination};
+    }
+    if (n_items > 0) engine->backend->ops->compact(engine->backend, n_items, compress->items);
+    scheduler_compacted(engine->scheduler, due);
+}
+
+/* Whole blocks leave the middle of every lane. Where sinks follow the recents, their keys are turned by as much as has left, from a copy taken before the first turn. */
+static void drop_blocks(struct engine *engine, const struct scheduler_due *due, const struct kv_plan *kv, const struct compressor_result *result) {
+    struct compress *compress = &engine->compress;
+    uint32_t gone = 0;
+    for (uint32_t l = 0; l < compress->n_lanes; l++) {
+        const struct choose_lane *lane = &result->lanes[l];
+        uint32_t pinned = 0;
+        while (pinned < lane->n_keep && lane->keep[pinned] == pinned) pinned++;
+        gone = lane->n_slots - lane->n_keep;
+        CHECK(gone % BLOCK_TOKENS == 0 && (gone == 0 || pinned % BLOCK_TOKENS == 0));
+        compress->first[l] = pinned / BLOCK_TOKENS;
+        compress->n_keep[l] = gone / BLOCK_TOKENS;
+    }
+    if (kv->policy->shifts_sinks && due->ring) {
+        uint32_t n_copies, before = due->n_computed - due->lane_tokens[0];
+        const uint32_t *source, *destination;
+        if (!scheduler_own_first(engine->scheduler, due, compress->sink_slots / BLOCK_TOKENS, &n_copies, &source, &destination))
+            return; /* preempted: it comes again */
+        if (n_copies > 0) engine->backend->ops->copy_blocks(engine->backend, n_copies, source, destination);
+        struct shift_request shift = {.ring = due->ring,
+                                      .first = before == 0,
+                                      .n_slots = compress->sink_slots,
+                                      .shift = (int32_t)(before + gone),
+                                      .block_ids = due->block_ids,
+                                      .lane_first = due->lane_first};
+        engine->backend->ops->shift_sinks(engine->backend, &shift);
+    }
+    scheduler_dropped(engine->scheduler, due, compress->first, compress->n_keep);
+}
+
+static void compress_one(struct engine *engine, const struct scheduler_due *due) {
+    struct request *request = due->owner;
+    const struct kv_plan *kv = &request->kv;
+    struct compressor_sequence sequence = {.ring = due->ring,
+                                           .n_computed = due->n_computed,
+                                           .n_window = compression_window(kv, due->n_computed, due->n_prompt),
+                                           .tokens = request->tokens[due->choice],
+                                           .block_ids = due->block_ids,
+                                           .lane_first = due->lane_first,
+                                           .lane_tokens = due->lane_tokens};
+    struct compressor_result result;
+    bool first_time = due->n_computed > request->state->compressed_to;
+    bool evicts = compressor_choose(engine->compress.compressor, kv, &sequence, request->measure_hits && first_time, &result);
+    if (first_time) {
+        request->state->compressed_to = due->n_computed;
+        request->kv_report.hits_kept += result.hits_kept;
+        request->kv_report.hits_all += result.hits_all;
+        request->kv_report.pressure_compressions += due->pressure;
+    }
+    if (!evicts) {
+        scheduler_kept(engine->scheduler, due);
+        return;
+    }
+    count(engine, due, kv, &result);
+    if (kv->policy->granularity == GRANULARITY_BLOCK)
+        drop_blocks(engine, due, kv, &result);
+    else
+        cut_lanes(engine, due, &result);
+}
+
+static bool may_press(void *context, void *owner) {
+    (void)context;
+    const struct request *request = owner;
+    return compression_is_on(&request->kv) && request->kv.triggers & TRIGGER_PRESSURE;
+}
+
+static double pool_usage(struct engine *engine, struct scheduler_stats *stats) {
+    scheduler_stats(engine->scheduler, stats);
+    return (double)stats->blocks_used / stats->blocks_total;
+}
+
+static void compress_all_due(struct engine *engine) {
+    struct scheduler_due due;
+    while (scheduler_next_due(engine->scheduler, &due)) compress_one(engine, &due);
+}
+
+/* From the high mark down to the low one, longest uncompressed first; while it is above, no new prompt is admitted. */
+static void relieve_pressure(struct engine *engine) {
+    struct compress *compress = &engine->compress;
+    struct scheduler_stats stats;
+    double usage = pool_usage(engine, &stats);
+    if (usage >= compress->pressure_high) compress->pressing = true;
+    while (compress->pressing && usage > compress->pressure_low && scheduler_press(engine->scheduler, may_press, NULL)) {
+        compress_all_due(engine);
+        usage = pool_usage(engine, &stats);
+    }
+    if (usage <= compress->pressure_low || stats.running == 0) compress->pressing = false;
+    scheduler_hold_admission(engine->scheduler, compress->pressing);
+}
+
+void compress_step(struct engine *engine) {
+    if (engine->requests.n_compressed == 0) return;
+    uint64_t begin = clock_now_ns();
+    compress_all_due(engine);
+    if (engine->requests.n_pressed > 0)
+        relieve_pressure(engine);
+    else if (engine->compress.pressing)
+        scheduler_hold_admission(engine->scheduler, engine->compress.pressing = false);
+    engine->stats.compression_ns += clock_now_ns() - begin;
+}
+
+static int compare_counts(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+void compress_report(struct engine *engine, struct request *request, const uint32_t *lane_tokens, uint32_t n_rows, uint32_t n_seen) {
+    struct compress *compress = &engine->compress;
+    struct kv_report *report = &request->kv_report;
+    uint64_t kept = 0;
+    for (uint32_t l = 0; l < compress->n_lanes; l++) {
+        uint32_t slots = compress->sorted[l] = lane_tokens[l] + n_rows;
+        kept += slots;
+        report->blocks += (slots + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    }
+    qsort(compress->sorted, compress->n_lanes, sizeof *compress->sorted, compare_counts);
+    uint32_t least = compress->sorted[0], most = compress->sorted[compress->n_lanes - 1];
+    report->head_min = report->tokens_seen == 0 || least < report->head_min ? least : report->head_min;
+    report->head_max = most > report->head_max ? most : report->head_max;
+    report->head_median = compress->sorted[compress->n_lanes / 2];
+    report->tokens_seen += n_seen;
+    report->slots_kept += kept;
+    report->slots_evicted += (uint64_t)n_seen * compress->n_lanes - kept;
+}
