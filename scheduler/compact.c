@@ -78,6 +78,7 @@ static struct choice *due_choice(struct scheduler *s) {
 
 static void handled(struct scheduler *s) {
     struct choice *choice = due_choice(s);
+    if (was_pressed(choice)) choice->compacted_step = s->stats.steps + 1; /* whatever came of it, it is the others' turn */
     choice->handled_at = choice->n_computed;
     s->due = NONE;
 }
@@ -114,7 +115,6 @@ static void move_lane(struct scheduler *s, uint32_t table, uint32_t lane, uint32
     memcpy(destination, ids, blocks_for(n_keep) * sizeof *destination);
     if (n_keep == tokens) return;
     uint32_t first = first_evicted / BLOCK_TOKENS, end = blocks_for(n_keep), shared = 0;
-    if (first_evicted == n_keep) first = end; /* only the end is cut */
     for (uint32_t b = first; b < end; b++) shared += s->pool.owners[ids[b]] > 1;
     if (!blocks_available(s, shared)) {
         s->stats.compaction_skips++;
@@ -177,23 +177,31 @@ void scheduler_kept(struct scheduler *s, const struct scheduler_due *due) {
     handled(s);
 }
 
+/* Of the first `count` blocks of every lane, those that another sequence holds too. */
+static uint64_t shared_blocks(struct scheduler *s, const struct choice *choice, uint32_t count) {
+    uint64_t shared = 0;
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++)
+        for (uint32_t b = 0; b < count && b < table_lane_blocks(&s->tables, choice->table)[lane]; b++)
+            shared += s->pool.owners[table_lane_ids(&s->tables, choice->table, lane)[b]] > 1;
+    return shared;
+}
+
 bool scheduler_own_first(struct scheduler *s, const struct scheduler_due *due, uint32_t count, uint32_t *n, const uint32_t **source,
                          const uint32_t **destination) {
     struct choice *choice = due_choice(s);
     CHECK(due->n_computed == choice->n_computed);
-    uint32_t shared = 0;
     choice_leave_chain(s, s->due);
     choice->evicted = true; /* what will be written there is no longer what the prefix cache means */
-    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++)
-        for (uint32_t b = 0; b < count && b < table_lane_blocks(&s->tables, choice->table)[lane]; b++)
-            shared += s->pool.owners[table_lane_ids(&s->tables, choice->table, lane)[b]] > 1;
     *n = 0;
     *source = s->move_source;
     *destination = s->move_destination;
-    if (!blocks_available(s, shared)) {
-        uint32_t i = s->due;
+    while (!blocks_available(s, shared_blocks(s, choice, count))) {
+        uint32_t i = s->due, victim = pick_victim(s);
+        if (victim != NONE && victim != i) {
+            choice_preempt(s, victim);
+            continue;
+        }
         s->due = NONE;
-        choice->state = CHOICE_RUNNING;
         choice_preempt(s, i);
         return false;
     }
@@ -214,7 +222,9 @@ bool scheduler_press(struct scheduler *s, bool (*may)(void *context, void *owner
     for (uint32_t at = 0; at < s->n_running; at++) {
         struct choice *choice = &s->choices[s->running[at]];
         const struct request *request = request_of(s, choice);
-        if (choice->state != CHOICE_RUNNING || choice->n_computed < request->asked.n_prompt || choice->handled_at == choice->n_computed) continue;
+        if (choice->state != CHOICE_RUNNING || choice->n_computed < request->asked.n_prompt || choice->handled_at == choice->n_computed ||
+            choice_is_due(s, choice))
+            continue;
         if (choice->n_pressed == PRESSURE_POINTS_MAX || request->asked.private || !may(context, request->asked.owner)) continue;
         if (!longest || choice->compacted_step < longest->compacted_step) longest = choice;
     }
