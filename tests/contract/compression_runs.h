@@ -4,6 +4,7 @@
 
 #include <stdio.h>
 
+#include "base/half.h"
 #include "engine/compression.h"
 #include "tests/support/engine_client.h"
 
@@ -39,7 +40,8 @@ struct run_answers {
 
 static struct backend_ops run_ops;
 static const struct backend_ops *run_below;
-static uint64_t run_kept; /* a hash over all compactions, in order */
+static uint64_t run_kept;                /* a hash over all compactions, in order */
+static uint64_t run_scores_after_prompt; /* a sum of hashes of accumulated attention, as asked for once a prompt of 200 tokens was read: in any order */
 
 static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     for (uint32_t n = 0; n < count; n++) {
@@ -47,6 +49,16 @@ static void run_compact(struct backend *backend, uint32_t count, const struct co
         for (uint32_t i = 0; i < items[n].n_keep; i++) run_kept = random_mix(run_kept ^ items[n].keep[i]);
     }
     run_below->compact(backend, count, items);
+}
+
+static void run_score(struct backend *backend, const struct score_request *request, float *scores) {
+    run_below->score(backend, request, scores);
+    if (request->kind != SCORE_ACCUMULATED || request->last_position < 200) return;
+    for (uint32_t lane = request->first_lane; lane < request->first_lane + request->n_lanes; lane++) {
+        uint64_t hash = lane;
+        for (uint32_t i = 0; i < request->lane_tokens[lane]; i++) hash = random_mix(hash ^ float_bits(scores[request->offset[lane] + i]));
+        run_scores_after_prompt += hash;
+    }
 }
 
 static enum status run_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
@@ -102,8 +114,9 @@ static inline void run_open(struct client *client, const struct run_setting *set
     run_below = backend_find(setting->backend);
     run_ops = *run_below;
     run_ops.compact = run_compact;
+    run_ops.score = run_score;
     run_ops.prepare = run_prepare;
-    run_kept = 0;
+    run_kept = run_scores_after_prompt = 0;
     struct engine_hooks hooks = client_init(client);
     client->on_event = run_record;
     client->context = answers;

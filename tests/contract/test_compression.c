@@ -237,21 +237,39 @@ static void test_forks_change_nothing(void **state) {
     }
 }
 
+/* What one candidate's rows attend to is not added to what another one has seen, whichever blocks they share. */
+static void test_accumulated_attention_is_each_candidates_own(void **state) {
+    (void)state;
+    for (size_t b = 0; b < sizeof run_backends / sizeof *run_backends; b++) {
+        struct run_request asked = {.n_prompt = 200, .n_new = 100, .n_candidates = RUN_CANDIDATES, .policy = "h2o", .budget = 100, .temperature = 0.9f};
+        struct run_setting setting = {.backend = run_backends[b], .threads = 1, .max_rows = 512, .max_sequences = 1};
+        (void)run_together(&setting, &asked, 1, &first);
+        uint64_t scores = run_scores_after_prompt;
+        setting.max_sequences = 3;
+        (void)run_together(&setting, &asked, 1, &second);
+        expect_same("accumulated", &asked, 1, &first, &second);
+        assert_int_not_equal(scores, 0);
+        assert_true(scores == run_scores_after_prompt);
+    }
+}
+
 /* ---- preemption ---- */
 
-enum { CROWD = 14 };
+enum { CROWD = 36 };
 
-/* Short prompts outgrow a pool that admitted them. */
+/* Older ones that grow push out younger ones, which were compressed before. */
 static uint32_t crowd_requests(const char *policy, struct run_request *asked) {
-    for (uint32_t i = 0; i < CROWD; i++)
+    for (uint32_t i = 0; i < CROWD; i++) {
+        bool grows = i % 3 == 0;
         asked[i] = (struct run_request){.number = i,
-                                        .text = i % 3,
-                                        .shared = i % 2 ? 70 : 32,
-                                        .n_prompt = 40 + 8 * (i % 5) + (i == 3 ? 24 : 0), /* 96 among them: an edge */
-                                        .n_new = 150,
-                                        .policy = policy,
-                                        .budget = 90 + 2 * i,
+                                        .text = i % 2,
+                                        .shared = 66,
+                                        .n_prompt = grows ? 70 : i % 4 ? 70 + 2 * i : 96, /* at the edge of a block, too */
+                                        .n_new = grows ? 160 : 90,
+                                        .policy = grows ? "none" : policy,
+                                        .budget = grows ? 0 : 48 + i % 16,
                                         .temperature = i % 2 ? 0.9f : 0};
+    }
     return CROWD;
 }
 
@@ -269,7 +287,7 @@ static void test_preempted_and_replayed(void **state) {
                                                .max_rows = 128,
                                                .max_sequences = 12,
                                                .model_len = 256,
-                                               .pool_tokens = 352,
+                                               .pool_tokens = 256,
                                                .prefix_cache = cache};
                 struct scheduler_stats stats = run_together(&setting, asked, n, &second);
                 print_message("  %s, %s%s: %u preemptions, %u replays, %u steals, %u copies, %u skips\n", run_backends[b], policies[p]->name,
@@ -510,6 +528,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_neighbours_change_nothing),
         cmocka_unit_test(test_prefix_hits_change_nothing),
         cmocka_unit_test(test_forks_change_nothing),
+        cmocka_unit_test(test_accumulated_attention_is_each_candidates_own),
         cmocka_unit_test(test_preempted_and_replayed),
         cmocka_unit_test(test_pressure),
         cmocka_unit_test(test_pressure_ends_with_those_who_were_pressed),
