@@ -124,4 +124,5 @@ uint32_t choice_peak_tokens(struct scheduler *s,
 
 /* plan.c */
 void fork_pending(struct scheduler *s);
+void forks_recompute(struct scheduler *s, uint32_t request); /* choices that were to be forked read the prompt themselves */
 void join_prefix_cache(struct scheduler *s, uint32_t choice);

@@ -153,7 +153,7 @@ static struct hit find_hit(struct scheduler *s, const struct choice *choice) {
     if (choice->n_tokens == request->asked.n_prompt && request->asked.first_needed_row < most) most = request->asked.first_needed_row;
     if (request->asked.first_needed_row < most && request->asked.points.growing + request->asked.points.prompt_end > 0)
         most = request->asked.first_needed_row;
-    if (point < most) most = point;
+    if (point <= most) most = point - 1; /* a sequence that waits at a point has run, with its last row in the ring */
     while ((hit.n_runs + 1) * BLOCK_TOKENS <= most) {
         uint32_t entry = prefix_cache_find(&s->cache, request->asked.cache_scope, hit.leaf, choice->tokens + (size_t)hit.n_runs * BLOCK_TOKENS);
         if (entry == ENTRY_NONE) break;
@@ -254,6 +254,23 @@ static bool fork_one(struct scheduler *s, uint32_t from, uint32_t to) {
     return true;
 }
 
+static void fork_recomputes(struct scheduler *s, uint32_t i) {
+    s->choices[i].state = CHOICE_WAITING;
+    s->choices[i].preempted = true;
+    waiting_insert(s, i);
+    s->stats.forks_recomputed++;
+}
+
+void forks_recompute(struct scheduler *s, uint32_t request) {
+    for (uint32_t i = s->requests[request].first_choice; i != NONE; i = s->choices[i].next) {
+        if (s->choices[i].state != CHOICE_FORKING) continue;
+        s->requests[request].n_dependents--;
+        fork_recomputes(s, i);
+    }
+    CHECK(s->requests[request].n_dependents == 0);
+    request_settle(s, request);
+}
+
 /* Leaders are those in `running` whose request has choices in FORKING. */
 void fork_pending(struct scheduler *s) {
     for (uint32_t at = 0; at < s->n_running;) {
@@ -268,11 +285,7 @@ void fork_pending(struct scheduler *s) {
         for (uint32_t i = s->requests[request].first_choice; i != NONE; i = s->choices[i].next) {
             if (s->choices[i].state != CHOICE_FORKING) continue;
             s->requests[request].n_dependents--;
-            if (fork_one(s, leader, i)) continue;
-            s->choices[i].state = CHOICE_WAITING;
-            s->choices[i].preempted = true;
-            waiting_insert(s, i);
-            s->stats.forks_recomputed++;
+            if (!fork_one(s, leader, i)) fork_recomputes(s, i);
         }
         CHECK(s->requests[request].n_dependents == 0);
         request_settle(s, request);
