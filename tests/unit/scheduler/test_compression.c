@@ -211,6 +211,10 @@ static void test_compaction_gives_way_without_blocks(void **state) {
     assert_int_equal(stats_of(f).compactions, 0);
     assert_int_equal(stats_of(f).blocks_used, 4);
     scheduler_check(f->scheduler);
+    while (stats_of(f).compactions == 0) { /* it comes again, until the other one is over and there is room */
+        until_due(f);
+        if (compact(f, 40, 10)) scheduler_compacted(f->scheduler, &due);
+    }
     drain(f, 60);
     fixture_free(f);
 }
@@ -433,16 +437,14 @@ static void test_pressure(void **state) {
     (void)state;
     struct fixture *f = fixture_new((struct scheduler_limits){0});
     int owners[4];
-    for (uint64_t id = 1; id <= 3; id++) {
+    for (uint64_t id = 1; id <= 2; id++) {
         struct scheduler_request request = ask(f, id, (int32_t)id, 40, 60);
         request.owner = &owners[id];
-        request.private = id == 3;
         add(f, request);
     }
     assert_false(scheduler_press(f->scheduler, may_all, NULL)); /* nobody has read its prompt */
     step(f);
     assert_false(scheduler_press(f->scheduler, may_owner, &owners[0]));
-    assert_false(scheduler_press(f->scheduler, may_owner, &owners[3]));
     assert_true(scheduler_press(f->scheduler, may_all, NULL));
     assert_true(scheduler_press(f->scheduler, may_all, NULL)); /* the other one: who is due already is not asked again */
     assert_false(scheduler_press(f->scheduler, may_all, NULL));
