@@ -2,6 +2,7 @@
  * cells, and the order of things. Main thread. */
 #include "cli/eval.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -203,6 +204,16 @@ static enum status measure(struct eval *eval, struct error *error) {
     return status;
 }
 
+/* Better said before minutes of measuring than after. */
+static enum status check_svg(const struct config *config, struct error *error) {
+    const char *path = config->eval.svg;
+    if (!config->eval.windows) return error_set(error, STATUS_INVALID, "--svg: 0 windows leave nothing to draw");
+    FILE *file = fopen(path, "ab");
+    if (!file) return error_set(error, STATUS_IO, "--svg: %.300s: %s", path, strerror(errno));
+    (void)fclose(file);
+    return STATUS_OK;
+}
+
 static enum status prepare(struct eval *eval, struct error *error) {
     const struct config *config = eval->config;
     enum status status = config_check(config, error);
@@ -210,6 +221,7 @@ static enum status prepare(struct eval *eval, struct error *error) {
     if (status == STATUS_OK) status = make_cells(eval, error);
     if (status == STATUS_OK && !config->eval.windows && !config->eval.stream)
         status = error_set(error, STATUS_INVALID, "--windows: 0 without --stream leaves nothing to measure");
+    if (status == STATUS_OK && config->eval.svg[0]) status = check_svg(config, error);
     if (status == STATUS_OK) status = open_model(eval, error);
     if (status == STATUS_OK) status = choose_prompt(eval, error);
     if (status == STATUS_OK) status = open_text(eval, error);

@@ -70,10 +70,12 @@ static void print_row(FILE *out, const struct eval *eval, const struct eval_cell
 
 static void print_difference(void *context, const struct eval *eval, const struct eval_cell *a, const struct eval_cell *b) {
     struct eval_interval interval = eval_difference(eval, a, b);
+    uint32_t n_windows = eval->config->eval.windows; /* one has no spread */
     fprintf(context, "| %-18s | %6g | %+9.5f | %+9.5f to %+9.5f | %-15s |\n", b->policy->name, a->keep, interval.mean, interval.low, interval.high,
-            interval.high < 0  ? "kv_compress"
-            : interval.low > 0 ? b->policy->name
-                               : "not told apart");
+            n_windows < 2       ? "one window"
+            : interval.high < 0 ? "kv_compress"
+            : interval.low > 0  ? b->policy->name
+                                : "not told apart");
 }
 
 static void print_rows(const struct eval *eval, FILE *out) {
@@ -113,10 +115,10 @@ static void print_differences(const struct eval *eval, FILE *out) {
     if (!any) return;
     fprintf(out,
             "\nKL mean of kv_compress less that of each policy at the same share, 95 %% interval (paired bootstrap over %" PRIu32
-            " windows, %u resamples):\n\n"
+            " window%s, %u resamples):\n\n"
             "| against            |   keep |      mean |   95 %% interval          | lower           |\n"
             "| ------------------ | -----: | --------: | -----------------------: | --------------- |\n",
-            eval->config->eval.windows, EVAL_RESAMPLES);
+            eval->config->eval.windows, eval->config->eval.windows == 1 ? "" : "s", EVAL_RESAMPLES);
     each_difference(eval, print_difference, out);
 }
 
@@ -139,8 +141,8 @@ void eval_print_table(const struct eval *eval, FILE *out) {
     else
         fprintf(out, "Text: %s, %zu tokens.\n", config->eval.text, eval->text.list.count);
     if (config->eval.windows) {
-        fprintf(out, "%" PRIu32 " windows of %" PRIu32 " tokens and the %u after them%s.\n\n", config->eval.windows, eval->n_prompt, EVAL_GOLD,
-                eval->overlap ? "; the text is short: they overlap, evenly" : "");
+        fprintf(out, "%" PRIu32 " window%s of %" PRIu32 " tokens and the %u after%s.\n\n", config->eval.windows, config->eval.windows == 1 ? "" : "s",
+                eval->n_prompt, EVAL_GOLD, eval->overlap ? "; the text is short: they overlap, evenly" : "");
         print_rows(eval, out);
         print_differences(eval, out);
     }
