@@ -98,7 +98,7 @@ void lab_attention(struct lab *lab, uint32_t sequence, uint32_t ring, int32_t po
 struct eval_text {
     struct token_list list;
     bool made_up;
-    bool begins; /* every window begins with the token `begin` in place of its first */
+    bool begins; /* what the model reads begins with the token `begin` in place of the text's */
     int32_t begin;
 };
 /* The file, or sentences that are made up until there are min_tokens. */
@@ -107,8 +107,8 @@ void eval_text_done(struct eval_text *text);
 /* Where window i of n begins, for windows of `span` tokens spread evenly over `total` >= span. */
 size_t eval_window_start(uint32_t i, uint32_t n, size_t span, size_t total);
 bool eval_windows_overlap(uint32_t n, size_t span, size_t total);
-/* Copies `span` tokens from `start`. */
-void eval_text_take(const struct eval_text *text, size_t start, size_t span, int32_t *tokens);
+/* Copies `span` tokens from `start`. begin: they are the first that the model reads. */
+void eval_text_take(const struct eval_text *text, size_t start, size_t span, int32_t *tokens, bool begin);
 /* [n_vocab] enum token_class, to free(). */
 uint8_t *eval_token_classes(const struct tokenizer *tokenizer, uint32_t n_vocab);
 
@@ -179,6 +179,7 @@ struct eval_cell {
 struct eval_stream_window {
     uint32_t from, to; /* tokens */
     double ppl;
+    double ppl_anew; /* of the same tokens, by a stream that began EVAL_STREAM_BUDGET tokens before them */
 };
 
 struct eval {
@@ -210,8 +211,9 @@ struct eval_interval eval_difference(const struct eval *eval, const struct eval_
 enum status eval_windows(struct eval *eval, struct error *error);
 enum status eval_tasks(struct eval *eval, uint32_t window, struct error *error);
 enum status eval_stream(struct eval *eval, struct error *error);
-/* Work of one window with its tasks, in eval_step_done's units. */
+/* Work of one window's tasks, and of the stream, in eval_step_done's units. */
 uint64_t eval_tasks_work(const struct eval *eval);
+uint64_t eval_stream_work(const struct eval *eval);
 
 /* ---- eval_print.c, eval_svg.c ---- */
 void eval_print_table(const struct eval *eval, FILE *out);

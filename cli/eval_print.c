@@ -125,10 +125,14 @@ static void print_differences(const struct eval *eval, FILE *out) {
 static void print_stream(const struct eval *eval, FILE *out) {
     if (!eval->n_stream_windows) return;
     fprintf(out,
-            "\nstreaming_llm over %" PRIu32 " tokens%s, %u tokens a head:\n\n|   from |     to | perplexity |\n| -----: | -----: | ---------: |\n",
+            "\nstreaming_llm over %" PRIu32 " tokens%s, %u tokens a head:\n\n"
+            "|   from |     to | perplexity | begun anew |\n| -----: | -----: | ---------: | ---------: |\n",
             eval->n_stream, eval->n_stream < eval->config->eval.stream ? " (all that the text has)" : "", EVAL_STREAM_BUDGET);
     for (uint32_t i = 0; i < eval->n_stream_windows; i++)
-        fprintf(out, "| %6" PRIu32 " | %6" PRIu32 " | %10.3f |\n", eval->stream[i].from, eval->stream[i].to, eval->stream[i].ppl);
+        fprintf(out, "| %6" PRIu32 " | %6" PRIu32 " | %10.3f | %10.3f |\n", eval->stream[i].from, eval->stream[i].to, eval->stream[i].ppl,
+                eval->stream[i].ppl_anew);
+    fprintf(out, "\nbegun anew: the same tokens by a stream that began %u tokens before them; what differs is the stream's length, not the text.\n",
+            EVAL_STREAM_BUDGET);
 }
 
 void eval_print_table(const struct eval *eval, FILE *out) {
@@ -247,6 +251,7 @@ static void write_stream(struct json_writer *json, const struct eval *eval) {
         key_unsigned(json, "from", eval->stream[i].from);
         key_unsigned(json, "to", eval->stream[i].to);
         key_double(json, "ppl", eval->stream[i].ppl);
+        key_double(json, "ppl_anew", eval->stream[i].ppl_anew);
         json_object_end(json);
     }
     json_array_end(json);

@@ -105,10 +105,10 @@ size_t eval_window_start(uint32_t i, uint32_t n, size_t span, size_t total) {
 
 bool eval_windows_overlap(uint32_t n, size_t span, size_t total) { return n > 1 && (total - span) / (n - 1) < span; }
 
-void eval_text_take(const struct eval_text *text, size_t start, size_t span, int32_t *tokens) {
+void eval_text_take(const struct eval_text *text, size_t start, size_t span, int32_t *tokens, bool begin) {
     CHECK(start <= text->list.count && span <= text->list.count - start);
     memcpy(tokens, text->list.tokens + start, span * sizeof *tokens);
-    if (text->begins && span > 0) tokens[0] = text->begin;
+    if (begin && text->begins && span > 0) tokens[0] = text->begin;
 }
 
 /* Punctuation: bytes that are neither letters, digits, spaces nor parts of longer characters, alone or after a space. */

@@ -133,7 +133,8 @@ static enum status measure_cell(struct window *window, struct eval_cell *cell, s
 static enum status measure_window(struct window *window, struct error *error) {
     struct eval *eval = window->eval;
     size_t span = eval->n_prompt + EVAL_GOLD + 1;
-    eval_text_take(&eval->text, eval_window_start(window->index, eval->config->eval.windows, span, eval->text.list.count), span, window->tokens);
+    eval_text_take(&eval->text, eval_window_start(window->index, eval->config->eval.windows, span, eval->text.list.count), span, window->tokens,
+                   true);
     lab_release(eval->lab, 0);
     lab_clear(eval->lab, LAB_BASE);
     const struct lab_part prompt = {.sequence = LAB_BASE,
@@ -150,7 +151,7 @@ static enum status measure_window(struct window *window, struct error *error) {
 
 enum status eval_windows(struct eval *eval, struct error *error) {
     uint32_t windows = eval->config->eval.windows;
-    eval->work_all = windows * (window_work(eval) + eval_tasks_work(eval)) + eval->n_stream;
+    eval->work_all = windows * (window_work(eval) + eval_tasks_work(eval)) + eval_stream_work(eval);
     if (windows == 0) return STATUS_OK;
     struct window window;
     open_window(&window, eval);

@@ -117,6 +117,9 @@ class Eval(Case):
         self.assertEqual(result["rows"], [])
         self.assertEqual([(window["from"], window["to"]) for window in result["stream"]], [(0, 4096), (4096, 5000)])
         self.assertTrue(all(window["ppl"] > 1 for window in result["stream"]))
+        first, second = result["stream"]
+        self.assertEqual(first["ppl"], first["ppl_anew"])
+        self.assertAlmostEqual(second["ppl"] / second["ppl_anew"], 1, delta=0.2)
         longer = self.result("--text", path, "--windows", "0", "--stream", "1000000")["stream"]
         self.assertEqual(longer[-1]["to"], len(TEXT) - 1)  # what the text has
         self.assertEqual(longer[0], result["stream"][0])

@@ -203,10 +203,12 @@ static void test_made_up_text(void **state) {
     assert_true(text.made_up && text.list.count >= 5000 && text.list.count == again.list.count);
     assert_memory_equal(text.list.tokens, again.list.tokens, text.list.count * sizeof *text.list.tokens);
     int32_t tokens[8];
-    eval_text_take(&text, 100, 8, tokens);
+    eval_text_take(&text, 100, 8, tokens, true);
     assert_memory_equal(tokens, text.list.tokens + 100, sizeof tokens);
     text.begins = true, text.begin = 3;
-    eval_text_take(&text, 100, 8, tokens);
+    eval_text_take(&text, 100, 8, tokens, false);
+    assert_int_equal(tokens[0], text.list.tokens[100]);
+    eval_text_take(&text, 100, 8, tokens, true);
     assert_int_equal(tokens[0], 3);
     assert_memory_equal(tokens + 1, text.list.tokens + 101, sizeof tokens - sizeof *tokens);
     eval_text_done(&text);
