@@ -31,7 +31,7 @@ static const char *const ends[] = {
     "There was little to say.",    "A cart passed slowly.",     "The children laughed at it.", "Then the wind turned.",
     "Everyone went home early.",   "The kettle began to sing.", "It cost less than before.",   "The bells rang twice.",
     "No one remembered the name.", "Some said it was luck.",    "The lane was muddy again.",   "The rest can be imagined."};
-#define PICK(list, random) list[random_below(random, sizeof list / sizeof *list)]
+#define PICK(list, random) (list)[random_below(random, sizeof(list) / sizeof *(list))]
 
 static void append_sentence(struct buffer *text, struct random *random) {
     buffer_printf(text, " The %s %s %s", PICK(people, random), PICK(acts, random), PICK(things, random));
@@ -49,8 +49,11 @@ static enum status make_up(const struct tokenizer *tokenizer, size_t min_tokens,
     while (list->count < wanted && status == STATUS_OK) {
         struct buffer text = {0};
         for (int i = 0; i < 16; i++) append_sentence(&text, random);
+        size_t before = list->count;
         status = tokenizer_encode(tokenizer, text.bytes, text.length, false, false, 0, list, error);
         buffer_done(&text);
+        if (status == STATUS_OK && list->count == before)
+            status = error_set(error, STATUS_UNSUPPORTED, "eval: this model's tokenizer makes no tokens of plain sentences");
     }
     return status;
 }
@@ -139,11 +142,12 @@ uint8_t *eval_token_classes(const struct tokenizer *tokenizer, uint32_t n_vocab)
 /* ---- tasks ---- */
 
 static void put(struct token_list *list, const int32_t *tokens, size_t n) {
+    if (n == 0) return;
     if (list->count + n > list->capacity) {
         list->capacity = 2 * list->capacity + n;
         list->tokens = check_realloc(list->tokens, list->capacity, sizeof *list->tokens);
     }
-    if (n) memcpy(list->tokens + list->count, tokens, n * sizeof *tokens);
+    memcpy(list->tokens + list->count, tokens, n * sizeof *tokens);
     list->count += n;
 }
 
