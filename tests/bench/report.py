@@ -3,7 +3,13 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import sys
+
+
+def end_well():
+    """SIGTERM is like Ctrl-C: servers are stopped and what was measured is kept."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def write(path, text):
