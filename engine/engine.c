@@ -55,6 +55,14 @@ static void for_choices(struct engine *engine, struct request_state *state, uint
     }
 }
 
+/* A choice that waits since it was preempted had no row since then: only the scheduler knows. */
+static void leave_scheduler(struct engine *engine, const struct request_state *state, uint32_t choice) {
+    struct choice_state *mine = requests_choice(&engine->requests, state, choice);
+    uint32_t preemptions = scheduler_preemptions(engine->scheduler, state->request->id, choice);
+    if (preemptions > mine->preemptions) mine->preemptions = preemptions;
+    (void)scheduler_abort(engine->scheduler, state->request->id, choice);
+}
+
 static void abort_choice(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
     const uint32_t *lane_tokens;
     uint32_t n_computed;
@@ -62,12 +70,12 @@ static void abort_choice(struct engine *engine, struct request_state *state, uin
     /* A stop string ends a choice by an abort: it has something to report too. */
     if (scheduler_lanes(engine->scheduler, state->request->id, choice, &lane_tokens, &n_computed))
         compress_report(engine, state->request, lane_tokens, 0, n_computed);
-    (void)scheduler_abort(engine->scheduler, state->request->id, choice);
+    leave_scheduler(engine, state, choice);
     post(engine, state, choice, (struct event){.finish = FINISH_ABORTED});
 }
 
 static void fail_choice(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
-    (void)scheduler_abort(engine->scheduler, state->request->id, choice);
+    leave_scheduler(engine, state, choice);
     post_error(engine, state, choice, words);
 }
 
@@ -137,9 +145,9 @@ static void note_entries(struct engine *engine, const struct plan *plan, uint64_
         struct choice_state *choice = requests_choice(&engine->requests, state, entry->choice);
         if (entry->first_run) state->scheduled_ns = now;
         if (entry->choice == 0 && choice->n_generated == 0) state->cached_tokens = entry->cached_tokens;
-        if (entry->first_token < choice->next_row) choice->preemptions++; /* it starts again */
-        choice->next_row = entry->first_token + entry->n_rows;
-        uint32_t end = choice->next_row < request->n_prompt ? choice->next_row : request->n_prompt;
+        choice->preemptions = entry->preemptions;
+        uint32_t end = entry->first_token + entry->n_rows;
+        if (end > request->n_prompt) end = request->n_prompt;
         if (entry->first_token < request->n_prompt) engine->stats.prompt_tokens += end - entry->first_token;
     }
 }
@@ -188,7 +196,6 @@ static void take_results(struct engine *engine, const struct plan *plan) {
         builder->ended[i] = builder->finishes[i] == FINISH_STOP;
         if (builder->finishes[i] != FINISH_NONE) report_end(engine, &plan->entries[draw->entry]);
         choice->n_generated++;
-        choice->next_row = draw->n_tokens;
     }
 }
 
