@@ -93,6 +93,11 @@ static uint32_t peak_tokens(const struct kv_plan *kv) {
     return most == UINT32_MAX ? 0 : most;
 }
 
+/* Keys that are turned, and attention that is added up in the slots, are one sequence's alone, from the first row on. */
+static bool has_own_blocks(const struct kv_plan *kv) {
+    return compression_is_on(kv) && (kv->policy->shifts_sinks || kv->policy->rows == POLICY_ROWS_ALL);
+}
+
 static void take_submit(struct engine *engine, struct request *request) {
     struct request_state *state = requests_add(&engine->requests, request);
     if (!tokens_known(engine, request)) {
@@ -111,7 +116,7 @@ static void take_submit(struct engine *engine, struct request *request) {
                                             .points = compression_points(&request->kv),
                                             .peak_tokens = peak_tokens(&request->kv),
                                             .needs_ring = compression_needs_ring(&request->kv),
-                                            .private = compression_is_on(&request->kv) && request->kv.policy->shifts_sinks,
+                                            .private = has_own_blocks(&request->kv),
                                             .first_needed_row = request->prompt_results ? 0 : compression_first_row(&request->kv, request->n_prompt)};
     CHECK(scheduler_add(engine->scheduler, &asked)); /* engine_submit counts to the same bound */
 }

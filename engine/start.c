@@ -73,6 +73,8 @@ static void *engine_main(void *argument) {
     (void)pthread_setname_np(pthread_self(), "kvasir-engine");
     enum status status = birth->status = open_engine(birth);
     if (status == STATUS_OK) engine_publish(engine);
+    /* Loading may take longer than a stall: whoever asks right after it must not read the time from before. */
+    atomic_store_explicit(&engine->progress_ns, clock_now_ns(), memory_order_relaxed);
     CHECK(sem_post(&birth->done) == 0); /* `birth` is gone from here on */
     if (status == STATUS_OK) engine_serve(engine);
     if (engine->backend) engine->backend->ops->close(engine->backend);
@@ -155,8 +157,7 @@ void engine_stop(struct engine *engine) {
 
 uint32_t engine_tokens_max(const struct engine *engine, const struct kv_plan *kv) {
     const struct memory_plan *plan = &engine->plan;
-    bool endless = compression_is_on(kv) && kv->policy->shifts_sinks && kv->target.budget_tokens;
-    return endless && plan->max_stream_tokens > plan->max_model_len ? plan->max_stream_tokens : plan->max_model_len;
+    return compression_is_endless(kv, plan->max_model_len) && plan->max_stream_tokens > plan->max_model_len ? plan->max_stream_tokens : plan->max_model_len;
 }
 
 bool engine_can_hold(const struct engine *engine, const struct kv_plan *kv, uint32_t n_prompt, uint32_t max_new) {

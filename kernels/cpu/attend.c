@@ -10,19 +10,16 @@
 #include "kernels/cpu/cpu.h"
 
 /* Norm (if any) and rotation of one head's vector; `out` [dims] is padded with zeros. */
-static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, const float *weight, float *out) {
+static void prepare_head(const struct cpu *cpu, uint32_t row, const float *x, const float *weight, struct worker_scratch *own, float *out) {
     const struct program *p = cpu->program;
-    const uint32_t d = p->head_dim, pairs = p->rope_dims / 2;
-    const float *rope = cpu->rope + (size_t)row * p->rope_dims;
-    if (weight) cpu->isa->norm(x, weight, d, p->norm_epsilon, out);
-    else memcpy(out, x, d * sizeof *out);
-    bool halves = p->rope_pairs == ROPE_PAIRS_HALVES;
-    for (uint32_t i = 0; i < pairs; i++) {
-        float *a = &out[halves ? i : 2 * i], *b = &out[halves ? i + pairs : 2 * i + 1];
-        float c = rope[2 * i], s = rope[2 * i + 1], x0 = *a, x1 = *b;
-        *a = x0 * c - x1 * s;
-        *b = x0 * s + x1 * c;
+    const uint32_t d = p->head_dim, rotated = p->rope_dims;
+    const float *cosine = cpu->rope + (size_t)row * 2 * rotated;
+    if (weight) {
+        cpu->isa->norm(x, weight, d, p->norm_epsilon, own->head);
+        x = own->head;
     }
+    cpu->isa->rotate(x, rotated, p->rope_pairs == ROPE_PAIRS_HALVES, cosine, cosine + rotated, out);
+    for (uint32_t i = rotated; i < d; i++) out[i] = x[i];
     for (uint32_t i = d; i < cpu->kv.dims; i++) out[i] = 0;
 }
 
@@ -31,14 +28,15 @@ static const uint32_t *table_of(const struct cpu *cpu, const struct batch_sequen
 }
 
 /* Row i of the sequence into KV head `head` of the layer. */
-static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t i, uint32_t head, float *scratch) {
+static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t i, uint32_t head,
+                       struct worker_scratch *own) {
     const struct program *p = cpu->program;
     const uint32_t lane = layer * p->n_kv_heads + head, row = sequence->first_row + i, slot = sequence->lane_tokens[lane] + i;
     const float *k = cpu->qkv + row * cpu->qkv_stride + (size_t)(p->n_heads + head) * p->head_dim;
     const float *v = k + (size_t)p->n_kv_heads * p->head_dim;
     const uint32_t block = table_of(cpu, sequence, lane)[slot / BLOCK_TOKENS];
-    prepare_head(cpu, row, k, cpu->layers[layer].k_norm, scratch);
-    cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot % BLOCK_TOKENS, scratch, v);
+    prepare_head(cpu, row, k, cpu->layers[layer].k_norm, own, own->queries);
+    cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot % BLOCK_TOKENS, own->queries, v);
     cpu->positions[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = cpu->batch->positions[row];
     if (cpu->limits.accumulators) cpu->accumulated[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = 0;
 }
@@ -47,11 +45,14 @@ static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_seque
 static void keep_query(struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t row, uint32_t query_head, const float *q) {
     const struct program *p = cpu->program;
     if (sequence->ring == 0 || sequence->first_row + sequence->n_rows - row > cpu->limits.ring_rows) return;
-    size_t at = ((size_t)(sequence->ring - 1) * p->n_layers + layer) * cpu->limits.ring_rows + (uint32_t)cpu->batch->positions[row] % cpu->limits.ring_rows;
+    size_t at =
+        ((size_t)(sequence->ring - 1) * p->n_layers + layer) * cpu->limits.ring_rows + (uint32_t)cpu->batch->positions[row] % cpu->limits.ring_rows;
     at = (at * p->n_heads + query_head) * p->head_dim;
     for (uint32_t i = 0; i < p->head_dim; i++) {
-        if (cpu->narrow_rings) ((uint16_t *)cpu->ring_queries)[at + i] = f16_from_float(q[i]);
-        else ((float *)cpu->ring_queries)[at + i] = q[i];
+        if (cpu->narrow_rings)
+            ((uint16_t *)cpu->ring_queries)[at + i] = f16_from_float(q[i]);
+        else
+            ((float *)cpu->ring_queries)[at + i] = q[i];
     }
 }
 
@@ -62,7 +63,8 @@ static void accumulate(struct cpu *cpu, const struct attend *attend, uint32_t n_
         uint32_t first = split * SPLIT_SLOTS, last = attend->visible[attend->n_queries - 1];
         for (uint32_t i = 0; i < SPLIT_SLOTS && first + i < last; i++) {
             uint64_t sum = 0;
-            for (uint32_t q = 0; q < attend->n_queries; q++) sum += (uint64_t)llrint((double)weights[(size_t)q * SPLIT_SLOTS + i] * SCORE_ACCUMULATED_ONE);
+            for (uint32_t q = 0; q < attend->n_queries; q++)
+                sum += (uint64_t)llrint((double)weights[(size_t)q * SPLIT_SLOTS + i] * SCORE_ACCUMULATED_ONE);
             size_t at = (size_t)attend->blocks[(first + i) / BLOCK_TOKENS] * BLOCK_TOKENS + (first + i) % BLOCK_TOKENS;
             atomic_fetch_add_explicit(&cpu->accumulated[at], sum, memory_order_relaxed);
         }
@@ -75,7 +77,7 @@ void stage_append(void *context, const struct stage *stage, uint32_t first, uint
     for (uint32_t unit = first; unit < end; unit++) {
         uint32_t row = unit / n_kv;
         const struct batch_sequence *sequence = &cpu->batch->sequences[cpu->row_sequence[row]];
-        append_row(cpu, stage->index, sequence, row - sequence->first_row, unit % n_kv, cpu->workers_scratch[worker].queries);
+        append_row(cpu, stage->index, sequence, row - sequence->first_row, unit % n_kv, &cpu->workers_scratch[worker]);
     }
 }
 
@@ -85,15 +87,16 @@ static void put_output(struct cpu *cpu, uint32_t row, uint32_t head, const float
     float inverse = 1.0f / state[1];
     float *to = cpu->a.values ? cpu->a.values + row * cpu->a.value_stride + (size_t)head * d : scratch;
     for (uint32_t i = 0; i < d; i++) to[i] = state[2 + i] * inverse;
-    if (cpu->a.blocks && d % PANEL_K == 0) cpu->isa->quantize(to, d / PANEL_K, cpu->a.blocks + row * cpu->a.block_stride + (size_t)head * (d / PANEL_K));
+    if (cpu->a.blocks && d % PANEL_K == 0)
+        cpu->isa->quantize(to, d / PANEL_K, cpu->a.blocks + row * cpu->a.block_stride + (size_t)head * (d / PANEL_K));
 }
 
 /* A tile of query vectors of one KV head. */
 struct tile {
     const struct batch_sequence *sequence;
-    uint32_t lane, head;     /* KV head */
-    uint32_t first, n;       /* query vectors of the sequence: row by row, heads of the group within */
-    uint32_t n_slots;        /* that its last row sees */
+    uint32_t lane, head; /* KV head */
+    uint32_t first, n;   /* query vectors of the sequence: row by row, heads of the group within */
+    uint32_t n_slots;    /* that its last row sees */
 };
 
 static struct tile tile_of(const struct cpu *cpu, uint32_t layer, uint32_t index) {
@@ -102,8 +105,10 @@ static struct tile tile_of(const struct cpu *cpu, uint32_t layer, uint32_t index
     uint32_t low = 0, high = cpu->batch->n_sequences; /* first_tile[low] * n_kv <= index < first_tile[high] * n_kv */
     while (high - low > 1) {
         uint32_t middle = (low + high) / 2;
-        if (cpu->first_tile[middle] * n_kv <= index) low = middle;
-        else high = middle;
+        if (cpu->first_tile[middle] * n_kv <= index)
+            low = middle;
+        else
+            high = middle;
     }
     while (cpu->first_tile[low + 1] == cpu->first_tile[low]) low++; /* sequences without rows */
     index -= cpu->first_tile[low] * n_kv;
@@ -126,12 +131,12 @@ static uint32_t row_of(const struct cpu *cpu, const struct tile *tile, uint32_t 
 
 static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *tile, struct worker_scratch *own, struct attend *attend) {
     const struct program *p = cpu->program;
-    *attend = (struct attend){.shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, tile->sequence, tile->lane), .scratch = own->attend,
-                              .n_queries = tile->n};
+    *attend = (struct attend){
+        .shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, tile->sequence, tile->lane), .scratch = own->attend, .n_queries = tile->n};
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
         float *query = own->queries + (size_t)q * cpu->kv.dims;
-        prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, query);
+        prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, own, query);
         keep_query(cpu, layer, tile->sequence, row, query_head, query);
         for (uint32_t d = 0; d < p->head_dim; d++) query[d] *= p->attention_scale;
         attend->query[q] = query;
@@ -144,7 +149,8 @@ static void clear_states(float *states, uint32_t n, size_t stride) {
     for (uint32_t q = 0; q < n; q++) states[q * stride] = -INFINITY;
 }
 
-static void finish_tile(struct cpu *cpu, const struct tile *tile, const struct attend *attend, const float *states, size_t stride, struct worker_scratch *own) {
+static void finish_tile(struct cpu *cpu, const struct tile *tile, const struct attend *attend, const float *states, size_t stride,
+                        struct worker_scratch *own) {
     if (tile->sequence->accumulate) accumulate(cpu, attend, splits_of(tile->n_slots), states, stride);
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
@@ -157,6 +163,13 @@ static float *partial_of(const struct cpu *cpu, uint32_t tile, uint32_t split, u
     return cpu->partials + (((size_t)tile * cpu->n_splits + split) * ATTEND_QUERIES + q) * (cpu->kv.dims + 2);
 }
 
+/* The first keys of a unit to come, while the one before it computes: within a unit the kernels fetch ahead themselves. */
+static void fetch_first_keys(const struct cpu *cpu, const struct tile *tile) {
+    const uint32_t *blocks = table_of(cpu, tile->sequence, tile->lane);
+    for (uint32_t b = 0; b < 2 && b * BLOCK_TOKENS < tile->n_slots; b++)
+        for (size_t at = 0; at < cpu->kv.v_offset; at += 64) __builtin_prefetch(cpu->pool + blocks[b] * cpu->kv.bytes + at, 0, 2);
+}
+
 void stage_attend(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
     struct cpu *cpu = context;
     struct worker_scratch *own = &cpu->workers_scratch[worker];
@@ -166,8 +179,12 @@ void stage_attend(void *context, const struct stage *stage, uint32_t first, uint
         struct tile tile = tile_of(cpu, layer, unit / pieces);
         uint32_t split = unit % pieces, n_splits = splits_of(tile.n_slots);
         struct attend attend;
+        if (!cpu->n_splits && unit + 1 < end) {
+            struct tile next = tile_of(cpu, layer, unit + 1);
+            fetch_first_keys(cpu, &next);
+        }
         if (cpu->fused_append)
-            for (uint32_t i = 0; i < tile.sequence->n_rows; i++) append_row(cpu, layer, tile.sequence, i, tile.head, own->queries);
+            for (uint32_t i = 0; i < tile.sequence->n_rows; i++) append_row(cpu, layer, tile.sequence, i, tile.head, own);
         if (cpu->n_splits) {
             if (split >= n_splits) continue;
             load_queries(cpu, layer, &tile, own, &attend);

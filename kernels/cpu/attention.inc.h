@@ -4,26 +4,30 @@
  * product takes, their sum, values with slots ascending. Splits are merged in ascending order. Which queries share a call changes nothing in any of it.
  * Slots that a query must not see get weight 0; what they hold is finite (append). */
 
+#include <string.h>
+
 #define NO_SCORE (-__builtin_inff())
 
 struct split {
     const struct attend *a;
     uint32_t first_block, n_blocks; /* of the lane */
     uint32_t n_queries;
-    float *scores;                  /* [n_queries][SPLIT_SLOTS] */
-    float *out;                     /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
-    uint16_t *pairs;                /* [n_queries][SPLIT_SLOTS] bf16 weights */
-    uint8_t *quants;                /* [n_queries][dims]: queries as the score product takes them, s8 or bf16 */
+    float *scores;   /* [n_queries][SPLIT_SLOTS] */
+    float *out;      /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
+    uint16_t *pairs; /* [n_queries][SPLIT_SLOTS] bf16 weights */
+    uint8_t *quants; /* [n_queries][dims]: queries as the score product takes them, s8 or bf16 */
 };
 
 INLINE const uint8_t *split_block(const struct split *s, uint32_t i) {
     return s->a->pool + (size_t)s->a->blocks[s->first_block + i] * s->a->shape->bytes;
 }
 
-INLINE void prefetch_block(const struct split *s, uint32_t i, size_t offset, size_t bytes) {
-    if (i >= s->n_blocks) return;
-    const uint8_t *block = split_block(s, i) + offset;
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(block + at);
+/* While the keys of block i are read: the keys of the block after the next, and its own values, which are wanted once the split's weights are known. */
+INLINE void prefetch_ahead(const struct split *s, uint32_t i) {
+    const size_t half = s->a->shape->v_offset, rest = s->a->shape->bytes - half;
+    const uint8_t *values = split_block(s, i) + half, *keys = i + 2 < s->n_blocks ? split_block(s, i + 2) : NULL;
+    for (size_t at = 0; at < rest; at += 64) __builtin_prefetch(values + at, 0, 2);
+    for (size_t at = 0; keys && at < half; at += 64) __builtin_prefetch(keys + at, 0, 2);
 }
 
 INLINE float *split_out(const struct split *s, uint32_t q) { return s->out + (size_t)q * (s->a->shape->dims + 2) + 2; }
@@ -61,7 +65,7 @@ INLINE void widen_scores_tile(enum kv_dtype dtype, const struct split *s, const 
 INLINE void widen_scores(enum kv_dtype dtype, const struct split *s) {
     for (uint32_t b = 0; b < s->n_blocks; b++) {
         const uint8_t *k = split_block(s, b);
-        prefetch_block(s, b + 1, 0, s->a->shape->v_offset);
+        prefetch_ahead(s, b);
         for (uint32_t slot = b * BLOCK_TOKENS; slot < (b + 1) * BLOCK_TOKENS; slot += 16) {
             uint32_t q = 0;
             for (; q + WIDEN_QUERIES <= s->n_queries; q += WIDEN_QUERIES) widen_scores_tile(dtype, s, k, slot, q, WIDEN_QUERIES);
@@ -117,18 +121,21 @@ static void q8_scores(const struct split *s) {
         bool small = !(most > 1e-34f);
         vf inverse = vf_set1(small ? 0 : 127.0f / most), scale = vf_set1(small ? 0 : most / 127.0f);
         for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + i, vf_mul(vf_load(x + i), inverse));
-        int32_t nsum = 0;
-        for (uint32_t i = 0; i < dims; i++) nsum -= quants[i];
+        int32_t nsums[KV_DIMS_MAX / 16];
+        for (uint32_t i = 0; i < dims / 16; i++) {
+            nsums[i] = 0;
+            for (uint32_t j = 0; j < 16; j++) nsums[i] -= quants[16 * i + j];
+        }
         for (uint32_t b = 0; b < s->n_blocks; b++) {
             const uint8_t *k = split_block(s, b);
             const float *scales = (const float *)(const void *)(k + s->a->shape->scale_offset);
-            if (q == 0) prefetch_block(s, b + 1, 0, s->a->shape->v_offset);
+            if (q == 0) prefetch_ahead(s, b);
             for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += LANES) {
-                vi dot = vi_dot8_start(nsum);
-                for (uint32_t quad = 0; quad < dims / 4; quad++) {
-                    int32_t four;
-                    __builtin_memcpy(&four, quants + 4 * quad, sizeof four);
-                    dot = vi_dot8(dot, vb_load(k + (size_t)quad * 128 + slot * 4), four);
+                vi dot = vi_zero();
+                for (uint32_t dim = 0; dim < dims; dim += 16) {
+                    vb quads[4];
+                    for (uint32_t i = 0; i < 4; i++) quads[i] = vb_load(k + (size_t)(dim / 4 + i) * 128 + slot * 4);
+                    dot = vi_add(dot, vi_dot_signed(quads, quants + dim, 4, nsums[dim / 16]));
                 }
                 vf score = vf_mul(vf_from_vi(dot), vf_mul(scale, vf_load(scales + slot)));
                 vf_store(s->scores + (size_t)q * SPLIT_SLOTS + b * BLOCK_TOKENS + slot, score);
@@ -179,8 +186,10 @@ static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs
         vf weight = vf_zero();
         if (i < count) weight = vf_first(vf_exp(vf_sub(vf_load(x + i), m)), vf_zero(), (int)(count - i));
 #ifdef BF16_PAIRS
-        if (pairs) weight = store_rounded(s->pairs + (size_t)q * SPLIT_SLOTS + i, weight);
-        else vf_store(x + i, weight);
+        if (pairs)
+            weight = store_rounded(s->pairs + (size_t)q * SPLIT_SLOTS + i, weight);
+        else
+            vf_store(x + i, weight);
 #else
         (void)pairs;
         vf_store(x + i, weight);
@@ -192,6 +201,10 @@ static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs
 }
 
 static void merge(float *state, const float *next, uint32_t dims) {
+    if (state[0] == NO_SCORE) { /* nothing yet */
+        memcpy(state, next, (2 + (size_t)dims) * sizeof *state);
+        return;
+    }
     float most = state[0] > next[0] ? state[0] : next[0];
     float change[LANES], scaled[LANES];
     for (int i = 0; i < LANES; i++) change[i] = 0;
@@ -201,8 +214,7 @@ static void merge(float *state, const float *next, uint32_t dims) {
     vf old = vf_set1(scaled[0]), new = vf_set1(scaled[1]);
     state[0] = most;
     state[1] = state[1] * scaled[0] + next[1] * scaled[1];
-    for (uint32_t i = 0; i < dims; i += LANES)
-        vf_store(state + 2 + i, vf_fma(vf_load(next + 2 + i), new, vf_mul(vf_load(state + 2 + i), old)));
+    for (uint32_t i = 0; i < dims; i += LANES) vf_store(state + 2 + i, vf_fma(vf_load(next + 2 + i), new, vf_mul(vf_load(state + 2 + i), old)));
 }
 
 static void scores(const struct split *s) {
@@ -309,35 +321,56 @@ static void append_q8(const struct kv_shape *shape, uint8_t *block, uint32_t slo
         for (uint32_t i = 0; i < shape->dims; i++) {
             float scaled = i < shape->head_dim ? finite_within(x[i], 3e38f) * inverse : 0;
             int q = (int)((scaled + 0x1.8p23f) - 0x1.8p23f); /* nearest, ties to even */
-            if (which) block[shape->v_offset + (size_t)slot * shape->dims + i] = (uint8_t)q;
-            else block[(size_t)(i / 4) * 128 + slot * 4 + i % 4] = (uint8_t)(q + 128);
+            if (which)
+                block[shape->v_offset + (size_t)slot * shape->dims + i] = (uint8_t)q;
+            else
+                block[(size_t)(i / 4) * 128 + slot * 4 + i % 4] = (uint8_t)(q + 128);
         }
     }
 }
 
-INLINE void put_element(enum kv_dtype dtype, uint8_t *base, size_t at, float x) {
-    if (dtype == KV_F32) {
-        ((float *)(void *)base)[at] = finite_within(x, 3.4028234e38f);
-    } else if (dtype == KV_F16) {
-        ((uint16_t *)(void *)base)[at] = f16_from_float(finite_within(x, 65504.0f));
-    } else {
-        ((uint16_t *)(void *)base)[at] = bf16_from_float(finite_within(x, 3.3895314e38f));
+/* [dims] values of the dtype, padded with zeros. */
+INLINE void narrow(enum kv_dtype dtype, const struct kv_shape *shape, const float *x, uint16_t *out) {
+    const float limit = dtype == KV_F16 ? 65504.0f : 3.3895314e38f;
+    float finite[KV_DIMS_MAX];
+    for (uint32_t i = 0; i < shape->head_dim; i++) finite[i] = finite_within(x[i], limit);
+    for (uint32_t i = shape->head_dim; i < shape->dims; i++) finite[i] = 0;
+    if (dtype == KV_F16) {
+        for (uint32_t i = 0; i < shape->dims; i += LANES) vf_store_f16(out + i, vf_load(finite + i));
+        return;
+    }
+    for (uint32_t i = 0; i < shape->dims; i++) {
+        uint32_t bits = float_bits(finite[i]);
+        out[i] = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
     }
 }
 
-INLINE void append_elements(enum kv_dtype dtype, const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
+INLINE void append_halves(enum kv_dtype dtype, const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
+    uint16_t halves[KV_DIMS_MAX];
+    narrow(dtype, shape, k, halves);
+    for (uint32_t i = 0; i < shape->dims / 2; i++) memcpy(block + (size_t)i * 128 + slot * 4, &halves[2 * i], 4);
+    if (!v) return;
+    narrow(dtype, shape, v, halves);
+    uint16_t *values = (uint16_t *)(void *)(block + shape->v_offset) + (size_t)(slot / 2) * shape->dims * 2 + slot % 2;
+    for (uint32_t i = 0; i < shape->dims; i++) values[2 * i] = halves[i];
+}
+
+static void append_f32(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
+    const float limit = 3.4028234e38f;
+    float *keys = (float *)(void *)block + slot * 2;
+    float *values = (float *)(void *)(block + shape->v_offset) + (size_t)(slot / 2) * shape->dims * 2 + slot % 2;
     for (uint32_t i = 0; i < shape->dims; i++) {
         bool real = i < shape->head_dim;
-        put_element(dtype, block, (size_t)(i / 2) * 64 + slot * 2 + i % 2, real ? k[i] : 0);
-        if (v) put_element(dtype, block + shape->v_offset, ((size_t)(slot / 2) * shape->dims + i) * 2 + slot % 2, real ? v[i] : 0);
+        keys[(size_t)(i / 2) * 64 + i % 2] = real ? finite_within(k[i], limit) : 0;
+        if (v) values[2 * i] = real ? finite_within(v[i], limit) : 0;
     }
 }
 
 static void append(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
     switch (shape->dtype) {
-    case KV_F32: append_elements(KV_F32, shape, block, slot, k, v); break;
-    case KV_F16: append_elements(KV_F16, shape, block, slot, k, v); break;
-    case KV_BF16: append_elements(KV_BF16, shape, block, slot, k, v); break;
+    case KV_F32: append_f32(shape, block, slot, k, v); break;
+    case KV_F16: append_halves(KV_F16, shape, block, slot, k, v); break;
+    case KV_BF16: append_halves(KV_BF16, shape, block, slot, k, v); break;
     default: append_q8(shape, block, slot, k, v); break;
     }
 }

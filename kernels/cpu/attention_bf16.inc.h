@@ -47,7 +47,7 @@ static void bf16_scores(const struct split *s) {
             _mm256_storeu_si256((void *)(s->quants + ((size_t)q * dims + i) * 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(s->a->query[q] + i)));
     for (uint32_t b = 0; b < s->n_blocks; b++) {
         const uint16_t *k = (const uint16_t *)(const void *)split_block(s, b);
-        prefetch_block(s, b + 1, 0, s->a->shape->v_offset);
+        prefetch_ahead(s, b);
         uint32_t q = 0;
         for (; q + 6 <= s->n_queries; q += 6) bf16_scores_tile(s, k, b, q, 6);
         if (q + 3 <= s->n_queries) bf16_scores_tile(s, k, b, q, 3), q += 3;

@@ -17,7 +17,10 @@ enum { HUGE_PAGE = 2 << 20 };
 const struct cpu_isa *const cpu_isas[] = {
     &cpu_isa_generic,
 #if defined(__x86_64__)
-    &cpu_isa_avx512, &cpu_isa_avx512bf16,
+    &cpu_isa_avx2,
+    &cpu_isa_avxvnni,
+    &cpu_isa_avx512,
+    &cpu_isa_avx512bf16,
 #endif
     NULL,
 };
@@ -35,11 +38,13 @@ static enum status choose_isa(const char *name, const struct cpu_isa **chosen, s
     for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
         if (strcmp((*isa)->name, name) != 0) continue;
         if (!(*isa)->present())
-            return error_set(error, STATUS_UNSUPPORTED, "instruction set %s: this CPU does not have %s; the best it has is %s", name, (*isa)->text, (*chosen)->name);
+            return error_set(error, STATUS_UNSUPPORTED, "instruction set %s: this CPU does not have %s; the best it has is %s", name, (*isa)->text,
+                             (*chosen)->name);
         *chosen = *isa;
         return STATUS_OK;
     }
-    return error_set(error, STATUS_INVALID, "instruction set %s: unknown on this architecture; known are generic, avx2, avxvnni, avx512, avx512bf16", name);
+    return error_set(error, STATUS_INVALID, "instruction set %s: unknown on this architecture; known are generic, avx2, avxvnni, avx512, avx512bf16",
+                     name);
 }
 
 /* `bytes` of the arena, on a cache line; NULL while only counting. */
@@ -123,8 +128,10 @@ struct needs {
 };
 
 static void need(struct needs *needs, const struct panel *panel) {
-    if (panel_is_float(panel->type)) needs->values = true;
-    else needs->blocks = true;
+    if (panel_is_float(panel->type))
+        needs->values = true;
+    else
+        needs->blocks = true;
 }
 
 static void take_act(struct arena *arena, struct act *act, struct needs needs, uint32_t rows, uint32_t cols) {
@@ -148,7 +155,7 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     need(&z, &cpu->head);
     if (p->head_dim % PANEL_K) a.values = true; /* quantised row by row, later */
     cpu->x = take(arena, (size_t)rows * p->n_embd, sizeof(float));
-    cpu->rope = take(arena, (size_t)rows * p->rope_dims, sizeof(float));
+    cpu->rope = take(arena, (size_t)rows * 2 * p->rope_dims, sizeof(float));
     cpu->qkv_stride = n_q + 2 * (size_t)n_kv;
     cpu->qkv = take(arena, rows * cpu->qkv_stride, sizeof(float));
     take_act(arena, &cpu->h, h, rows, p->n_embd);
@@ -171,6 +178,7 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
         struct worker_scratch own = {0};
         take_act(arena, &own.act, h, PRIVATE_ROWS, p->n_embd);
         own.row = take(arena, widest + PANEL_K, sizeof(float));
+        own.head = take(arena, dims, sizeof(float));
         own.queries = take(arena, (size_t)ATTEND_QUERIES * dims, sizeof(float));
         own.states = take(arena, (size_t)ATTEND_QUERIES * (dims + 2), sizeof(float));
         own.attend = take(arena, attend_scratch_bytes(dims), 1);
@@ -349,14 +357,15 @@ static const char *cpu_describe(const struct backend *backend) { return ((const 
 /* The answer is the highest logit's token and nothing else. */
 static bool is_plain(const struct sample *sample) {
     const struct sampling *s = sample->sampling;
-    return s->temperature == 0 && s->n_top < 0 && sample->target < 0 && s->n_bias == 0 && !(sample->ban && s->n_banned) && s->repetition_penalty == 1 &&
-           s->presence_penalty == 0 && s->frequency_penalty == 0;
+    return s->temperature == 0 && s->n_top < 0 && sample->target < 0 && s->n_bias == 0 && !(sample->ban && s->n_banned) &&
+           s->repetition_penalty == 1 && s->presence_penalty == 0 && s->frequency_penalty == 0;
 }
 
 /* Rows to sequences, query tiles of each, distinct rows of the head. */
 static void index_batch(struct cpu *cpu, const struct batch *batch) {
     const struct backend_limits *limits = &cpu->limits;
-    CHECK(batch->n_rows >= 1 && batch->n_rows <= limits->max_rows && batch->n_sequences <= limits->max_sequences && batch->n_samples <= limits->max_samples);
+    CHECK(batch->n_rows >= 1 && batch->n_rows <= limits->max_rows && batch->n_sequences <= limits->max_sequences &&
+          batch->n_samples <= limits->max_samples);
     uint32_t group = cpu->program->n_heads / cpu->program->n_kv_heads, row = 0;
     cpu->first_tile[0] = 0;
     for (uint32_t s = 0; s < batch->n_sequences; s++) {

@@ -17,24 +17,25 @@ enum {
 struct layer {
     struct panel q, k, v, o, gate, up, down;
     const float *attention_norm, *mlp_norm;
-    const float *bias[3];          /* NULL: none */
-    const float *q_norm, *k_norm;  /* NULL: none */
+    const float *bias[3];         /* NULL: none */
+    const float *q_norm, *k_norm; /* NULL: none */
 };
 
 /* What one worker alone writes. */
 struct worker_scratch {
-    struct act act;        /* PRIVATE_ROWS rows of n_embd */
-    uint64_t norm;         /* what `act` holds */
-    float *row;            /* one row of any width, padded */
-    float *queries;        /* [ATTEND_QUERIES][dims] */
-    float *states;         /* [ATTEND_QUERIES][2 + dims] */
-    uint8_t *attend;       /* attend_scratch_bytes */
-    float *logits;         /* [n_vocab]: the copy that sampling may spoil */
-    float *sampler;        /* sampler_scratch_floats */
+    struct act act;                 /* PRIVATE_ROWS rows of n_embd */
+    uint64_t norm;                  /* what `act` holds */
+    float *row;                     /* one row of any width, padded */
+    float *head;                    /* [dims]: one vector on its way */
+    float *queries;                 /* [ATTEND_QUERIES][dims] */
+    float *states;                  /* [ATTEND_QUERIES][2 + dims] */
+    uint8_t *attend;                /* attend_scratch_bytes */
+    float *logits;                  /* [n_vocab]: the copy that sampling may spoil */
+    float *sampler;                 /* sampler_scratch_floats */
     const struct stage *best_stage; /* of which product, in which step (cpu->stages_before), `best` is */
     uint64_t best_step;
-    float *best;           /* [HEAD_ROWS]: highest logit of the strips this worker multiplied, */
-    uint32_t *best_token;  /* and whose it is; lowest token among equals */
+    float *best;          /* [HEAD_ROWS]: highest logit of the strips this worker multiplied, */
+    uint32_t *best_token; /* and whose it is; lowest token among equals */
 };
 
 /* Memory that prepare takes from the system in one piece. */
@@ -58,8 +59,8 @@ struct cpu {
     struct tensor embedding; /* rows as the file has them; absent if tied: then they come out of `head` */
 
     struct kv_shape kv;
-    uint8_t *pool;      /* [n_blocks] blocks */
-    int32_t *positions; /* [n_blocks][BLOCK_TOKENS] */
+    uint8_t *pool;                 /* [n_blocks] blocks */
+    int32_t *positions;            /* [n_blocks][BLOCK_TOKENS] */
     _Atomic uint64_t *accumulated; /* [n_blocks][BLOCK_TOKENS]: fixed point (kernels/score.h) */
     /* Of each ring: queries of the last rows, position p at p % ring_rows, rotated, not scaled; unrotated keys of the sinks. f16 beside a pool of narrow types. */
     bool narrow_rings;
@@ -67,31 +68,31 @@ struct cpu {
     float *ring_sinks;  /* [n_rings][n_lanes][sink_slots][head_dim] */
 
     /* Activations of a step */
-    float *x;     /* [max_rows][n_embd]: the residual stream */
-    float *rope;  /* [max_rows][rope_dims/2][cos, sin] */
-    float *qkv;   /* [max_rows][q, k, v] */
+    float *x;    /* [max_rows][n_embd]: the residual stream */
+    float *rope; /* [max_rows][cosine, sine][rope_dims]: isa.h */
+    float *qkv;  /* [max_rows][q, k, v] */
     size_t qkv_stride;
     struct act h, a, g, z; /* normed; attention's output; gated; rows of the head */
     float *logits;         /* [HEAD_ROWS][logits_stride] */
     size_t logits_stride;
-    uint32_t *head_rows;   /* distinct rows that a sample names */
-    uint32_t *sample_row;  /* [max_samples]: index in head_rows */
-    bool *plain;           /* [max_samples], as head_rows: rows of which only the highest logit is asked: no logits are written */
-    uint32_t *first_tile;  /* [max_sequences + 1]: query tiles before each sequence's, for one KV head */
-    uint32_t *row_sequence;/* [max_rows] */
+    uint32_t *head_rows;    /* distinct rows that a sample names */
+    uint32_t *sample_row;   /* [max_samples]: index in head_rows */
+    bool *plain;            /* [max_samples], as head_rows: rows of which only the highest logit is asked: no logits are written */
+    uint32_t *first_tile;   /* [max_sequences + 1]: query tiles before each sequence's, for one KV head */
+    uint32_t *row_sequence; /* [max_rows] */
     struct worker_scratch *workers_scratch;
 
-    float *partials;       /* [PARTIAL_FLOATS]: states of single splits, where a lane is shared among workers */
-    struct stage *stages;  /* of a step */
+    float *partials;      /* [PARTIAL_FLOATS]: states of single splits, where a lane is shared among workers */
+    struct stage *stages; /* of a step */
 
     /* The step at hand */
     const struct batch *batch;
     struct sample_result *results;
     uint32_t n_stages;
     uint32_t n_head_rows;
-    uint32_t n_splits;  /* > 0: units of attention are single splits of a tile, this many each, merged in a stage of their own */
-    bool fused_append;  /* each (sequence, KV head) is one unit, which appends before it attends */
-    uint64_t stages_before;   /* stages before this step, and 1: tells a worker whether what it keeps is of this stage */
+    uint32_t n_splits;      /* > 0: units of attention are single splits of a tile, this many each, merged in a stage of their own */
+    bool fused_append;      /* each (sequence, KV head) is one unit, which appends before it attends */
+    uint64_t stages_before; /* stages before this step, and 1: tells a worker whether what it keeps is of this stage */
     float *tap;
 };
 

@@ -22,8 +22,10 @@ static uint32_t first_sample_of(const struct cpu *cpu, uint32_t first_row) {
     uint32_t low = 0, high = cpu->batch->n_samples;
     while (low < high) {
         uint32_t middle = (low + high) / 2;
-        if (cpu->sample_row[middle] < first_row) low = middle + 1;
-        else high = middle;
+        if (cpu->sample_row[middle] < first_row)
+            low = middle + 1;
+        else
+            high = middle;
     }
     return low;
 }
@@ -42,8 +44,10 @@ static void head_strip(const struct cpu *cpu, uint32_t strip, uint32_t row, uint
     const struct panel *head = &cpu->head;
     const uint8_t *data = head->data + strip * head->strip_bytes;
     const struct act *z = &cpu->z;
-    if (panel_is_float(head->type)) cpu->isa->product[head->type](data, head->n_blocks, z->values + row * z->value_stride, z->value_stride * sizeof(float), n, y);
-    else cpu->isa->product[head->type](data, head->n_blocks, z->blocks + row * z->block_stride, z->block_stride * sizeof(struct act_block), n, y);
+    if (panel_is_float(head->type))
+        cpu->isa->product[head->type](data, head->n_blocks, z->values + row * z->value_stride, z->value_stride * sizeof(float), n, y);
+    else
+        cpu->isa->product[head->type](data, head->n_blocks, z->blocks + row * z->block_stride, z->block_stride * sizeof(struct act_block), n, y);
 }
 
 void stage_head_product(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
@@ -65,8 +69,10 @@ void stage_head_product(void *context, const struct stage *stage, uint32_t first
             for (uint32_t r = 0; r < n; r++)
                 for (uint32_t i = n_vocab - strip * STRIP_ROWS; i < STRIP_ROWS; i++) y[r][i] = -__builtin_inff();
         for (uint32_t r = 0; r < n; r++) {
-            if (plain[r]) cpu->isa->track(y[r], strip, &best[r]);
-            else memcpy(cpu->logits + r * cpu->logits_stride + strip * STRIP_ROWS, y[r], sizeof y[r]);
+            if (plain[r])
+                cpu->isa->track(y[r], strip, &best[r]);
+            else
+                memcpy(cpu->logits + r * cpu->logits_stride + strip * STRIP_ROWS, y[r], sizeof y[r]);
         }
     }
     for (uint32_t r = 0; r < n; r++)
@@ -106,7 +112,8 @@ void stage_sample(void *context, const struct stage *stage, uint32_t first, uint
             for (uint32_t w = 0; w < workers_count(cpu->workers); w++) {
                 const struct worker_scratch *other = &cpu->workers_scratch[w];
                 if (other->best_stage != stage - 1 || other->best_step != cpu->stages_before) continue;
-                if (other->best[r] > best || (other->best[r] == best && other->best_token[r] < token)) best = other->best[r], token = other->best_token[r];
+                if (other->best[r] > best || (other->best[r] == best && other->best_token[r] < token))
+                    best = other->best[r], token = other->best_token[r];
             }
             /* Infinities are the sampler's business: it looks at the logits, which are made again. */
             if (best >= -FLT_MAX && best <= FLT_MAX) {

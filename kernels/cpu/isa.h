@@ -15,12 +15,12 @@ typedef void product_function(const uint8_t *strip, uint32_t n_blocks, const voi
 struct attend {
     const struct kv_shape *shape;
     const uint8_t *pool;
-    const uint32_t *blocks; /* the lane's table */
-    uint32_t n_queries;     /* <= ATTEND_QUERIES */
+    const uint32_t *blocks;             /* the lane's table */
+    uint32_t n_queries;                 /* <= ATTEND_QUERIES */
     const float *query[ATTEND_QUERIES]; /* [dims], scaled */
     uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
-    uint8_t *scratch;       /* attend_scratch_bytes */
-    bool sums_only;         /* maxima and sums, no output */
+    uint8_t *scratch;                   /* attend_scratch_bytes */
+    bool sums_only;                     /* maxima and sums, no output */
 };
 
 /* Highest logit of each row of the strips seen, and in which strip. */
@@ -41,8 +41,15 @@ struct cpu_isa {
     /* out = x * rsqrt(mean x^2 + epsilon) * weight */
     void (*norm)(const float *x, const float *weight, uint32_t n, float epsilon, float *out);
     void (*quantize)(const float *x, uint32_t n_blocks, struct act_block *blocks);
-    /* out = silu(gate) * up */
-    void (*silu)(const float *gate, const float *up, uint32_t n, float *out);
+    /* One block of each of n_rows rows. stride in blocks. */
+    void (*quantize_column)(const float (*x)[PANEL_K], uint32_t n_rows, struct act_block *first, size_t stride);
+    /* out = silu(gate) * up: 16 columns, into half of 32. */
+    void (*silu)(const float (*gate)[STRIP_ROWS], const float (*up)[STRIP_ROWS], uint32_t n_rows, float (*out)[PANEL_K]);
+    /* The first n results of a strip for n_rows rows: stored, with a bias or without (NULL); added. stride in floats. */
+    void (*put_strip)(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, const float *bias, float *out, size_t stride);
+    void (*add_strip)(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, float *x, size_t stride);
+    /* Rotary positions of the first n dims; tables [n] as step.c makes them. */
+    void (*rotate)(const float *x, uint32_t n, bool halves, const float *cosine, const float *sine, float *restrict out);
     /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless.
      * v NULL: the key alone. */
     void (*append)(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v);
@@ -52,6 +59,9 @@ struct cpu_isa {
     const float *(*weights)(const struct attend *attend, uint32_t split, const float *state, size_t state_stride);
     /* Folds the state of the next split(s) into `state`. */
     void (*merge)(float *state, const float *next, uint32_t dims);
+    /* Ceilings, for measuring: products of registers, returns how many multiply-adds; memory read (to a multiple of 256 bytes). */
+    uint64_t (*peak)(uint64_t rounds);
+    void (*read)(const uint8_t *memory, size_t bytes);
     /* Takes the logits of one more strip into the running maximum; the earlier strip stays where they are equal, NaN is passed over. */
     void (*track)(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best);
 };

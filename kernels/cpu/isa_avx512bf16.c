@@ -2,21 +2,42 @@
 #include "kernels/cpu/isa.h"
 
 #if defined(__x86_64__)
-#include "base/half.h"
 #define BF16_PAIRS 1
+#include "base/half.h"
+
+/* In this order: each builds on those before. */
 #include "kernels/cpu/vector_avx512.inc.h"
+
 #include "kernels/cpu/products.inc.h"
+
 #include "kernels/cpu/rows.inc.h"
+
 #include "kernels/cpu/attention.inc.h"
 
 static bool present(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512bf16");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 
 const struct cpu_isa cpu_isa_avx512bf16 = {
-    .name = "avx512bf16", .text = "AVX-512 F, BW, DQ, VL, VNNI and BF16", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu,
-    .append = append, .attend = attend, .weights = weights, .merge = merge, .track = track,
+    .name = "avx512bf16",
+    .text = "AVX-512 F, BW, DQ, VL, VNNI and BF16",
+    .present = present,
+    .product = PRODUCTS,
+    .norm = norm,
+    .quantize = quantize,
+    .quantize_column = quantize_column,
+    .silu = silu,
+    .put_strip = put_strip,
+    .add_strip = add_strip,
+    .rotate = rotate,
+    .append = append,
+    .attend = attend,
+    .weights = weights,
+    .merge = merge,
+    .peak = peak,
+    .read = read_memory,
+    .track = track,
 };
 #endif

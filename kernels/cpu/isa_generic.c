@@ -1,14 +1,35 @@
 /* The cpu backend's inner loops in plain C: any machine. See isa.h. */
+#include "base/half.h"
 #include "kernels/cpu/isa.h"
 
+/* In this order: each builds on those before. */
 #include "kernels/cpu/vector_generic.inc.h"
+
 #include "kernels/cpu/products.inc.h"
+
 #include "kernels/cpu/rows.inc.h"
+
 #include "kernels/cpu/attention.inc.h"
 
 static bool present(void) { return true; }
 
 const struct cpu_isa cpu_isa_generic = {
-    .name = "generic", .text = "any CPU", .present = present, .product = PRODUCTS, .norm = norm, .quantize = quantize, .silu = silu, .append = append,
-    .attend = attend, .weights = weights, .merge = merge, .track = track,
+    .name = "generic",
+    .text = "any CPU",
+    .present = present,
+    .product = PRODUCTS,
+    .norm = norm,
+    .quantize = quantize,
+    .quantize_column = quantize_column,
+    .silu = silu,
+    .put_strip = put_strip,
+    .add_strip = add_strip,
+    .rotate = rotate,
+    .append = append,
+    .attend = attend,
+    .weights = weights,
+    .merge = merge,
+    .peak = peak,
+    .read = read_memory,
+    .track = track,
 };

@@ -27,7 +27,8 @@ void cpu_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *so
         memcpy(cpu->pool + destination[i] * cpu->kv.bytes, cpu->pool + source[i] * cpu->kv.bytes, cpu->kv.bytes);
         for (size_t slot = 0; slot < BLOCK_TOKENS; slot++)
             cpu->accumulated[(size_t)destination[i] * BLOCK_TOKENS + slot] = cpu->accumulated[(size_t)source[i] * BLOCK_TOKENS + slot];
-        memcpy(cpu->positions + (size_t)destination[i] * BLOCK_TOKENS, cpu->positions + (size_t)source[i] * BLOCK_TOKENS, BLOCK_TOKENS * sizeof(int32_t));
+        memcpy(cpu->positions + (size_t)destination[i] * BLOCK_TOKENS, cpu->positions + (size_t)source[i] * BLOCK_TOKENS,
+               BLOCK_TOKENS * sizeof(int32_t));
     }
 }
 

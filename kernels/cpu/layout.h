@@ -27,11 +27,11 @@ enum { STRIP_ROWS = 16, PANEL_K = 32, SUPER_BLOCKS = 8 };
 
 struct panel {
     enum tensor_type type;
-    uint32_t rows, cols;  /* of the matrix */
+    uint32_t rows, cols; /* of the matrix */
     uint32_t n_strips;
-    uint32_t n_blocks;    /* of 32 k; cols / 32 rounded up (float types pad with zeros) */
+    uint32_t n_blocks; /* of 32 k; cols / 32 rounded up (float types pad with zeros) */
     size_t strip_bytes;
-    uint8_t *data;        /* NULL: absent */
+    uint8_t *data; /* NULL: absent */
 };
 
 /* 32 activations of one row: x = d q. Quantised once, read by every product of the phase. */
@@ -60,4 +60,4 @@ struct kv_shape {
     size_t bytes; /* of a block, without its positions */
 };
 
-enum { SPLIT_SLOTS = 256, KV_PAD = 16 };
+enum { SPLIT_SLOTS = 256, KV_PAD = 16, KV_DIMS_MAX = 1024 };

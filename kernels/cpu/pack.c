@@ -137,12 +137,15 @@ static void pack_super(enum tensor_type type, const uint8_t *source, uint8_t *st
 static void pack_row(const struct panel *panel, const uint8_t *source, uint8_t *strip, int r) {
     const struct tensor_type_info *info = tensor_type_info(panel->type);
     if (panel_is_float(panel->type)) {
-        for (size_t k = 0; k < panel->cols; k++) memcpy(strip + (k * STRIP_ROWS + (size_t)r) * info->block_bytes, source + k * info->block_bytes, info->block_bytes);
+        for (size_t k = 0; k < panel->cols; k++)
+            memcpy(strip + (k * STRIP_ROWS + (size_t)r) * info->block_bytes, source + k * info->block_bytes, info->block_bytes);
         return;
     }
     for (uint32_t b = 0; b < panel->n_blocks; b += info->block_size / PANEL_K, source += info->block_bytes) {
-        if (info->block_size == PANEL_K) pack_small(panel->type, source, strip + block_offset(&forms[panel->type], b), r);
-        else pack_super(panel->type, source, strip, b, r);
+        if (info->block_size == PANEL_K)
+            pack_small(panel->type, source, strip + block_offset(&forms[panel->type], b), r);
+        else
+            pack_super(panel->type, source, strip, b, r);
     }
 }
 
@@ -197,5 +200,6 @@ void panel_row_f32(const struct panel *panel, uint32_t row, float *destination) 
         return;
     }
     for (uint32_t b = 0; b < panel->n_blocks; b++)
-        block_row_f32(panel->type, form->header ? header_of(form, strip, b) : NULL, strip + block_offset(form, b), r, destination + (size_t)b * PANEL_K);
+        block_row_f32(panel->type, form->header ? header_of(form, strip, b) : NULL, strip + block_offset(form, b), r,
+                      destination + (size_t)b * PANEL_K);
 }

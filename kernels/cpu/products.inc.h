@@ -63,9 +63,7 @@ INLINE void unpack(enum tensor_type type, const uint8_t *strip, uint32_t b, int 
         unpack_nibbles(strip + 128, part, u);
         unpack_fifth(strip + 64, part, u);
         break;
-    case TENSOR_Q8_0:
-        strip += (size_t)b * 544;
-        u->d = load_scales(strip, part);
+    case TENSOR_Q8_0: strip += (size_t)b * 544; u->d = load_scales(strip, part);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) u->quad[j] = vb_load(strip + 32 + 64 * j + 4 * LANES * part);
         break;
@@ -92,40 +90,48 @@ INLINE void unpack(enum tensor_type type, const uint8_t *strip, uint32_t b, int 
     }
 }
 
-INLINE int32_t quad_of(const struct act_block *a, int j) {
-    int32_t quad;
-    __builtin_memcpy(&quad, a->q + 4 * j, sizeof quad);
-    return quad;
-}
-
 INLINE vf product_step(enum tensor_type type, const struct unpacked *u, const struct act_block *a, vf sum) {
     vf d = vf_set1(a->d);
     if (type == TENSOR_Q6_K) {
-        vi low = vi_offset(a->nsum_low, 5), high = vi_offset(a->nsum - a->nsum_low, 5);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            low = vi_dot7(low, u->quad[j], quad_of(a, j));
-            high = vi_dot7(high, u->quad[j + 4], quad_of(a, j + 4));
-        }
+        vi low = vi_dot(vi_offset(a->nsum_low, 5), u->quad, a->q, 4, 6);
+        vi high = vi_dot(vi_offset(a->nsum - a->nsum_low, 5), u->quad + 4, a->q + 16, 4, 6);
         sum = vf_fma(vf_mul(u->d_low, d), vf_from_vi(low), sum);
         return vf_fma(vf_mul(u->d, d), vf_from_vi(high), sum);
     }
-    if (type == TENSOR_Q8_0) {
-        vi dot = vi_dot8_start(a->nsum);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) dot = vi_dot8(dot, u->quad[j], quad_of(a, j));
-        return vf_fma(vf_mul(u->d, d), vf_from_vi(dot), sum);
-    }
-    vi dot = type == TENSOR_Q4_0 ? vi_offset(a->nsum, 3) : type == TENSOR_Q5_0 ? vi_offset(a->nsum, 4) : vi_zero();
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) dot = vi_dot7(dot, u->quad[j], quad_of(a, j));
+    vi dot;
+    if (type == TENSOR_Q8_0)
+        dot = vi_dot_signed(u->quad, a->q, 8, a->nsum);
+    else if (type == TENSOR_Q4_0)
+        dot = vi_dot(vi_offset(a->nsum, 3), u->quad, a->q, 8, 4);
+    else if (type == TENSOR_Q5_0)
+        dot = vi_dot(vi_offset(a->nsum, 4), u->quad, a->q, 8, 5);
+    else
+        dot = vi_dot(vi_zero(), u->quad, a->q, 8, type == TENSOR_Q4_1 || type == TENSOR_Q4_K ? 4 : 5);
     sum = vf_fma(vf_mul(u->d, d), vf_from_vi(dot), sum);
-    if (type == TENSOR_Q4_0 || type == TENSOR_Q5_0) return sum;
+    if (type == TENSOR_Q8_0 || type == TENSOR_Q4_0 || type == TENSOR_Q5_0) return sum;
     return vf_fma(u->m, vf_set1(a->s), sum);
 }
 
+/* Bytes a block, header included. */
+INLINE size_t block_bytes(enum tensor_type type) {
+    switch (type) {
+    case TENSOR_Q4_0: return 288;
+    case TENSOR_Q4_1: return 320;
+    case TENSOR_Q5_0: return 352;
+    case TENSOR_Q5_1: return 384;
+    case TENSOR_Q8_0: return 544;
+    case TENSOR_Q4_K: return 296;
+    case TENSOR_Q5_K: return 360;
+    default: return 420;
+    }
+}
+
+/* Weights come from memory in one long stream: strips follow each other. Each block of a tile asks for n_lines cache lines from `fetch` on: a tile that is alone reads
+ * ahead of itself; where a strip is used by several tiles, they share the next strip. What lies behind the last strip is only named, never read. */
+enum { FETCH_AHEAD = 4096 };
+
 INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n_blocks, const uint8_t *first, size_t stride, const int n_rows,
-                         float (*y)[STRIP_ROWS]) {
+                         uintptr_t fetch, const size_t n_lines, float (*y)[STRIP_ROWS]) {
     for (int part = 0; part < STRIP_ROWS / LANES; part++) {
         vf sum[PRODUCT_TILE];
 #pragma GCC unroll 12
@@ -134,9 +140,10 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
         for (uint32_t b = 0; b < n_blocks; b++, at += sizeof(struct act_block)) {
             struct unpacked u;
             unpack(type, strip, b, part, &u);
-            if (n_rows <= 2) __builtin_prefetch((const void *)((uintptr_t)strip + (size_t)b * 320 + 4096));
+            for (size_t line = 0; line < n_lines; line++) __builtin_prefetch((const void *)(fetch + (b * n_lines + line) * 64));
 #pragma GCC unroll 12
-            for (int r = 0; r < n_rows; r++) sum[r] = product_step(type, &u, (const struct act_block *)(const void *)(at + (size_t)r * stride), sum[r]);
+            for (int r = 0; r < n_rows; r++)
+                sum[r] = product_step(type, &u, (const struct act_block *)(const void *)(at + (size_t)r * stride), sum[r]);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < n_rows; r++) vf_store(y[r] + LANES * part, sum[r]);
@@ -144,40 +151,49 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
 }
 
 /* One function a number of rows, so that the sums are registers. */
-#define PRODUCT_CASE(type, n)                                                                                                                                  \
-    case n: product_tile(type, strip, n_blocks, at, stride, n, y); return
+#define PRODUCT_CASE(type, n)                                                                                                                        \
+    case n:                                                                                                                                          \
+        product_tile(type, strip, n_blocks, at, stride, n, next, (block_bytes(type) + 63) / 64, y);                                                  \
+        return
 
 #if PRODUCT_TILE == 12
-#define PRODUCT_CASES(type)                                                                                                                                    \
-    PRODUCT_CASE(type, 3);                                                                                                                                     \
-    PRODUCT_CASE(type, 4);                                                                                                                                     \
-    PRODUCT_CASE(type, 5);                                                                                                                                     \
-    PRODUCT_CASE(type, 6);                                                                                                                                     \
-    PRODUCT_CASE(type, 7);                                                                                                                                     \
-    PRODUCT_CASE(type, 8);                                                                                                                                     \
-    PRODUCT_CASE(type, 9);                                                                                                                                     \
-    PRODUCT_CASE(type, 10);                                                                                                                                    \
-    PRODUCT_CASE(type, 11);                                                                                                                                    \
+#define PRODUCT_CASES(type)                                                                                                                          \
+    PRODUCT_CASE(type, 3);                                                                                                                           \
+    PRODUCT_CASE(type, 4);                                                                                                                           \
+    PRODUCT_CASE(type, 5);                                                                                                                           \
+    PRODUCT_CASE(type, 6);                                                                                                                           \
+    PRODUCT_CASE(type, 7);                                                                                                                           \
+    PRODUCT_CASE(type, 8);                                                                                                                           \
+    PRODUCT_CASE(type, 9);                                                                                                                           \
+    PRODUCT_CASE(type, 10);                                                                                                                          \
+    PRODUCT_CASE(type, 11);                                                                                                                          \
     PRODUCT_CASE(type, 12)
 #elif PRODUCT_TILE == 4
-#define PRODUCT_CASES(type)                                                                                                                                    \
-    PRODUCT_CASE(type, 3);                                                                                                                                     \
+#define PRODUCT_CASES(type)                                                                                                                          \
+    PRODUCT_CASE(type, 3);                                                                                                                           \
     PRODUCT_CASE(type, 4)
 #else
 #define PRODUCT_CASES(type)
 #endif
 
-#define PRODUCT(type, name)                                                                                                                                    \
-    static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float (*y)[STRIP_ROWS]) {          \
-        const uint8_t *at = first;                                                                                                                             \
-        for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE)                                                  \
-            product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, y);                                                                                  \
-        switch (n_rows) {                                                                                                                                      \
-            PRODUCT_CASE(type, 1);                                                                                                                             \
-            PRODUCT_CASE(type, 2);                                                                                                                             \
-            PRODUCT_CASES(type);                                                                                                                               \
-        default: return;                                                                                                                                       \
-        }                                                                                                                                                      \
+#define PRODUCT(type, name)                                                                                                                          \
+    static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float(*y)[STRIP_ROWS]) {  \
+        const uint8_t *at = first;                                                                                                                   \
+        uintptr_t next = (uintptr_t)strip + n_blocks * block_bytes(type);                                                                            \
+        if (n_rows <= PRODUCT_TILE) next = (uintptr_t)strip + FETCH_AHEAD;                                                                           \
+        const uintptr_t end = next + n_blocks * block_bytes(type);                                                                                   \
+        for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE, next += (size_t)n_blocks * 128) {      \
+            if (next < end)                                                                                                                          \
+                product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 2, y);                                                           \
+            else                                                                                                                                     \
+                product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 0, y);                                                           \
+        }                                                                                                                                            \
+        switch (n_rows) {                                                                                                                            \
+            PRODUCT_CASE(type, 1);                                                                                                                   \
+            PRODUCT_CASE(type, 2);                                                                                                                   \
+            PRODUCT_CASES(type);                                                                                                                     \
+        default: return;                                                                                                                             \
+        }                                                                                                                                            \
     }
 
 PRODUCT(TENSOR_Q4_0, q4_0)
@@ -213,26 +229,25 @@ INLINE void float_tile(enum tensor_type type, const uint8_t *strip, uint32_t n_b
                     sum[r][c] = vf_fma(w, vf_set1(((const float *)(const void *)(first + (size_t)r * stride))[k + (size_t)c]), sum[r][c]);
             }
 #pragma GCC unroll 6
-        for (int r = 0; r < n_rows; r++)
-            vf_store(y[r] + LANES * part, vf_add(vf_add(sum[r][0], sum[r][1]), vf_add(sum[r][2], sum[r][3])));
+        for (int r = 0; r < n_rows; r++) vf_store(y[r] + LANES * part, vf_add(vf_add(sum[r][0], sum[r][1]), vf_add(sum[r][2], sum[r][3])));
     }
 }
 
-#define FLOAT_PRODUCT(type, name)                                                                                                                              \
-    static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float (*y)[STRIP_ROWS]) {          \
-        const uint8_t *at = first;                                                                                                                             \
-        for (; n_rows >= FLOAT_TILE; n_rows -= FLOAT_TILE, at += FLOAT_TILE * stride, y += FLOAT_TILE)                                                         \
-            float_tile(type, strip, n_blocks, at, stride, FLOAT_TILE, y);                                                                                      \
-        for (; n_rows > 0; n_rows--, at += stride, y++) float_tile(type, strip, n_blocks, at, stride, 1, y);                                                   \
+#define FLOAT_PRODUCT(type, name)                                                                                                                    \
+    static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float(*y)[STRIP_ROWS]) {  \
+        const uint8_t *at = first;                                                                                                                   \
+        for (; n_rows >= FLOAT_TILE; n_rows -= FLOAT_TILE, at += FLOAT_TILE * stride, y += FLOAT_TILE)                                               \
+            float_tile(type, strip, n_blocks, at, stride, FLOAT_TILE, y);                                                                            \
+        for (; n_rows > 0; n_rows--, at += stride, y++) float_tile(type, strip, n_blocks, at, stride, 1, y);                                         \
     }
 
 FLOAT_PRODUCT(TENSOR_F32, f32)
 FLOAT_PRODUCT(TENSOR_F16, f16)
 FLOAT_PRODUCT(TENSOR_BF16, bf16)
 
-#define PRODUCTS                                                                                                                                               \
-    {                                                                                                                                                          \
-        [TENSOR_F32] = product_f32, [TENSOR_F16] = product_f16, [TENSOR_BF16] = product_bf16, [TENSOR_Q8_0] = product_q8_0, [TENSOR_Q4_0] = product_q4_0,      \
-        [TENSOR_Q4_1] = product_q4_1, [TENSOR_Q5_0] = product_q5_0, [TENSOR_Q5_1] = product_q5_1, [TENSOR_Q4_K] = product_q4_k,                                \
-        [TENSOR_Q5_K] = product_q5_k, [TENSOR_Q6_K] = product_q6_k                                                                                            \
+#define PRODUCTS                                                                                                                                     \
+    {                                                                                                                                                \
+        [TENSOR_F32] = product_f32, [TENSOR_F16] = product_f16, [TENSOR_BF16] = product_bf16, [TENSOR_Q8_0] = product_q8_0,                          \
+        [TENSOR_Q4_0] = product_q4_0, [TENSOR_Q4_1] = product_q4_1, [TENSOR_Q5_0] = product_q5_0, [TENSOR_Q5_1] = product_q5_1,                      \
+        [TENSOR_Q4_K] = product_q4_k, [TENSOR_Q5_K] = product_q5_k, [TENSOR_Q6_K] = product_q6_k                                                     \
     }

@@ -1,5 +1,5 @@
-/* Operations along one row: norm, quantisation, activation, exponential, maximum; over the vectors of the file that includes this one.
- * Counts need not be multiples of the vector; the tail goes through a padded copy, so that its numbers are made the same way. */
+/* Operations along rows: norm, quantisation, activation, rotation, exponential, and what is done with a strip's results; over the vectors of the file that
+ * includes this one. */
 
 /* e^x for x <= 0 (and a little above): 2^n times a polynomial on [-ln2/2, ln2/2], about 1 ulp; 0 below -87. */
 INLINE vf vf_exp(vf x) {
@@ -35,23 +35,27 @@ static void norm(const float *x, const float *weight, uint32_t n, float epsilon,
     for (; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
+INLINE void quantize_block(const float *x, struct act_block *block) {
+    vf highest = vf_zero();
+    for (int i = 0; i < PANEL_K; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
+    float most = vf_reduce_max(highest);
+    /* Below this the inverse overflows; such values are zero beside anything else. */
+    bool small = !(most > 1e-34f);
+    float d = small ? 0 : most * (1.0f / 127), inverse = small ? 0 : 127.0f / most;
+    int32_t low, high;
+    quantize_32(x, vf_set1(inverse), block->q, &low, &high);
+    block->d = d;
+    block->s = d * (float)(low + high);
+    block->nsum = -(low + high);
+    block->nsum_low = -low;
+}
+
 static void quantize(const float *x, uint32_t n_blocks, struct act_block *blocks) {
-    for (uint32_t b = 0; b < n_blocks; b++, x += PANEL_K) {
-        struct act_block *block = &blocks[b];
-        vf highest = vf_zero();
-        for (int i = 0; i < PANEL_K; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
-        float most = vf_reduce_max(highest);
-        /* Below this the inverse overflows; such values are zero beside anything else. */
-        bool small = !(most > 1e-34f);
-        float inverse = small ? 0 : 127.0f / most;
-        block->d = small ? 0 : most / 127.0f;
-        for (int i = 0; i < PANEL_K; i += LANES) vf_store_s8(block->q + i, vf_mul(vf_load(x + i), vf_set1(inverse)));
-        int32_t low = 0, high = 0;
-        for (int i = 0; i < 16; i++) low += block->q[i], high += block->q[16 + i];
-        block->nsum_low = -low;
-        block->nsum = -(low + high);
-        block->s = block->d * (float)(low + high);
-    }
+    for (uint32_t b = 0; b < n_blocks; b++) quantize_block(x + (size_t)b * PANEL_K, &blocks[b]);
+}
+
+static void quantize_column(const float (*x)[PANEL_K], uint32_t n_rows, struct act_block *first, size_t stride) {
+    for (uint32_t r = 0; r < n_rows; r++) quantize_block(x[r], first + r * stride);
 }
 
 INLINE vf silu_vector(vf gate, vf up) {
@@ -63,14 +67,43 @@ INLINE vf silu_vector(vf gate, vf up) {
     return vf_mul(value, up);
 }
 
-static void silu(const float *gate, const float *up, uint32_t n, float *out) {
-    uint32_t i = 0;
-    for (; i + LANES <= n; i += LANES) vf_store(out + i, silu_vector(vf_load(gate + i), vf_load(up + i)));
-    if (i == n) return;
-    float g[LANES] = {0}, u[LANES] = {0}, o[LANES];
-    for (uint32_t j = i; j < n; j++) g[j - i] = gate[j], u[j - i] = up[j];
-    vf_store(o, silu_vector(vf_load(g), vf_load(u)));
-    for (uint32_t j = i; j < n; j++) out[j] = o[j - i];
+static void silu(const float (*gate)[STRIP_ROWS], const float (*up)[STRIP_ROWS], uint32_t n_rows, float (*out)[PANEL_K]) {
+    for (uint32_t r = 0; r < n_rows; r++)
+        for (int i = 0; i < STRIP_ROWS; i += LANES) vf_store(out[r] + i, silu_vector(vf_load(gate[r] + i), vf_load(up[r] + i)));
+}
+
+static void put_strip(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, const float *bias, float *out, size_t stride) {
+    if (n < STRIP_ROWS) {
+        for (uint32_t r = 0; r < n_rows; r++)
+            for (uint32_t i = 0; i < n; i++) out[r * stride + i] = bias ? y[r][i] + bias[i] : y[r][i];
+        return;
+    }
+    for (uint32_t r = 0; r < n_rows; r++, out += stride)
+        for (int i = 0; i < STRIP_ROWS; i += LANES) vf_store(out + i, bias ? vf_add(vf_load(y[r] + i), vf_load(bias + i)) : vf_load(y[r] + i));
+}
+
+static void add_strip(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, float *x, size_t stride) {
+    if (n < STRIP_ROWS) {
+        for (uint32_t r = 0; r < n_rows; r++)
+            for (uint32_t i = 0; i < n; i++) x[r * stride + i] += y[r][i];
+        return;
+    }
+    for (uint32_t r = 0; r < n_rows; r++, x += stride)
+        for (int i = 0; i < STRIP_ROWS; i += LANES) vf_store(x + i, vf_add(vf_load(x + i), vf_load(y[r] + i)));
+}
+
+/* out = x cosine + (partner of x) sine: the partner of a dim is its neighbour, or the one half the vector away; sine carries the sign. */
+static void rotate(const float *x, uint32_t n, bool halves, const float *cosine, const float *sine, float *restrict out) {
+    if (halves) {
+        const uint32_t half = n / 2;
+        for (uint32_t i = 0; i < half; i++) out[i] = x[i] * cosine[i] + x[i + half] * sine[i];
+        for (uint32_t i = half; i < n; i++) out[i] = x[i] * cosine[i] + x[i - half] * sine[i];
+    } else {
+        for (uint32_t i = 0; i < n; i += 2) {
+            out[i] = x[i] * cosine[i] + x[i + 1] * sine[i];
+            out[i + 1] = x[i + 1] * cosine[i + 1] + x[i] * sine[i + 1];
+        }
+    }
 }
 
 static void track(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best) {
@@ -79,4 +112,30 @@ static void track(const float logits[STRIP_ROWS], uint32_t strip, struct best_lo
         best->value[i] = higher ? logits[i] : best->value[i];
         best->strip[i] = higher ? strip : best->strip[i];
     }
+}
+
+/* Twelve chains, so that latency does not count; the empty asm keeps the compiler from seeing through. */
+static uint64_t peak(uint64_t rounds) {
+    vi sum[12];
+    vb w = vb_load((const uint8_t[64]){1, 2, 3});
+    const int8_t a[4] = {1, 2, 3, 4};
+    for (int i = 0; i < 12; i++) sum[i] = vi_zero();
+    for (uint64_t round = 0; round < rounds; round++) {
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++) {
+            sum[i] = vi_dot(sum[i], &w, a, 1, 4);
+            __asm__ volatile("" : VECTOR_REGISTER(sum[i]));
+        }
+    }
+    return rounds * 12 * 4 * LANES;
+}
+
+static void read_memory(const uint8_t *memory, size_t bytes) {
+    vb seen[4] = {vb_load(memory), vb_load(memory), vb_load(memory), vb_load(memory)};
+    for (size_t at = 0; at + 16 * LANES <= bytes; at += 16 * LANES)
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; i++) {
+            seen[i] ^= vb_load(memory + at + 4 * LANES * i);
+            __asm__ volatile("" : VECTOR_REGISTER(seen[i]));
+        }
 }

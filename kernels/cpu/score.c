@@ -92,8 +92,15 @@ static void score_plain(struct cpu *cpu, const struct score_request *request, ui
     }
     for (uint32_t i = 0; rows && i < request->n_window; i++)
         for (uint32_t head = 0; head < group; head++) ring_query(cpu, request, lane, i, head, q + ((size_t)i * group + head) * d);
-    const struct score_lane plain = {.n_slots = n, .k = k, .v = v, .positions = positions, .accumulated = accumulated, .q = q,
-                                     .n_window = request->n_window, .last_position = request->last_position, .ahead = request->ahead};
+    const struct score_lane plain = {.n_slots = n,
+                                     .k = k,
+                                     .v = v,
+                                     .positions = positions,
+                                     .accumulated = accumulated,
+                                     .q = q,
+                                     .n_window = request->n_window,
+                                     .last_position = request->last_position,
+                                     .ahead = request->ahead};
     score_lane(p, request->kind, &plain, scores);
     free(k);
     free(v);
@@ -109,8 +116,10 @@ static void stage_score(void *context, const struct stage *stage, uint32_t first
     const struct score_request *request = scoring->request;
     for (uint32_t lane = request->first_lane + first; lane < request->first_lane + end; lane++) {
         float *scores = scoring->scores + request->offset[lane];
-        if (request->kind <= SCORE_PERSISTENCE) score_window(cpu, request, lane, &cpu->workers_scratch[worker], scores);
-        else score_plain(cpu, request, lane, scores);
+        if (request->kind <= SCORE_PERSISTENCE)
+            score_window(cpu, request, lane, &cpu->workers_scratch[worker], scores);
+        else
+            score_plain(cpu, request, lane, scores);
     }
 }
 

@@ -12,13 +12,20 @@ static void embed_row(struct cpu *cpu, uint32_t row) {
     const struct program *p = cpu->program;
     const struct batch *batch = cpu->batch;
     float *x = cpu->x + (size_t)row * p->n_embd;
-    if (cpu->embedding.data) tensor_row_f32(&cpu->embedding, (uint32_t)batch->tokens[row], x);
-    else panel_row_f32(&cpu->head, (uint32_t)batch->tokens[row], x);
-    float *rope = cpu->rope + (size_t)row * p->rope_dims;
+    if (cpu->embedding.data)
+        tensor_row_f32(&cpu->embedding, (uint32_t)batch->tokens[row], x);
+    else
+        panel_row_f32(&cpu->head, (uint32_t)batch->tokens[row], x);
+    /* One factor a dim, signs included (isa.h). */
+    float *cosine = cpu->rope + (size_t)row * 2 * p->rope_dims, *sine = cosine + p->rope_dims;
+    bool halves = p->rope_pairs == ROPE_PAIRS_HALVES;
     for (uint32_t i = 0; i < p->rope_dims / 2; i++) {
         double angle = (double)batch->positions[row] * p->rope_frequency[i];
-        rope[2 * i] = (float)(cos(angle) * (double)p->rope_magnitude);
-        rope[2 * i + 1] = (float)(sin(angle) * (double)p->rope_magnitude);
+        float c = (float)(cos(angle) * (double)p->rope_magnitude), s = (float)(sin(angle) * (double)p->rope_magnitude);
+        uint32_t first = halves ? i : 2 * i, second = halves ? i + p->rope_dims / 2 : 2 * i + 1;
+        cosine[first] = cosine[second] = c;
+        sine[first] = -s;
+        sine[second] = s;
     }
 }
 
@@ -67,12 +74,14 @@ static const struct act *normed(struct cpu *cpu, const struct stage *stage, cons
     return &own->act;
 }
 
-static void multiply(struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows, float (*y)[STRIP_ROWS]) {
+static void multiply(struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows,
+                     float (*y)[STRIP_ROWS]) {
     const uint8_t *data = panel->data + strip * panel->strip_bytes;
     if (panel_is_float(panel->type))
         cpu->isa->product[panel->type](data, panel->n_blocks, act->values + row * act->value_stride, act->value_stride * sizeof(float), n_rows, y);
     else
-        cpu->isa->product[panel->type](data, panel->n_blocks, act->blocks + row * act->block_stride, act->block_stride * sizeof(struct act_block), n_rows, y);
+        cpu->isa->product[panel->type](data, panel->n_blocks, act->blocks + row * act->block_stride, act->block_stride * sizeof(struct act_block),
+                                       n_rows, y);
 }
 
 enum { TILE_ROWS = 4 * PRODUCT_ROWS };
@@ -109,10 +118,8 @@ static void qkv_unit(struct cpu *cpu, const struct layer *layer, const struct ac
     for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
         uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
         multiply(cpu, panels[which], strip, act, row, rows, y);
-        for (uint32_t r = 0; r < rows; r++) {
-            float *to = cpu->qkv + (row + r) * cpu->qkv_stride + column + strip * STRIP_ROWS;
-            for (uint32_t i = 0; i < n; i++) to[i] = bias ? y[r][i] + bias[i] : y[r][i];
-        }
+        cpu->isa->put_strip((const float(*)[STRIP_ROWS])y, rows, n, bias, cpu->qkv + row * cpu->qkv_stride + column + strip * STRIP_ROWS,
+                            cpu->qkv_stride);
     }
 }
 
@@ -135,29 +142,29 @@ static void add_product(struct cpu *cpu, const struct panel *panel, const struct
         for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
             uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
             multiply(cpu, panel, unit.group, act, row, rows, y);
-            for (uint32_t r = 0; r < rows; r++) {
-                float *x = cpu->x + (size_t)(row + r) * n_embd + unit.group * STRIP_ROWS;
-                for (uint32_t i = 0; i < n; i++) x[i] += y[r][i];
-            }
+            cpu->isa->add_strip((const float(*)[STRIP_ROWS])y, rows, n, cpu->x + (size_t)row * n_embd + unit.group * STRIP_ROWS, n_embd);
         }
     }
 }
 
 /* 32 columns of silu(gate) * up: two strips of each, so that the result is whole blocks of activations. */
 static void mlp_unit(struct cpu *cpu, const struct layer *layer, const struct act *act, struct unit unit) {
-    float gate[TILE_ROWS][STRIP_ROWS], up[TILE_ROWS][STRIP_ROWS], both[TILE_ROWS][2 * STRIP_ROWS] = {0};
+    float gate[TILE_ROWS][STRIP_ROWS], up[TILE_ROWS][STRIP_ROWS], both[TILE_ROWS][PANEL_K];
     const uint32_t column = unit.group * PANEL_K;
+    const bool odd = 2 * unit.group + 1 == layer->gate.n_strips; /* half a block: no quantised type then, but zeros for the padding */
+    if (odd) memset(both, 0, sizeof both);
     for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
         uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
-        for (uint32_t half = 0; half < 2 && 2 * unit.group + half < layer->gate.n_strips; half++) {
+        for (uint32_t half = 0; half < (odd ? 1u : 2u); half++) {
             multiply(cpu, &layer->gate, 2 * unit.group + half, act, row, rows, gate);
             multiply(cpu, &layer->up, 2 * unit.group + half, act, row, rows, up);
-            for (uint32_t r = 0; r < rows; r++) cpu->isa->silu(gate[r], up[r], STRIP_ROWS, both[r] + half * STRIP_ROWS);
+            cpu->isa->silu((const float(*)[STRIP_ROWS])gate, (const float(*)[STRIP_ROWS])up, rows, (float(*)[PANEL_K])(both[0] + half * STRIP_ROWS));
         }
-        for (uint32_t r = 0; r < rows; r++) {
-            if (cpu->g.values) memcpy(cpu->g.values + (row + r) * cpu->g.value_stride + column, both[r], sizeof both[r]);
-            if (cpu->g.blocks) cpu->isa->quantize(both[r], 1, cpu->g.blocks + (row + r) * cpu->g.block_stride + unit.group);
-        }
+        for (uint32_t r = 0; cpu->g.values && r < rows; r++)
+            memcpy(cpu->g.values + (row + r) * cpu->g.value_stride + column, both[r], sizeof both[r]);
+        if (cpu->g.blocks)
+            cpu->isa->quantize_column((const float(*)[PANEL_K])both, rows, cpu->g.blocks + row * cpu->g.block_stride + unit.group,
+                                      cpu->g.block_stride);
     }
 }
 

@@ -2,14 +2,15 @@
 #include <immintrin.h>
 
 #define LANES 16
-#define PRODUCT_TILE 12       /* rows of an integer product whose sums stay in registers */
-#define FLOAT_TILE 6          /* rows of a float product, four sums each */
-#define WIDEN_QUERIES 4       /* queries of a widening attention loop, 2 * 16 / LANES sums each */
+#define PRODUCT_TILE 12 /* rows of an integer product whose sums stay in registers */
+#define FLOAT_TILE 6    /* rows of a float product, four sums each */
+#define WIDEN_QUERIES 4 /* queries of a widening attention loop, 2 * 16 / LANES sums each */
 
 typedef __m512 vf;
 typedef __m512i vi;
 typedef __m512i vb; /* 4 * LANES bytes */
 
+#define VECTOR_REGISTER(x) "+v"(x) /* asm operand */
 #define INLINE static inline __attribute__((always_inline, unused))
 
 INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
@@ -49,14 +50,25 @@ INLINE vf vf_add_pairs(vf a, vf b) {
 /* p * 2^n for whole n; 0 far below. */
 INLINE vf vf_scale(vf p, vf n) { return _mm512_scalef_ps(p, n); }
 INLINE vf vf_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-/* Rounded to nearest even, clamped to -127..127 (NaN: -127), one byte a lane. */
-INLINE void vf_store_s8(int8_t *p, vf a) {
-    __m512 clamped = _mm512_min_ps(_mm512_max_ps(a, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
-    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(clamped)));
+/* 16 floats, none above 127 in magnitude, to bytes, nearest even (NaN: -128). */
+INLINE __m128i bytes_of(vf a) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)); }
+INLINE void vf_store_s8(int8_t *p, vf a) { _mm_storeu_si128((void *)p, bytes_of(a)); }
+/* 16 halves to nearest even. */
+INLINE void vf_store_f16(uint16_t *p, vf x) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+/* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
+INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
+    __m256i bytes = _mm256_set_m128i(bytes_of(_mm512_mul_ps(_mm512_loadu_ps(x + 16), scale)), bytes_of(_mm512_mul_ps(_mm512_loadu_ps(x), scale)));
+    _mm256_storeu_si256((void *)q, bytes);
+    __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), _mm256_set1_epi16(1));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
+    *low = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
+    *high = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
 }
 
 INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
 INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vb vb_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 INLINE vb vb_low(vb a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 INLINE vb vb_high(vb a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
@@ -65,10 +77,20 @@ INLINE vb vb_or_bits(vb q, vb a, int n, int mask) {
     vb shifted = n >= 0 ? _mm512_srli_epi16(a, n) : _mm512_slli_epi16(a, -n);
     return _mm512_ternarylogic_epi64(q, shifted, _mm512_set1_epi8((char)mask), 0xf8); /* q | (shifted & mask) */
 }
-/* acc + the four products of a lane: w unsigned up to 127, a signed. */
-INLINE vi vi_dot7(vi acc, vb w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
-/* The same with w = value + 128: starts at dot8_start, ends at the products of the values. */
-INLINE vi vi_dot8_start(int32_t nsum) { return _mm512_slli_epi32(_mm512_set1_epi32(nsum), 7); }
-INLINE vi vi_dot8(vi acc, vb w, int32_t a) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a)); }
+/* start + the exact products of n quads with 4n activations; quads unsigned, of `bits` bits. */
+INLINE vi vi_dot(vi start, const vb *quads, const int8_t *a, const int n, int bits) {
+    (void)bits;
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j++) {
+        int32_t four;
+        __builtin_memcpy(&four, a + 4 * j, sizeof four);
+        start = _mm512_dpbusd_epi32(start, quads[j], _mm512_set1_epi32(four));
+    }
+    return start;
+}
+/* The products of signed values that are stored + 128. nsum: minus the sum of the 4n activations. */
+INLINE vi vi_dot_signed(const vb *quads, const int8_t *a, const int n, int32_t nsum) {
+    return vi_dot(_mm512_slli_epi32(_mm512_set1_epi32(nsum), 7), quads, a, n, 8);
+}
 /* nsum * 2^shift in every lane */
 INLINE vi vi_offset(int32_t nsum, int shift) { return _mm512_slli_epi32(_mm512_set1_epi32(nsum), (unsigned)shift); }

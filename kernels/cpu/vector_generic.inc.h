@@ -14,6 +14,7 @@ typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint8_t vb __attribute__((vector_size(16)));
 
+#define VECTOR_REGISTER(x) "+m"(x) /* asm operand */
 #define INLINE static inline __attribute__((always_inline, unused))
 
 INLINE vf vf_set1(float x) { return (vf){x, x, x, x}; }
@@ -67,9 +68,19 @@ INLINE void vf_store_s8(int8_t *p, vf a) {
         p[i] = (int8_t)((x + 0x1.8p23f) - 0x1.8p23f);
     }
 }
+/* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
+INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
+    for (int i = 0; i < 32; i += LANES) vf_store_s8(q + i, vf_load(x + i) * scale);
+    *low = *high = 0;
+    for (int i = 0; i < 16; i++) *low += q[i], *high += q[16 + i];
+}
+INLINE void vf_store_f16(uint16_t *p, vf x) {
+    for (int i = 0; i < LANES; i++) p[i] = f16_from_float(x[i]);
+}
 
 INLINE vi vi_set1(int32_t x) { return (vi){x, x, x, x}; }
 INLINE vi vi_zero(void) { return vi_set1(0); }
+INLINE vi vi_add(vi a, vi b) { return a + b; }
 INLINE vb vb_load(const uint8_t *p) {
     vb x;
     memcpy(&x, p, sizeof x);
@@ -79,15 +90,14 @@ INLINE vb vb_low(vb a) { return a & 15; }
 INLINE vb vb_high(vb a) { return a >> 4; }
 /* bits & mask of (a shifted right by n, or left by -n), or'ed into q. */
 INLINE vb vb_or_bits(vb q, vb a, int n, int mask) { return q | ((n >= 0 ? a >> n : a << -n) & (uint8_t)mask); }
-/* acc + the four products of a lane: w unsigned up to 127, a signed. */
-INLINE vi vi_dot7(vi acc, vb w, int32_t a) {
-    int8_t s[4];
-    memcpy(s, &a, sizeof s);
-    for (int c = 0; c < 4; c++) acc += (vi){w[c], w[4 + c], w[8 + c], w[12 + c]} * (int32_t)s[c];
-    return acc;
+/* start + the exact products of n quads with 4n activations; quads unsigned, of `bits` bits. */
+INLINE vi vi_dot(vi start, const vb *quads, const int8_t *a, const int n, int bits) {
+    (void)bits;
+    for (int j = 0; j < n; j++)
+        for (int c = 0; c < 4; c++) start += (vi){quads[j][c], quads[j][4 + c], quads[j][8 + c], quads[j][12 + c]} * (int32_t)a[4 * j + c];
+    return start;
 }
-/* The same with w = value + 128: starts at dot8_start, ends at the products of the values. */
-INLINE vi vi_dot8_start(int32_t nsum) { return vi_set1(nsum * 128); }
-INLINE vi vi_dot8(vi acc, vb w, int32_t a) { return vi_dot7(acc, w, a); }
+/* The products of signed values that are stored + 128. nsum: minus the sum of the 4n activations. */
+INLINE vi vi_dot_signed(const vb *quads, const int8_t *a, const int n, int32_t nsum) { return vi_dot(vi_set1(nsum * 128), quads, a, n, 8); }
 /* nsum * 2^shift in every lane */
 INLINE vi vi_offset(int32_t nsum, int shift) { return vi_set1(nsum * (1 << shift)); }

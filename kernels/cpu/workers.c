@@ -27,8 +27,8 @@ struct range {
 struct workers {
     _Alignas(64) _Atomic uint32_t generation; /* of stages; the futex word */
     _Atomic uint32_t sleepers;
-    _Alignas(64) _Atomic uint32_t done;       /* units of this stage */
-    _Alignas(64) const struct stage *stage;   /* written while no unit is out */
+    _Alignas(64) _Atomic uint32_t done;     /* units of this stage */
+    _Alignas(64) const struct stage *stage; /* written while no unit is out */
     const struct stage *end;
     void *context;
     uint32_t count, started; /* workers; threads there are, worker 0 counted */
@@ -77,7 +77,8 @@ static void open_stage(struct workers *w) {
     } else {
         uint64_t n = w->stage->n_units;
         for (uint32_t i = 0; i < w->count; i++)
-            atomic_store_explicit(&w->ranges[i].units, pack_range((uint32_t)(n * i / w->count), (uint32_t)(n * (i + 1) / w->count)), memory_order_release);
+            atomic_store_explicit(&w->ranges[i].units, pack_range((uint32_t)(n * i / w->count), (uint32_t)(n * (i + 1) / w->count)),
+                                  memory_order_release);
     }
     announce(w);
 }

@@ -1,0 +1,272 @@
+/* The cpu backend from the inside: packing, products, workers. What it computes as a whole is test_backends.c. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include <math.h>
+#include <stdatomic.h>
+
+#include "base/check.h"
+#include "base/random.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/pack.h"
+#include "kernels/cpu/workers.h"
+#include "tests/support/quantize.h"
+
+enum { MOST_ROWS = 97 };
+
+struct matrix {
+    struct tensor tensor;
+    uint8_t *bytes; /* what to free */
+};
+
+/* Random blocks; `worst`: every weight at an end of its range. At an odd address, as a file may place it. */
+static struct matrix matrix_new(enum tensor_type type, uint32_t rows, uint32_t cols, bool worst, uint64_t seed) {
+    struct matrix m = {.tensor = {.type = type, .rows = rows, .cols = cols}};
+    struct random random = {seed};
+    size_t row_bytes = tensor_row_bytes(&m.tensor);
+    m.bytes = check_calloc(rows * row_bytes + 1, 1);
+    float *row = check_calloc(cols, sizeof *row);
+    for (uint32_t r = 0; r < rows; r++) {
+        for (uint32_t c = 0; c < cols; c++) {
+            row[c] = 2 * random_unit(random_next(&random)) - 1;
+            if (worst) row[c] = row[c] > 0 ? 1 : -1;
+        }
+        quantize(type, row, m.bytes + 1 + r * row_bytes, cols);
+    }
+    free(row);
+    m.tensor.data = m.bytes + 1;
+    return m;
+}
+
+static struct panel pack_all(const struct tensor *tensor) {
+    struct panel panel = panel_of(tensor);
+    panel.data = aligned_alloc(64, (panel_bytes(&panel) + 63) / 64 * 64);
+    CHECK(panel.data);
+    panel_pack(&panel, tensor, 0, panel.n_strips);
+    return panel;
+}
+
+static void test_rows_come_back_out_of_panels(void **state) {
+    (void)state;
+    for (int type = 0; type < TENSOR_TYPES; type++) {
+        const uint32_t rows = 37, cols = tensor_type_info((enum tensor_type)type)->block_size == 1 ? 45 : 512;
+        struct matrix m = matrix_new((enum tensor_type)type, rows, cols, false, 7);
+        struct panel panel = pack_all(&m.tensor);
+        float expected[512], found[512];
+        for (uint32_t r = 0; r < rows; r++) {
+            tensor_row_f32(&m.tensor, r, expected);
+            panel_row_f32(&panel, r, found);
+            for (uint32_t c = 0; c < cols; c++)
+                if (expected[c] != found[c])
+                    fail_msg("%s row %u column %u: %g, not %g", tensor_type_info((enum tensor_type)type)->name, r, c, (double)found[c],
+                             (double)expected[c]);
+        }
+        free(panel.data);
+        free(m.bytes);
+    }
+}
+
+/* Rows of activations in both forms. */
+struct rows {
+    float *values;
+    struct act_block *blocks;
+    uint32_t cols, stride;
+};
+
+static struct rows rows_new(const struct cpu_isa *isa, uint32_t cols, bool worst, uint64_t seed) {
+    struct rows rows = {.cols = cols, .stride = (cols + PANEL_K - 1) / PANEL_K * PANEL_K};
+    struct random random = {seed};
+    rows.values = check_calloc((size_t)MOST_ROWS * rows.stride, sizeof(float));
+    rows.blocks = check_calloc((size_t)MOST_ROWS * rows.stride / PANEL_K, sizeof(struct act_block));
+    for (uint32_t r = 0; r < MOST_ROWS; r++) {
+        for (uint32_t c = 0; c < cols; c++) {
+            float x = 2 * random_unit(random_next(&random)) - 1;
+            rows.values[(size_t)r * rows.stride + c] = worst ? (r % 3 == 0 ? 1 : r % 3 == 1 ? -1 : x > 0 ? 1 : -1) : x;
+        }
+        isa->quantize(rows.values + (size_t)r * rows.stride, rows.stride / PANEL_K, rows.blocks + (size_t)r * rows.stride / PANEL_K);
+    }
+    return rows;
+}
+
+static void rows_free(struct rows *rows) {
+    free(rows->values);
+    free(rows->blocks);
+}
+
+/* The activation that the product sees: d q, or the value. */
+static double activation(const struct rows *rows, bool floats, uint32_t r, uint32_t c) {
+    size_t at = (size_t)r * rows->stride + c;
+    return floats ? (double)rows->values[at] : (double)rows->blocks[at / PANEL_K].d * rows->blocks[at / PANEL_K].q[at % PANEL_K];
+}
+
+static void multiply(const struct cpu_isa *isa, const struct panel *panel, uint32_t strip, const struct rows *rows, uint32_t first, uint32_t n,
+                     float (*y)[STRIP_ROWS]) {
+    bool floats = panel_is_float(panel->type);
+    const size_t at = (size_t)first * rows->stride;
+    const void *from = floats ? (const void *)(rows->values + at) : (const void *)(rows->blocks + at / PANEL_K);
+    size_t stride = floats ? rows->stride * sizeof(float) : rows->stride / PANEL_K * sizeof(struct act_block);
+    isa->product[panel->type](panel->data + strip * panel->strip_bytes, panel->n_blocks, from, stride, n, y);
+}
+
+/* Against the widened weights in double: what is left is rounding. A saturated pair would be off by far more. */
+static void check_product(const struct cpu_isa *isa, enum tensor_type type, bool worst) {
+    const uint32_t n_rows = 37, cols = tensor_type_info(type)->block_size == 1 ? 77 : 512;
+    struct matrix m = matrix_new(type, n_rows, cols, worst, 11);
+    struct panel panel = pack_all(&m.tensor);
+    struct rows rows = rows_new(isa, cols, worst, 13);
+    static float single[MOST_ROWS][STRIP_ROWS], many[MOST_ROWS][STRIP_ROWS];
+    float weights[512];
+    for (uint32_t strip = 0; strip < panel.n_strips; strip++) {
+        for (uint32_t r = 0; r < MOST_ROWS; r++) multiply(isa, &panel, strip, &rows, r, 1, single + r);
+        for (uint32_t n = 1; n <= MOST_ROWS; n++) {
+            memset(many, 0xff, sizeof many);
+            multiply(isa, &panel, strip, &rows, 0, n, many);
+            if (memcmp(single, many, n * sizeof *many) != 0)
+                fail_msg("%s %s: a row of %u differs from itself alone", isa->name, tensor_type_info(type)->name, n);
+        }
+        for (uint32_t i = 0; i < STRIP_ROWS; i++) {
+            uint32_t output = strip * STRIP_ROWS + i;
+            if (output < n_rows) tensor_row_f32(&m.tensor, output, weights);
+            for (uint32_t r = 0; r < MOST_ROWS; r++) {
+                double sum = 0, size = 0;
+                for (uint32_t c = 0; c < cols && output < n_rows; c++) {
+                    double a = activation(&rows, panel_is_float(type), r, c);
+                    sum += (double)weights[c] * a;
+                    size += 3 * fabs(a);
+                }
+                /* Weights are within 1, so minimum and scaled quant, which may cancel, are within 3 together. Some 34 roundings of 2^-24 on the way. */
+                if (!(fabs((double)single[r][i] - sum) <= 2e-6 * size))
+                    fail_msg("%s %s row %u output %u: %g, not %g", isa->name, tensor_type_info(type)->name, r, output, (double)single[r][i], sum);
+            }
+        }
+    }
+    rows_free(&rows);
+    free(panel.data);
+    free(m.bytes);
+}
+
+static void test_products(void **state) {
+    (void)state;
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
+        if (!(*isa)->present()) {
+            print_message("not on this machine: %s\n", (*isa)->name);
+            continue;
+        }
+        for (int type = 0; type < TENSOR_TYPES; type++) {
+            check_product(*isa, (enum tensor_type)type, false);
+            check_product(*isa, (enum tensor_type)type, true);
+        }
+    }
+}
+
+/* Q8_0 quants of -128, which a file may hold though no quantiser makes them: 128 x 127 twice must not saturate either. */
+static void test_lowest_quant(void **state) {
+    (void)state;
+    uint8_t source[34];
+    const uint16_t one = 0x3c00;
+    memcpy(source, &one, 2);
+    memset(source + 2, 0x80, 32);
+    struct tensor tensor = {.type = TENSOR_Q8_0, .rows = 1, .cols = 32, .data = source};
+    struct panel panel = pack_all(&tensor);
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
+        if (!(*isa)->present()) continue;
+        struct act_block block;
+        float x[32], y[1][STRIP_ROWS];
+        for (int sign = -1; sign <= 1; sign += 2) {
+            for (int i = 0; i < 32; i++) x[i] = (float)(sign * 127);
+            (*isa)->quantize(x, 1, &block);
+            (*isa)->product[TENSOR_Q8_0](panel.data, 1, &block, sizeof block, 1, y);
+            assert_true(fabs((double)y[0][0] - -128.0 * 127 * 32 * sign) < 1);
+        }
+    }
+    free(panel.data);
+}
+
+static void test_quantised_activations(void **state) {
+    (void)state;
+    struct random random = {17};
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
+        if (!(*isa)->present()) continue;
+        for (int round = 0; round < 200; round++) {
+            float x[PANEL_K], most = 0;
+            const float size = powf(10, (float)(round % 60 - 30));
+            for (int i = 0; i < PANEL_K; i++) {
+                x[i] = round == 0 ? 0 : size * (2 * random_unit(random_next(&random)) - 1);
+                most = fmaxf(most, fabsf(x[i]));
+            }
+            struct act_block block;
+            (*isa)->quantize(x, 1, &block);
+            int32_t sum = 0, low = 0;
+            for (int i = 0; i < PANEL_K; i++) {
+                assert_true(block.q[i] >= -127 && block.q[i] <= 127);
+                assert_true(fabsf(block.d * (float)block.q[i] - x[i]) <= most / 127 * 0.501f);
+                sum += block.q[i];
+                if (i < 16) low += block.q[i];
+            }
+            assert_int_equal(block.nsum, -sum);
+            assert_int_equal(block.nsum_low, -low);
+            assert_true(block.s == block.d * (float)sum);
+        }
+    }
+}
+
+/* Each unit of each stage is done once, after all of the stage before. */
+struct count {
+    _Atomic uint32_t done[64];
+    const struct stage *stages;
+    _Atomic uint32_t early;
+    _Atomic uint32_t units[64][300];
+};
+
+static void count_units(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    struct count *count = context;
+    (void)worker;
+    for (uint32_t i = 0; i < stage->index; i++)
+        if (atomic_load_explicit(&count->done[i], memory_order_relaxed) != count->stages[i].n_units) atomic_fetch_add(&count->early, 1);
+    for (uint32_t unit = first; unit < end; unit++) atomic_fetch_add_explicit(&count->units[stage->index][unit], 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&count->done[stage->index], end - first, memory_order_relaxed);
+}
+
+static void test_workers(void **state) {
+    (void)state;
+    struct random random = {23};
+    static const uint32_t sizes[] = {1, 2, 3, 7};
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        struct workers *workers;
+        struct error error;
+        assert_int_equal(workers_start(sizes[s], &workers, &error), STATUS_OK);
+        assert_int_equal(workers_count(workers), sizes[s]);
+        struct count *count = check_calloc(1, sizeof *count);
+        for (int round = 0; round < 100; round++) {
+            struct stage stages[64];
+            uint32_t n = random_below(&random, 65);
+            memset(count, 0, sizeof *count);
+            count->stages = stages;
+            for (uint32_t i = 0; i < n; i++)
+                stages[i] = (struct stage){
+                    .run = count_units, .n_units = random_below(&random, 2) ? random_below(&random, 4) : random_below(&random, 300), .index = i};
+            workers_run(workers, count, stages, n);
+            assert_int_equal(count->early, 0);
+            for (uint32_t i = 0; i < n; i++)
+                for (uint32_t unit = 0; unit < 300; unit++) assert_int_equal(count->units[i][unit], unit < stages[i].n_units ? 1 : 0);
+        }
+        free(count);
+        workers_stop(workers);
+    }
+    assert_true(workers_default_count() >= 1);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_rows_come_back_out_of_panels), cmocka_unit_test(test_products), cmocka_unit_test(test_lowest_quant),
+        cmocka_unit_test(test_quantised_activations),        cmocka_unit_test(test_workers),
+    };
+    return cmocka_run_group_tests_name("cpu", tests, NULL, NULL);
+}
