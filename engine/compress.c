@@ -132,8 +132,7 @@ static bool drop_blocks(struct engine *engine, const struct scheduler_due *due, 
     if (kv->policy->shifts_sinks && due->ring) {
         uint32_t n_copies, before = due->n_computed - due->lane_tokens[0];
         const uint32_t *source, *destination;
-        if (!scheduler_own_first(engine->scheduler, due, compress->sink_slots / BLOCK_TOKENS, &n_copies, &source, &destination))
-            return false;
+        if (!scheduler_own_first(engine->scheduler, due, compress->sink_slots / BLOCK_TOKENS, &n_copies, &source, &destination)) return false;
         if (n_copies > 0) engine->backend->ops->copy_blocks(engine->backend, n_copies, source, destination);
         struct shift_request shift = {.ring = due->ring,
                                       .first = before == 0,

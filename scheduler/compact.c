@@ -79,6 +79,7 @@ static struct choice *due_choice(struct scheduler *s) {
 static void handled(struct scheduler *s) {
     struct choice *choice = due_choice(s);
     choice->handled_at = choice->n_computed;
+    choice->n_copies = 0;
     s->due = NONE;
 }
 

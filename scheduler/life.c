@@ -36,6 +36,7 @@ void choice_give_table(struct scheduler *s, uint32_t i) {
     choice->n_computed = 0;
     choice->handled_at = NONE;
     choice->evicted = false;
+    choice->n_copies = 0;
 }
 
 void choice_preempt(struct scheduler *s, uint32_t i) {
