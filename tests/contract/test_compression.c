@@ -29,9 +29,10 @@ static void expect_report(const char *what, uint32_t number, const struct kv_rep
     if (a->tokens_seen != b->tokens_seen || a->slots_kept != b->slots_kept || a->slots_evicted != b->slots_evicted || a->blocks != b->blocks ||
         a->head_min != b->head_min || a->head_max != b->head_max || memcmp(&a->hits_kept, &b->hits_kept, sizeof a->hits_kept) != 0 ||
         memcmp(&a->hits_all, &b->hits_all, sizeof a->hits_all) != 0)
-        fail_msg("%s: request %u: kept %lu of %lu slots in %lu blocks, heads %u to %u, hits %.9g of %.9g; then %lu of %lu in %lu, %u to %u, %.9g of %.9g",
-                 what, number, a->slots_kept, a->slots_kept + a->slots_evicted, a->blocks, a->head_min, a->head_max, a->hits_kept, a->hits_all,
-                 b->slots_kept, b->slots_kept + b->slots_evicted, b->blocks, b->head_min, b->head_max, b->hits_kept, b->hits_all);
+        fail_msg(
+            "%s: request %u: kept %lu of %lu slots in %lu blocks, heads %u to %u, hits %.9g of %.9g; then %lu of %lu in %lu, %u to %u, %.9g of %.9g",
+            what, number, a->slots_kept, a->slots_kept + a->slots_evicted, a->blocks, a->head_min, a->head_max, a->hits_kept, a->hits_all,
+            b->slots_kept, b->slots_kept + b->slots_evicted, b->blocks, b->head_min, b->head_max, b->hits_kept, b->hits_all);
 }
 
 static void expect_same(const char *what, const struct run_request *asked, uint32_t n, const struct run_answers *a, const struct run_answers *b) {
@@ -133,9 +134,7 @@ static uint32_t cut_requests(const char *policy, uint32_t first_number, struct r
 }
 
 static void check_chunks(const char *backend, const char *policy) {
-    static const struct {
-        uint32_t max_rows, threads;
-    } ways[] = {{1, 1}, {7, 2}, {32, 1}, {33, 2}, {97, 1}};
+    static const struct { uint32_t max_rows, threads; } ways[] = {{1, 1}, {7, 2}, {32, 1}, {33, 2}, {97, 1}};
     struct run_request asked[CUT_JOBS];
     uint32_t n = cut_requests(policy, 0, asked);
     struct run_setting setting = {.backend = backend, .threads = 1, .max_rows = 512, .max_sequences = 1};
@@ -143,7 +142,7 @@ static void check_chunks(const char *backend, const char *policy) {
     uint64_t kept = run_kept;
     for (uint32_t i = 0; i < n; i++) assert_true(first.reports[asked[i].number].slots_evicted > 0 || strcmp(policy, "fastgen") == 0);
     for (size_t w = 0; w < sizeof ways / sizeof *ways; w++) {
-        if (ways[w].max_rows == 1 && strcmp(backend, "reference") == 0) continue; /* plain C: the small chunks below do */
+        if (strcmp(backend, "reference") == 0 && ways[w].max_rows != 33) continue; /* plain C is slow; it has no threads */
         setting.max_rows = ways[w].max_rows;
         setting.threads = ways[w].threads;
         run_alone(&setting, asked, n, &second);
@@ -241,7 +240,8 @@ static void test_forks_change_nothing(void **state) {
 static void test_accumulated_attention_is_each_candidates_own(void **state) {
     (void)state;
     for (size_t b = 0; b < sizeof run_backends / sizeof *run_backends; b++) {
-        struct run_request asked = {.n_prompt = 200, .n_new = 100, .n_candidates = RUN_CANDIDATES, .policy = "h2o", .budget = 100, .temperature = 0.9f};
+        struct run_request asked = {
+            .n_prompt = 200, .n_new = 100, .n_candidates = RUN_CANDIDATES, .policy = "h2o", .budget = 100, .temperature = 0.9f};
         struct run_setting setting = {.backend = run_backends[b], .threads = 1, .max_rows = 512, .max_sequences = 1};
         (void)run_together(&setting, &asked, 1, &first);
         uint64_t scores = run_scores_after_prompt;
@@ -255,20 +255,22 @@ static void test_accumulated_attention_is_each_candidates_own(void **state) {
 
 /* ---- preemption ---- */
 
-enum { CROWD = 36 };
+enum { CROWD = 48 };
 
 /* Older ones that grow push out younger ones, which were compressed before. */
 static uint32_t crowd_requests(const char *policy, struct run_request *asked) {
     for (uint32_t i = 0; i < CROWD; i++) {
-        bool grows = i % 3 == 0;
+        bool grows = i % 3 != 1;
         asked[i] = (struct run_request){.number = i,
-                                        .text = i % 2,
+                                        .text = i % 4 / 2,
                                         .shared = 66,
-                                        .n_prompt = grows ? 70 : i % 4 ? 70 + 2 * i : 96, /* at the edge of a block, too */
+                                        .n_prompt = grows   ? 70
+                                                    : i % 4 ? 70 + 2 * i
+                                                            : 96, /* at the edge of a block, too */
                                         .n_new = grows ? 160 : 90,
                                         .policy = grows ? "none" : policy,
                                         .budget = grows ? 0 : 48 + i % 16,
-                                        .temperature = i % 2 ? 0.9f : 0};
+                                        .temperature = i % 3 ? 0.9f : 0};
     }
     return CROWD;
 }
@@ -281,13 +283,13 @@ static void test_preempted_and_replayed(void **state) {
             uint32_t n = crowd_requests(policies[p]->name, asked);
             struct run_setting setting = {.backend = run_backends[b], .threads = 1, .max_rows = 512, .max_sequences = 1, .model_len = 256};
             run_alone(&setting, asked, n, &first);
-            for (uint32_t cache = 0; cache < 2; cache++) {
+            for (uint32_t cache = b == 0; cache < 2; cache++) {
                 setting = (struct run_setting){.backend = run_backends[b],
                                                .threads = 2,
                                                .max_rows = 128,
-                                               .max_sequences = 12,
+                                               .max_sequences = 10,
                                                .model_len = 256,
-                                               .pool_tokens = 256,
+                                               .pool_tokens = 288,
                                                .prefix_cache = cache};
                 struct scheduler_stats stats = run_together(&setting, asked, n, &second);
                 print_message("  %s, %s%s: %u preemptions, %u replays, %u steals, %u copies\n", run_backends[b], policies[p]->name,
@@ -469,7 +471,8 @@ static void test_a_hit_up_to_a_point(void **state) {
         for (uint32_t i = 0; i < 2; i++)
             asked[i] = (struct run_request){.number = i, .text = 5, .shared = 300, .n_prompt = 300, .n_new = 20, .policy = i ? names[p] : "none"};
         asked[1].budget = 64;
-        struct run_setting setting = {.backend = "cpu", .threads = 1, .max_rows = 512, .max_sequences = 2, .reading = true, .policy = names[p], .budget = 64};
+        struct run_setting setting = {
+            .backend = "cpu", .threads = 1, .max_rows = 512, .max_sequences = 2, .reading = true, .policy = names[p], .budget = 64};
         run_alone(&setting, asked, 2, &first);
         setting.prefix_cache = true;
         run_alone(&setting, asked, 2, &second);
