@@ -170,7 +170,9 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     cpu->turns = take(arena, (size_t)limits->ring_rows * p->rope_dims, sizeof(double));
     cpu->partials = take(arena, PARTIAL_FLOATS, sizeof(float));
     size_t chunks = (limits->max_samples + HEAD_ROWS - 1) / HEAD_ROWS;
-    cpu->stages = take(arena, 1 + (size_t)STAGES_A_LAYER * p->n_layers + 3 * chunks, sizeof(struct stage));
+    size_t stages = 1 + (size_t)STAGES_A_LAYER * p->n_layers + 3 * chunks;
+    cpu->stages = take(arena, stages, sizeof(struct stage));
+    cpu->stage_phases = take(arena, stages, sizeof(uint8_t));
     cpu->first_tile = take(arena, (size_t)limits->max_sequences + 1, sizeof(uint32_t));
     cpu->row_sequence = take(arena, rows, sizeof(uint32_t));
     const uint32_t dims = cpu->kv.dims;

@@ -90,8 +90,9 @@ struct cpu {
     uint32_t *row_sequence; /* [max_rows] */
     struct worker_scratch *workers_scratch;
 
-    float *partials;      /* [PARTIAL_FLOATS]: states of single splits, where a lane is shared among workers */
-    struct stage *stages; /* of a step */
+    float *partials;       /* [PARTIAL_FLOATS]: states of single splits, where a lane is shared among workers */
+    struct stage *stages;  /* of a step, */
+    uint8_t *stage_phases; /* and the enum phase_kind that each belongs to */
 
     /* The step at hand */
     const struct batch *batch;
