@@ -174,8 +174,18 @@ static void q8_values(const struct split *s) {
 #include "kernels/cpu/attention_bf16.inc.h"
 #endif
 
-/* Scores to weights in place; maximum and sum into state[0], state[1]. `count` slots are visible. */
-static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs, float *state) {
+/* Does the value product take weights as bf16 pairs? */
+INLINE bool takes_pairs(const struct attend *a) {
+#ifdef BF16_PAIRS
+    return a->shape->dtype == KV_BF16;
+#else
+    (void)a;
+    return false;
+#endif
+}
+
+/* Scores to weights in place; maximum and sum into state[0], state[1]. `count` slots are visible. kept: the weights once more, or NULL. */
+static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs, float *kept, float *state) {
     float *x = s->scores + (size_t)q * SPLIT_SLOTS;
     const uint32_t n = s->n_blocks * BLOCK_TOKENS;
     vf highest = vf_set1(NO_SCORE);
@@ -194,6 +204,7 @@ static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs
         (void)pairs;
         vf_store(x + i, weight);
 #endif
+        if (kept) vf_store(kept + i, weight);
         sum = vf_add(sum, weight);
     }
     state[0] = most;
@@ -267,12 +278,10 @@ static void attend_split(const struct attend *a, uint32_t split, float *state, s
     const struct split s = split_of(a, split);
     scores(&s);
     float sums[ATTEND_QUERIES][2];
-#ifdef BF16_PAIRS
-    const bool pairs = a->shape->dtype == KV_BF16;
-#else
-    const bool pairs = false;
-#endif
-    for (uint32_t q = 0; q < a->n_queries; q++) soften(&s, q, split_count(a, q, slot), pairs, sums[q]);
+    for (uint32_t q = 0; q < a->n_queries; q++) {
+        soften(&s, q, split_count(a, q, slot), takes_pairs(a), a->kept ? a->kept + q * a->kept_stride + slot : NULL, sums[q]);
+        if (a->kept) a->kept_maxima[split * ATTEND_QUERIES + q] = sums[q][0];
+    }
     if (!a->sums_only) values(&s);
     for (uint32_t q = skip; q < a->n_queries; q++) {
         float *next = split_out(&s, q) - 2;
@@ -286,21 +295,15 @@ static void attend(const struct attend *a, uint32_t first_split, uint32_t end_sp
     for (uint32_t split = first_split; split < end_split; split++) attend_split(a, split, state, state_stride);
 }
 
-static const float *weights(const struct attend *a, uint32_t split, const float *state, size_t state_stride) {
+static void weights(const struct attend *a, uint32_t split) {
     const uint32_t slot = split * SPLIT_SLOTS;
     const struct split s = split_of(a, split);
+    float sums[2];
     if (s.n_blocks > 0) scores(&s);
     for (uint32_t q = 0; q < a->n_queries; q++) {
-        float *x = s.scores + (size_t)q * SPLIT_SLOTS;
-        vf most = vf_set1(state[q * state_stride]), inverse = vf_set1(1.0f / state[q * state_stride + 1]);
-        uint32_t count = split_count(a, q, slot);
-        for (uint32_t i = 0; i < SPLIT_SLOTS; i += LANES) {
-            vf weight = vf_zero();
-            if (i < count) weight = vf_first(vf_mul(vf_exp(vf_sub(vf_load(x + i), most)), inverse), vf_zero(), (int)(count - i));
-            vf_store(x + i, weight);
-        }
+        soften(&s, q, split_count(a, q, slot), takes_pairs(a), a->kept + q * a->kept_stride, sums);
+        a->kept_maxima[q] = sums[0];
     }
-    return s.scores;
 }
 
 /* Finite: a NaN becomes 0, what is too large the largest. */

@@ -38,6 +38,7 @@ struct cache {
     uint32_t ids[POOL];
     uint32_t lane_first[LANES], lane_tokens[LANES];
     uint32_t position;
+    uint64_t phase_ns[PHASE_KINDS];
 };
 
 static int32_t token_at(uint32_t position) { return (int32_t)(random_at(3, 0, 0, position) % 64); }
@@ -57,6 +58,7 @@ static void open_cache(struct cache *cache, const struct backend_ops *ops, enum 
         .ring_rows = RING_ROWS,
         .sink_slots = SINK_SLOTS,
         .accumulators = true,
+        .phase_ns = cache->phase_ns,
     };
     struct error error = {0};
     if (ops->prepare(cache->program, &limits, &cache->backend, &error) != STATUS_OK) fail_msg("%s: %s", ops->name, error.text);
@@ -211,6 +213,8 @@ static void test_rows_after_compaction(const struct backend_ops *ops, enum kv_dt
             if (!(difference / size < logits_bound[dtype])) fail_msg("%s %s: error %g", ops->name, kv_dtype_name(dtype), difference / size);
         }
     }
+    for (int kind = 0; kind < PHASE_KINDS; kind++) /* every phase took some time, and was told so */
+        if (cache.phase_ns[kind] == 0) fail_msg("%s: no time in %s", ops->name, phase_kind_name((enum phase_kind)kind));
     oracle_free(oracle);
     close_cache(&cache);
 }
