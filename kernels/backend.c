@@ -23,9 +23,10 @@ const struct backend_ops *backend_find(const char *name) {
 
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set) {
     if (ops != &backend_cpu) return KV_F16;
+    const char *best = instruction_set;
     for (const struct cpu_isa *const *isa = cpu_isas; !instruction_set && *isa; isa++)
-        if ((*isa)->present()) instruction_set = (*isa)->name; /* worst first */
-    return instruction_set && strcmp(instruction_set, "avx512bf16") == 0 ? KV_BF16 : KV_F16;
+        if ((*isa)->present()) best = (*isa)->name; /* worst first: the last one present */
+    return best && strcmp(best, "avx512bf16") == 0 ? KV_BF16 : KV_F16;
 }
 
 static const char *const kv_dtype_names[KV_DTYPES] = {[KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8"};
