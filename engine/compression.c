@@ -202,6 +202,12 @@ uint32_t compression_tokens_max(const struct kv_plan *plan) {
     return most > UINT32_MAX ? UINT32_MAX : (uint32_t)most;
 }
 
+/* Whole blocks leave: pinned tokens round up to a block, and what is over the budget by less than one stays. */
+bool compression_is_endless(const struct kv_plan *plan, uint32_t max_model_len) {
+    uint32_t most = compression_tokens_max(plan);
+    return most != UINT32_MAX && plan->policy->shifts_sinks && (uint64_t)most + 2 * BLOCK_TOKENS <= max_model_len;
+}
+
 struct scheduler_points compression_points(const struct kv_plan *plan) {
     struct scheduler_points points = {0};
     if (!compression_is_on(plan) || !(plan->triggers & (TRIGGER_PROMPT_END | TRIGGER_BUDGET))) return points;

@@ -16,22 +16,24 @@ static uint32_t bucket_count(const struct scheduler_limits *limits) {
 }
 
 /* The scheduler's own arrays, each once: field, and how many. */
-#define ARRAYS(ARRAY)                                                                                                                                \
-    ARRAY(requests, limits->max_choices)                                                                                                             \
-    ARRAY(choices, limits->max_choices)                                                                                                              \
-    ARRAY(running, limits->max_sequences)                                                                                                            \
-    ARRAY(waiting, limits->max_choices)                                                                                                              \
-    ARRAY(free_tables, limits->max_sequences)                                                                                                        \
-    ARRAY(free_rings, limits->n_rings)                                                                                                               \
-    ARRAY(copy_source, limits->max_sequences, limits->n_lanes)                                                                                       \
-    ARRAY(copy_destination, limits->max_sequences, limits->n_lanes)                                                                                  \
-    ARRAY(copy_choice, limits->max_sequences, limits->n_lanes)                                                                                       \
-    ARRAY(entries, limits->max_sequences)                                                                                                            \
-    ARRAY(entry_choice, limits->max_sequences)                                                                                                       \
-    ARRAY(moves, limits->n_lanes)                                                                                                                    \
-    ARRAY(move_source, limits->n_lanes, blocks_max(limits))                                                                                          \
-    ARRAY(move_destination, limits->n_lanes, blocks_max(limits))                                                                                     \
+/* clang-format off */
+#define ARRAYS(ARRAY) \
+    ARRAY(requests, limits->max_choices) \
+    ARRAY(choices, limits->max_choices) \
+    ARRAY(running, limits->max_sequences) \
+    ARRAY(waiting, limits->max_choices) \
+    ARRAY(free_tables, limits->max_sequences) \
+    ARRAY(free_rings, limits->n_rings) \
+    ARRAY(copy_source, limits->max_sequences, limits->n_lanes) \
+    ARRAY(copy_destination, limits->max_sequences, limits->n_lanes) \
+    ARRAY(copy_choice, limits->max_sequences, limits->n_lanes) \
+    ARRAY(entries, limits->max_sequences) \
+    ARRAY(entry_choice, limits->max_sequences) \
+    ARRAY(moves, limits->n_lanes) \
+    ARRAY(move_source, limits->n_lanes, blocks_max(limits)) \
+    ARRAY(move_destination, limits->n_lanes, blocks_max(limits)) \
     ARRAY(buckets, bucket_count(limits))
+/* clang-format on */
 #define COUNT(...) COUNT_OF(__VA_ARGS__, 1, )
 #define COUNT_OF(a, b, ...) ((size_t)(a) * (b))
 

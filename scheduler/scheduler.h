@@ -106,7 +106,6 @@ struct scheduler_stats {
     uint64_t prefix_evictions;                       /* entries */
     uint64_t prefix_steals;                          /* entries that left the cache because their owner was compressed */
     uint64_t compaction_copies;                      /* shared blocks that a compaction could not write in place */
-    uint64_t compaction_skips;                       /* lanes left as they were, for lack of blocks to copy to */
     uint64_t compaction_drops;                       /* whole blocks dropped without moving data */
     uint64_t compactions, replays;                   /* sequences compressed; of them, at a point passed before a preemption */
     uint64_t pressure_compactions;
@@ -156,13 +155,14 @@ bool scheduler_next_due(struct scheduler *scheduler, struct scheduler_due *due);
 
 /* What a compaction moves, lane by lane. */
 struct scheduler_lane_move {
-    bool moves;                  /* false: the lane stays as it is (nothing to evict, or no blocks to copy to) */
+    bool moves;                  /* false: the lane stays as it is: nothing to evict */
     const uint32_t *source;      /* ids of the lane's blocks, in order */
     const uint32_t *destination; /* [blocks of n_keep slots]: equal to the leading source ids, or fresh where those are shared: then slots of it before the first evicted one move too */
     uint32_t n_keep;
 };
-/* The caller keeps n_keep[lane] slots of each lane, the first one evicted being first_evicted[lane] (lane_tokens if none is). Blocks from there on are written, now or by the rows to come: those that only the
- * prefix cache holds beside this sequence leave it, those that another sequence holds are replaced by fresh ones. Returns [n_lanes] moves, valid until scheduler_compacted. */
+/* The caller keeps n_keep[lane] slots of each lane, the first one evicted being first_evicted[lane] (lane_tokens if none is). Blocks from there on are written, now or by the rows to
+ * come: those that only the prefix cache holds beside this sequence leave it, those that another sequence holds are replaced by fresh ones, for which others are preempted if need be.
+ * Returns [n_lanes] moves, valid until scheduler_compacted; NULL: not enough blocks, the sequence has been preempted and is no longer due. */
 const struct scheduler_lane_move *scheduler_compact(struct scheduler *scheduler, const struct scheduler_due *due, const uint32_t *n_keep, const uint32_t *first_evicted);
 /* The moves have been carried out: lanes are cut, blocks given back. */
 void scheduler_compacted(struct scheduler *scheduler, const struct scheduler_due *due);

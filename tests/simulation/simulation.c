@@ -267,6 +267,10 @@ static void compress(struct sim *sim, const struct scheduler_due *due) {
         while (first[lane] < n_keep[lane] && keep[lane][first[lane]] == first[lane]) first[lane]++;
     }
     const struct scheduler_lane_move *moves = scheduler_compact(sim->scheduler, due, n_keep, first);
+    if (!moves) { /* preempted */
+        for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) choice->lanes[lane].n = 0;
+        return;
+    }
     for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
         if (!moves[lane].moves) continue;
         for (uint32_t i = first[lane]; i < n_keep[lane]; i++) {
