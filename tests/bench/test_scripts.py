@@ -121,6 +121,21 @@ class FixedPool(unittest.TestCase):
         self.assertEqual(fixed_pool.begun_not_ended([[0, 1, 3, 3, 9, 9], [0, 2, 5, 5, 9, 9], [0, 0, 0, 0, 0, 0]], 1, 4), (2 + 2) / 3)
 
 
+class Machine(unittest.TestCase):
+    def test_own_children_are_not_others(self):
+        watch = machine.Watch()
+        _, busy, stolen, own = watch.begin
+        watch._look = lambda: (watch.begin[0] + 10, busy + 7, stolen + 1, own + 4)
+        cores = os.cpu_count()
+        self.assertEqual({key: watch.report()[key] for key in ("others", "stolen")}, {"others": round(3 / 10 / cores, 3), "stolen": round(1 / 10 / cores, 3)})
+        before = machine.Watch()
+        subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+        self.assertGreater(before._look()[3], before.begin[3])
+
+    def test_describe(self):
+        self.assertTrue(all(machine.describe()[key] for key in ("cpu", "cores", "memory_gib", "system", "commit", "date")))
+
+
 class Report(unittest.TestCase):
     def test_numbers(self):
         self.assertEqual([report.number(value) for value in (None, 0.01234, 4.567, 78.94, 1234.5)], ["-", "0.0123", "4.57", "78.9", "1234"])
