@@ -195,12 +195,19 @@ class EndToEnd(unittest.TestCase):
             self.assertEqual(server.metrics()["kvasir_generation_tokens_total"], 12 * 6)
 
     def test_arrival(self):
-        with self.mock("--mock-tokens-per-second", "500") as server:
+        # Steps so long that the whole prompt is one: 100 rows at 500 a second are a gap of 0.2 s for the others, which ends after the prompt's first token.
+        with self.mock("--mock-tokens-per-second", "500", "--step-ms", "60000") as server:
             result = servers.load(BUILD / "tests/bench/load", server.port, streams=2, prompt=8, tokens=240, arrive="100:1:4", ids="0-256", timeout=DEADLINE)
-            self.assertGreater(result["arrival"]["ttft_s"], 0)
-            self.assertEqual(result["arrival"]["others_over_before"], 0)
-            self.assertGreater(result["arrival"]["others_gap_s"]["count"], 0)
-            self.assertEqual(result["whole"], 1)  # the run ends with what arrived
+            arrival = result["arrival"]
+            self.assertGreater(arrival["ttft_s"], 0.19)
+            self.assertEqual(arrival["others_over_before"], 0)
+            self.assertGreaterEqual(arrival["others_gap_s"]["count"], 2)
+            self.assertGreater(arrival["others_gap_s"]["max"], 0.19)
+            *others, arrived = result["each"]
+            for _, _, last, _, tokens, _ in others:
+                self.assertGreater(last, arrived[1])  # heard of again
+                self.assertLess(tokens, 240)
+            self.assertEqual(result["whole"], 1)  # the run ends soon after what arrived
 
     def test_failures_are_told(self):
         with self.mock() as server:
@@ -306,7 +313,7 @@ class EndToEnd(unittest.TestCase):
         burst, arrival = result["results"]["burst"], result["results"]["arrival"]
         self.assertEqual(burst["summary"]["rounds"], 1)
         self.assertIn("first", burst["details"]["ours"][0]["thread_share"])
-        self.assertEqual(set(arrival["rounds"][0]), {"probe", "kvasir", "-ub 64"})
+        self.assertEqual(set(arrival["rounds"][0]), {"probe", "kvasir", "-b 64 -ub 64"})
 
     def test_fixed_pool(self):
         self.run_script("fixed-pool", "--threads", 1, "--requests", 6, "--prompt", 100, "--tokens", 100, "--max-model-len", 200, "--budget", 64, "--ids", "0-256", "--period", 0.01)
