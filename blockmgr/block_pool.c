@@ -43,11 +43,17 @@ static void set_mask(struct block_pool *pool, uint32_t extent, uint64_t mask) {
     if (to) link_extent(pool, to, extent);
 }
 
+static uint32_t extents_for(uint32_t n_blocks, uint32_t extent_blocks) { return n_blocks / extent_blocks + (n_blocks % extent_blocks != 0); }
+
+uint64_t block_pool_bytes(uint32_t n_blocks, uint32_t extent_blocks) {
+    return (uint64_t)n_blocks * (sizeof(uint32_t) + sizeof(uint8_t)) + (uint64_t)extents_for(n_blocks, extent_blocks) * sizeof(struct block_extent);
+}
+
 void block_pool_init(struct block_pool *pool, uint32_t n_blocks, uint32_t extent_blocks) {
     CHECK(n_blocks > 0 && n_blocks < BLOCK_NONE && extent_blocks >= 1 && extent_blocks <= EXTENT_BLOCKS_MAX);
     *pool =
         (struct block_pool){.n_blocks = n_blocks, .extent_blocks = extent_blocks, .n_free = n_blocks, .whole = EXTENT_NONE, .partial = EXTENT_NONE};
-    pool->n_extents = (n_blocks + extent_blocks - 1) / extent_blocks;
+    pool->n_extents = extents_for(n_blocks, extent_blocks);
     pool->owners = check_calloc(n_blocks, sizeof *pool->owners);
     pool->cached = check_calloc(n_blocks, sizeof *pool->cached);
     pool->extents = check_calloc(pool->n_extents, sizeof *pool->extents);

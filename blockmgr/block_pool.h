@@ -29,6 +29,8 @@ struct block_pool {
     uint32_t whole, partial; /* heads of lists: extents all free, extents partly free */
 };
 
+/* What block_pool_init allocates. */
+uint64_t block_pool_bytes(uint32_t n_blocks, uint32_t extent_blocks);
 void block_pool_init(struct block_pool *pool, uint32_t n_blocks, uint32_t extent_blocks);
 void block_pool_done(struct block_pool *pool);
 static inline uint32_t block_pool_used(const struct block_pool *pool) { return pool->n_blocks - pool->n_free - pool->n_cached; }

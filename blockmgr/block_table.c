@@ -11,7 +11,7 @@
 static uint32_t blocks_for(uint32_t tokens) { return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
 
 uint64_t block_tables_bytes(uint32_t n_tables, uint32_t n_lanes, uint32_t blocks_max) {
-    return (uint64_t)n_tables * n_lanes * ((uint64_t)blocks_max + 3) * sizeof(uint32_t);
+    return (uint64_t)n_tables * n_lanes * ((uint64_t)blocks_max + 3) * sizeof(uint32_t) + (uint64_t)n_tables * sizeof(struct table_sums);
 }
 
 void block_tables_init(struct block_tables *tables, struct block_pool *pool, uint32_t n_tables, uint32_t n_lanes, uint32_t blocks_max) {
@@ -24,6 +24,7 @@ void block_tables_init(struct block_tables *tables, struct block_pool *pool, uin
     tables->lane_first = check_calloc(lanes, sizeof *tables->lane_first);
     tables->lane_tokens = check_calloc(lanes, sizeof *tables->lane_tokens);
     tables->n_blocks = check_calloc(lanes, sizeof *tables->n_blocks);
+    tables->sums = check_calloc(n_tables, sizeof *tables->sums);
     for (size_t lane = 0; lane < lanes; lane++) tables->lane_first[lane] = (uint32_t)(lane * blocks_max);
 }
 
@@ -32,16 +33,23 @@ void block_tables_done(struct block_tables *tables) {
     free(tables->lane_first);
     free(tables->lane_tokens);
     free(tables->n_blocks);
+    free(tables->sums);
 }
 
-uint64_t table_blocks(const struct block_tables *tables, uint32_t table) {
-    const uint32_t *blocks = table_lane_blocks(tables, table);
-    uint64_t sum = 0;
-    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) sum += blocks[lane];
-    return sum;
+uint32_t table_room(const struct block_tables *tables, uint32_t table) {
+    const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
+    uint32_t room = UINT32_MAX;
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+        uint32_t left = blocks[lane] * BLOCK_TOKENS - tokens[lane];
+        room = left < room ? left : room;
+    }
+    return room;
 }
 
 uint64_t table_missing(const struct block_tables *tables, uint32_t table, uint32_t rows) {
+    if (rows <= tables->sums[table].room) return 0;
+    tables->sums[table].room = table_room(tables, table);
+    if (rows <= tables->sums[table].room) return 0;
     const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
     uint64_t missing = 0;
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
@@ -52,7 +60,9 @@ uint64_t table_missing(const struct block_tables *tables, uint32_t table, uint32
 }
 
 bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
-    if (table_missing(tables, table, rows) > tables->pool->n_free) return false;
+    uint64_t missing = table_missing(tables, table, rows);
+    if (missing > tables->pool->n_free) return false;
+    if (missing == 0) return true;
     const uint32_t *tokens = table_lane_tokens(tables, table);
     uint32_t *blocks = table_lane_blocks(tables, table);
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
@@ -61,16 +71,16 @@ bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
         for (; blocks[lane] < needed; blocks[lane]++)
             ids[blocks[lane]] = block_pool_take(tables->pool, blocks[lane] ? ids[blocks[lane] - 1] : BLOCK_NONE);
     }
+    tables->sums[table].blocks += missing;
+    tables->sums[table].room = table_room(tables, table);
     return true;
 }
 
 void table_fill(struct block_tables *tables, uint32_t table, uint32_t rows) {
     uint32_t *tokens = table_lane_tokens(tables, table);
-    const uint32_t *blocks = table_lane_blocks(tables, table);
-    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
-        tokens[lane] += rows;
-        CHECK(blocks_for(tokens[lane]) <= blocks[lane]);
-    }
+    CHECK(table_missing(tables, table, rows) == 0);
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) tokens[lane] += rows;
+    tables->sums[table].room -= rows;
 }
 
 void table_share(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t id) {
@@ -78,6 +88,22 @@ void table_share(struct block_tables *tables, uint32_t table, uint32_t lane, uin
     CHECK(blocks[lane] < tables->blocks_max);
     block_pool_share(tables->pool, id);
     table_lane_ids(tables, table, lane)[blocks[lane]++] = id;
+    tables->sums[table].blocks++;
+}
+
+uint32_t table_take(struct block_tables *tables, uint32_t table, uint32_t lane) {
+    uint32_t *blocks = table_lane_blocks(tables, table) + lane, *ids = table_lane_ids(tables, table, lane);
+    CHECK(*blocks < tables->blocks_max);
+    uint32_t id = block_pool_take(tables->pool, *blocks ? ids[*blocks - 1] : BLOCK_NONE);
+    ids[(*blocks)++] = id;
+    tables->sums[table].blocks++;
+    return id;
+}
+
+void table_set_tokens(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t tokens) {
+    CHECK(blocks_for(tokens) <= table_lane_blocks(tables, table)[lane]);
+    table_lane_tokens(tables, table)[lane] = tokens;
+    tables->sums[table].room = 0;
 }
 
 void table_truncate(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t tokens) {
@@ -85,7 +111,8 @@ void table_truncate(struct block_tables *tables, uint32_t table, uint32_t lane, 
     const uint32_t *ids = table_lane_ids(tables, table, lane);
     CHECK(tokens <= *filled);
     *filled = tokens;
-    while (*blocks > blocks_for(tokens)) block_pool_give(tables->pool, ids[--*blocks]);
+    for (; *blocks > blocks_for(tokens); tables->sums[table].blocks--) block_pool_give(tables->pool, ids[--*blocks]);
+    tables->sums[table].room = 0;
 }
 
 void table_drop(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t first, uint32_t count) {
@@ -95,7 +122,8 @@ void table_drop(struct block_tables *tables, uint32_t table, uint32_t lane, uint
     for (uint32_t i = first; i < first + count; i++) block_pool_give(tables->pool, ids[i]);
     memmove(ids + first, ids + first + count, (*blocks - first - count) * sizeof *ids);
     *blocks -= count;
-    *filled -= count * BLOCK_TOKENS;
+    *filled -= count * BLOCK_TOKENS; /* the room stays */
+    tables->sums[table].blocks -= count;
 }
 
 uint32_t table_replace(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t index) {
@@ -114,4 +142,15 @@ void table_clear(struct block_tables *tables, uint32_t table) {
         while (*blocks > 0) block_pool_give(tables->pool, ids[--*blocks]);
         table_lane_tokens(tables, table)[lane] = 0;
     }
+    tables->sums[table] = (struct table_sums){0};
+}
+
+void table_check(const struct block_tables *tables, uint32_t table) {
+    const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
+    uint64_t sum = 0;
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+        CHECK(blocks_for(tokens[lane]) <= blocks[lane] && blocks[lane] <= tables->blocks_max);
+        sum += blocks[lane];
+    }
+    CHECK(tables->sums[table].blocks == sum && tables->sums[table].room <= table_room(tables, table));
 }

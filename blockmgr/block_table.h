@@ -2,6 +2,7 @@
  * end, cut from the end, or one whole block leaves the middle (no data moves). Ids are views on a pool that counts owners; a table owns one count of each id it lists.
  *
  * All tables lie in one array [table][lane][blocks_max], so that a batch can name a lane by one index; pages of it that were never written take no memory.
+ * What a plan asks of every running sequence at every step (blocks listed, blocks missing for one more row) is O(1) until a lane has to grow.
  * One thread. Allocates in block_tables_init only. */
 #pragma once
 
@@ -11,14 +12,20 @@
 
 #include "blockmgr/block_pool.h"
 
+struct table_sums {
+    uint64_t blocks; /* listed in all lanes */
+    uint32_t room;   /* so many more slots fit in every lane as listed; at most the true number, 0 until it is asked for */
+};
+
 struct block_tables {
     struct block_pool *pool;
     uint32_t n_tables, n_lanes, blocks_max; /* blocks_max: of one lane */
     uint32_t *ids;                          /* [n_tables][n_lanes][blocks_max] */
     size_t ids_bytes;
-    uint32_t *lane_first;  /* [n_tables][n_lanes] index in ids of the lane's first block; const */
-    uint32_t *lane_tokens; /* [n_tables][n_lanes] slots filled */
-    uint32_t *n_blocks;    /* [n_tables][n_lanes] blocks listed, >= filled ones */
+    uint32_t *lane_first;    /* [n_tables][n_lanes] index in ids of the lane's first block; const */
+    uint32_t *lane_tokens;   /* [n_tables][n_lanes] slots filled */
+    uint32_t *n_blocks;      /* [n_tables][n_lanes] blocks listed, >= filled ones */
+    struct table_sums *sums; /* [n_tables] */
 };
 
 uint64_t block_tables_bytes(uint32_t n_tables, uint32_t n_lanes, uint32_t blocks_max);
@@ -39,15 +46,21 @@ static inline uint32_t *table_lane_ids(const struct block_tables *tables, uint32
 }
 
 /* Blocks listed in all lanes. */
-uint64_t table_blocks(const struct block_tables *tables, uint32_t table);
+static inline uint64_t table_blocks(const struct block_tables *tables, uint32_t table) { return tables->sums[table].blocks; }
 /* Blocks that `rows` more slots in every lane need beyond those listed. */
 uint64_t table_missing(const struct block_tables *tables, uint32_t table, uint32_t rows);
+/* So many more slots fit in every lane as listed. */
+uint32_t table_room(const struct block_tables *tables, uint32_t table);
 /* Takes them: all, or none and false. */
 bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows);
 /* `rows` slots of every lane are filled now; their blocks are listed (CHECKed). */
 void table_fill(struct block_tables *tables, uint32_t table, uint32_t rows);
 /* Lists one more block of `lane`, which gets one more owner (a prefix hit, a fork). */
 void table_share(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t id);
+/* Lists one more block of `lane`, taken from the pool (one must be free). Returns it. */
+uint32_t table_take(struct block_tables *tables, uint32_t table, uint32_t lane);
+/* `tokens` slots of one lane are filled now; their blocks are listed (CHECKed). */
+void table_set_tokens(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t tokens);
 /* The lane keeps `tokens` slots; blocks past them are given back. */
 void table_truncate(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t tokens);
 /* The lane's blocks [first, first + count) leave, full ones all; what follows moves up. */
@@ -56,3 +69,6 @@ void table_drop(struct block_tables *tables, uint32_t table, uint32_t lane, uint
 uint32_t table_replace(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t index);
 /* Everything is given back. */
 void table_clear(struct block_tables *tables, uint32_t table);
+
+/* CHECKs what is kept beside the lanes against them. */
+void table_check(const struct block_tables *tables, uint32_t table);

@@ -14,7 +14,7 @@ static uint32_t buckets_for(uint32_t capacity) {
 }
 
 uint64_t prefix_cache_bytes(uint32_t n_lanes, uint32_t capacity, uint32_t n_blocks) {
-    return n_blocks * sizeof(uint32_t) + (uint64_t)capacity * (sizeof(struct prefix_entry) + n_lanes * sizeof(uint32_t)) +
+    return (uint64_t)n_blocks * sizeof(uint32_t) + (uint64_t)capacity * (sizeof(struct prefix_entry) + n_lanes * sizeof(uint32_t)) +
            buckets_for(capacity) * sizeof(uint32_t);
 }
 

@@ -1,5 +1,7 @@
 /* kvasir check-config: reads a configuration as serve would, says what is wrong with it or what it comes to, and starts nothing. Main thread.
  * A model that is named must be there and fit: that is most of what goes wrong at a start. */
+#include <string.h>
+
 #include "cli/cli.h"
 #include "engine/engine.h"
 
@@ -27,6 +29,9 @@ int command_check_config(const struct config *config, const char *argument) {
     enum status status = STATUS_OK;
     if (argument) status = config_load_file(&checked, argument, &error);
     if (status == STATUS_OK) status = config_check(&checked, &error);
+    if (status == STATUS_OK) status = compression_check(&checked, &error);
+    if (status != STATUS_OK && argument && strncmp(error.text, argument, strlen(argument)) != 0)
+        (void)error_prefix(&error, "%s", argument); /* rules between keys have no line */
     if (status == STATUS_OK && checked.model[0]) status = check_model(&checked, &error);
     if (status != STATUS_OK) return cli_fail(&error);
     cli_warn_environment();

@@ -24,6 +24,7 @@ size_t commands_count(void);
 
 int command_serve(const struct config *config, const char *argument);
 int command_bench(const struct config *config, const char *argument);
+int command_eval(const struct config *config, const char *argument);
 int command_inspect(const struct config *config, const char *argument);
 int command_check_config(const struct config *config, const char *argument);
 
@@ -41,7 +42,8 @@ struct progress {
     const char *what;
     bool terminal;
     int shown;        /* percent; -1: nothing yet */
-    uint64_t next_ns; /* elsewhere: when the next line is due */
+    uint64_t begun_ns;
+    uint64_t next_ns; /* when the next line is due */
 };
 void progress_begin(struct progress *progress, const char *what);
 void progress_report(void *progress, double fraction);

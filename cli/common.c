@@ -10,6 +10,7 @@
 const struct command commands[] = {
     {"serve", "[MODEL]", "serve a model over HTTP", true, command_serve},
     {"bench", "[MODEL]", "measure prompt and generation speed", true, command_bench},
+    {"eval", "[MODEL]", "measure what compressing the KV cache costs in quality", true, command_eval},
     {"inspect", "[MODEL]", "describe a model file and the memory it would take", true, command_inspect},
     {"check-config", "[FILE]", "say whether a configuration is valid, and what it comes to", false, command_check_config},
 };
@@ -45,19 +46,30 @@ void cli_warn_environment(void) {
 #define LINE_EVERY_NS 2000000000ull
 
 void progress_begin(struct progress *progress, const char *what) {
-    *progress = (struct progress){.what = what, .terminal = isatty(STDERR_FILENO) == 1, .shown = -1, .next_ns = clock_now_ns() + LINE_EVERY_NS};
+    uint64_t now = clock_now_ns();
+    *progress = (struct progress){.what = what, .terminal = isatty(STDERR_FILENO) == 1, .shown = -1, .begun_ns = now, .next_ns = now + LINE_EVERY_NS};
+}
+
+/* ", about 1:05 left", once a guess is worth something. */
+static void time_left(const struct progress *progress, uint64_t now, double fraction, char *words, size_t size) {
+    words[0] = '\0';
+    double elapsed = (double)(now - progress->begun_ns) / 1e9;
+    if (elapsed < 5 || fraction <= 0.01 || fraction >= 1) return;
+    unsigned left = (unsigned)(elapsed * (1 - fraction) / fraction);
+    (void)snprintf(words, size, ", about %u:%02u left", left / 60, left % 60);
 }
 
 void progress_report(void *context, double fraction) {
     struct progress *progress = context;
     int percent = fraction <= 0 ? 0 : fraction >= 1 ? 100 : (int)(fraction * 100);
-    if (percent <= progress->shown) return;
+    uint64_t now = clock_now_ns();
+    char left[48];
+    if (progress->terminal ? percent <= progress->shown && now < progress->next_ns : percent <= progress->shown || now < progress->next_ns) return;
+    progress->next_ns = now + LINE_EVERY_NS;
+    progress->shown = percent;
+    time_left(progress, now, fraction, left, sizeof left);
     if (!progress->terminal) {
-        uint64_t now = clock_now_ns();
-        if (now < progress->next_ns) return;
-        progress->next_ns = now + LINE_EVERY_NS;
-        progress->shown = percent;
-        log_info("%s: %d %%", progress->what, percent);
+        log_info("%s: %d %%%s", progress->what, percent, left);
         return;
     }
     char bar[BAR_WIDTH + 1];
@@ -65,8 +77,7 @@ void progress_report(void *context, double fraction) {
     memset(bar, ' ', BAR_WIDTH);
     memset(bar, '#', (size_t)filled);
     bar[BAR_WIDTH] = '\0';
-    progress->shown = percent;
-    fprintf(stderr, "\r%s [%s] %3d %%", progress->what, bar, percent);
+    fprintf(stderr, "\r%s [%s] %3d %%%s\033[K", progress->what, bar, percent, left);
 }
 
 void progress_end(struct progress *progress) {

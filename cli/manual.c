@@ -32,6 +32,7 @@ void manual_print(FILE *out) {
           ".TP\n2\nthe configuration or the model is wrong; one line on standard error says what. Starting it again will not help.\n"
           ".SH EXAMPLES\n.nf\nkvasir serve \\-m model.gguf \\-\\-port 8080\n"
           "kvasir inspect model.gguf \\-\\-max\\-model\\-len 4096 \\-\\-max\\-sequences 32\n"
-          "kvasir bench \\-m model.gguf \\-p 512 \\-n 128 \\-b 1,8,32 \\-\\-json\n.fi\n",
+          "kvasir bench \\-m model.gguf \\-p 512 \\-n 128 \\-b 1,8,32 \\-\\-json\n"
+          "kvasir eval \\-m model.gguf \\-\\-text book.txt \\-\\-policies snapkv,kv_compress \\-\\-keep 0.5,0.25 \\-\\-svg eval.svg\n.fi\n",
           out);
 }

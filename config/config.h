@@ -61,14 +61,14 @@ struct config {
     uint64_t seed; /* of requests that bring none; 0: from the system */
 
     /* [compression] */
-    char compression_policy[32];       /* none; a name of policies/ (checked by the engine, which knows them) */
-    char compression_triggers[64];     /* comma list of prompt_end, budget, pressure; empty: the policy's own */
-    double keep_ratio;                 /* of the tokens seen, when budget_tokens is 0 */
-    uint32_t budget_tokens;            /* a lane, on average; 0: by keep_ratio */
+    char compression_policy[32];   /* none; a name of policies/ (checked by the engine, which knows them) */
+    char compression_triggers[64]; /* comma list of prompt_end, budget, pressure; empty: the policy's own */
+    double keep_ratio;             /* of the tokens seen, when budget_tokens is 0 */
+    uint32_t budget_tokens;        /* a lane, on average; 0: by keep_ratio */
     uint32_t sink_tokens, recent_tokens, window;
-    char pooling[16];                  /* max, average, none */
-    uint32_t pooling_kernel;           /* odd */
-    uint32_t interval;                 /* tokens between two compressions of a growing sequence */
+    char pooling[16];        /* max, average, none */
+    uint32_t pooling_kernel; /* odd */
+    uint32_t interval;       /* tokens between two compressions of a growing sequence */
     double floor, recovery;
     bool value_aware, compress_while_reading;
     double pressure_high, pressure_low; /* of the pool */
@@ -84,6 +84,17 @@ struct config {
         bool json, phases;
         char dummy[CONFIG_WORDS]; /* shape of random weights in place of a model; empty: none */
     } bench;
+    struct {
+        char text[CONFIG_TEXT];     /* file; empty: made up */
+        char policies[CONFIG_TEXT]; /* comma list; empty: all */
+        char keep[CONFIG_WORDS];    /* "0.5,0.25" */
+        uint32_t windows, prompt;   /* prompt: tokens; 0: auto */
+        uint32_t tasks;             /* of each kind, beside each window */
+        uint32_t stream;            /* tokens; 0: off */
+        bool json;
+        char svg[CONFIG_TEXT];    /* file; empty: none */
+        char dummy[CONFIG_WORDS]; /* as bench's */
+    } eval;
     bool print_example, print_manual; /* check-config */
 
     char config_file[CONFIG_TEXT];      /* what --config named; empty: none */

@@ -239,9 +239,10 @@ struct flag {
 static enum status parse_flag(const char *command, char *argument, struct flag *flag, struct error *error) {
     *flag = (struct flag){0};
     size_t length = strcspn(argument, "=");
+    int bit = option_command(command);
     (void)snprintf(flag->name, sizeof flag->name, "%.*s", (int)(length < 60 ? length : 60), argument);
     if (argument[1] != '-') { /* -m FILE or -mFILE */
-        flag->option = option_by_letter(argument[1]);
+        flag->option = option_by_letter(argument[1], bit);
         flag->config_file = argument[1] == 'c', flag->help = argument[1] == 'h';
         (void)snprintf(flag->name, sizeof flag->name, "%.2s", argument);
         if (argument[2]) flag->value = argument + 2;
@@ -249,13 +250,13 @@ static enum status parse_flag(const char *command, char *argument, struct flag *
         if (argument[length] == '=') flag->value = argument + length + 1;
         flag->config_file = length == 8 && memcmp(argument, "--config", 8) == 0;
         flag->help = length == 6 && memcmp(argument, "--help", 6) == 0;
-        flag->option = option_by_flag(argument + 2, length - 2);
+        flag->option = option_by_flag(argument + 2, length - 2, bit);
         if (!flag->option && length > 5 && memcmp(argument, "--no-", 5) == 0) {
-            const struct option_info *option = option_by_flag(argument + 5, length - 5);
+            const struct option_info *option = option_by_flag(argument + 5, length - 5, bit);
             if (option && option->type == OPTION_BOOL && !flag->value) flag->option = option, flag->negated = true;
         }
     }
-    if (flag->option && of_one_command(flag->option) && !(flag->option->commands & option_command(command)))
+    if (flag->option && of_one_command(flag->option) && !(flag->option->commands & bit))
         return error_set(error, STATUS_INVALID, "option %s belongs to kvasir %.*s", flag->name, (int)strcspn(flag->option->key, "."),
                          flag->option->key);
     if (flag->option || flag->config_file || flag->help) return STATUS_OK;

@@ -5,9 +5,10 @@
 #include <string.h>
 
 #define FIELD(name) offsetof(struct config, name), sizeof(((struct config *)0)->name)
-#define EVERY (COMMAND_SERVE | COMMAND_BENCH | COMMAND_INSPECT | COMMAND_CHECK)
+#define EVERY (COMMAND_SERVE | COMMAND_BENCH | COMMAND_EVAL | COMMAND_INSPECT | COMMAND_CHECK)
 #define SERVE (COMMAND_SERVE | COMMAND_CHECK)
-#define RUN (COMMAND_SERVE | COMMAND_BENCH | COMMAND_CHECK)
+#define RUN (COMMAND_SERVE | COMMAND_BENCH | COMMAND_EVAL | COMMAND_CHECK)
+#define CHOICE (COMMAND_SERVE | COMMAND_EVAL | COMMAND_CHECK) /* what a policy keeps */
 #define PLAN (COMMAND_SERVE | COMMAND_INSPECT | COMMAND_CHECK)
 #define TEBIBYTE 1099511627776.0
 
@@ -103,23 +104,23 @@ const struct option_info options[] = {
      .help = "share of the tokens seen that a head keeps, where budget_tokens is off"},
     {.key = "compression.budget_tokens", .type = OPTION_COUNT, FIELD(budget_tokens), .initial = "off", .min = 0, .max = 16777216, .zero = "off", .argument = "TOKENS", .commands = SERVE,
      .help = "tokens that a head keeps, on average over all heads"},
-    {.key = "compression.sink_tokens", .type = OPTION_COUNT, FIELD(sink_tokens), .initial = "4", .min = 0, .max = 1024, .argument = "TOKENS", .commands = SERVE,
+    {.key = "compression.sink_tokens", .type = OPTION_COUNT, FIELD(sink_tokens), .initial = "4", .min = 0, .max = 1024, .argument = "TOKENS", .commands = CHOICE,
      .help = "first tokens of a sequence, never evicted"},
-    {.key = "compression.recent_tokens", .type = OPTION_COUNT, FIELD(recent_tokens), .initial = "32", .min = 1, .max = 65536, .argument = "TOKENS", .commands = SERVE,
+    {.key = "compression.recent_tokens", .type = OPTION_COUNT, FIELD(recent_tokens), .initial = "32", .min = 1, .max = 65536, .argument = "TOKENS", .commands = CHOICE,
      .help = "last tokens of a sequence, never evicted"},
-    {.key = "compression.window", .type = OPTION_COUNT, FIELD(window), .initial = "32", .min = 1, .max = 64, .argument = "ROWS", .commands = SERVE,
+    {.key = "compression.window", .type = OPTION_COUNT, FIELD(window), .initial = "32", .min = 1, .max = 64, .argument = "ROWS", .commands = CHOICE,
      .help = "last queries whose attention scores"},
-    {.key = "compression.pooling", .type = OPTION_ENUM, FIELD(pooling), .initial = "max", .choices = "max, average, none", .argument = "KIND", .commands = SERVE,
+    {.key = "compression.pooling", .type = OPTION_ENUM, FIELD(pooling), .initial = "max", .choices = "max, average, none", .argument = "KIND", .commands = CHOICE,
      .help = "how scores spread to neighbouring tokens, for policies that pool"},
-    {.key = "compression.pooling_kernel", .type = OPTION_COUNT, FIELD(pooling_kernel), .initial = "7", .min = 1, .max = 63, .argument = "TOKENS", .commands = SERVE,
+    {.key = "compression.pooling_kernel", .type = OPTION_COUNT, FIELD(pooling_kernel), .initial = "7", .min = 1, .max = 63, .argument = "TOKENS", .commands = CHOICE,
      .help = "width of the pooling, odd"},
     {.key = "compression.interval", .type = OPTION_COUNT, FIELD(interval), .initial = "32", .min = 1, .max = 65536, .argument = "TOKENS", .commands = SERVE,
      .help = "tokens that a sequence grows by between two compressions"},
-    {.key = "compression.floor", .type = OPTION_FLOAT, FIELD(floor), .initial = "0.2", .min = 0, .max = 1, .argument = "SHARE", .commands = SERVE,
+    {.key = "compression.floor", .type = OPTION_FLOAT, FIELD(floor), .initial = "0.2", .min = 0, .max = 1, .argument = "SHARE", .commands = CHOICE,
      .help = "share of the uniform budget that each head keeps, for policies that share budgets within a layer"},
-    {.key = "compression.recovery", .type = OPTION_FLOAT, FIELD(recovery), .initial = "0.9", .min = 0, .max = 1, .argument = "SHARE", .commands = SERVE,
+    {.key = "compression.recovery", .type = OPTION_FLOAT, FIELD(recovery), .initial = "0.9", .min = 0, .max = 1, .argument = "SHARE", .commands = CHOICE,
      .help = "attention that fastgen's choice must recover"},
-    {.key = "compression.value_aware", .type = OPTION_BOOL, FIELD(value_aware), .initial = "false", .commands = SERVE,
+    {.key = "compression.value_aware", .type = OPTION_BOOL, FIELD(value_aware), .initial = "false", .commands = CHOICE,
      .help = "weigh attention scores with the size of the value"},
     {.key = "compression.compress_while_reading", .type = OPTION_BOOL, FIELD(compress_while_reading), .initial = "false", .commands = SERVE,
      .help = "compress a prompt while it is being read, with policies that look at no query: prompts longer than the cache"},
@@ -158,6 +159,26 @@ const struct option_info command_options[] = {
      .help = "measure the phases of the forward pass one by one, against what memory and cores can do at most"},
     {.key = "bench.dummy", .type = OPTION_TEXT, FIELD(bench.dummy), .initial = "", .argument = "SHAPE", .commands = COMMAND_BENCH,
      .help = "random weights of this shape in place of a model"},
+    {.key = "eval.text", .type = OPTION_TEXT, FIELD(eval.text), .initial = "", .argument = "FILE", .commands = COMMAND_EVAL,
+     .help = "text that the model reads; empty: sentences that eval makes up"},
+    {.key = "eval.policies", .type = OPTION_LIST, FIELD(eval.policies), .initial = "", .argument = "NAMES", .commands = COMMAND_EVAL,
+     .help = "policies to compare, comma-separated; empty: all"},
+    {.key = "eval.keep", .type = OPTION_LIST, FIELD(eval.keep), .initial = "0.5,0.25", .argument = "RATIO,...", .commands = COMMAND_EVAL,
+     .help = "shares of the prompt's KV cache that stay, rounded to whole blocks"},
+    {.key = "eval.windows", .type = OPTION_COUNT, FIELD(eval.windows), .initial = "4", .min = 0, .max = 100000, .argument = "N", .commands = COMMAND_EVAL,
+     .help = "pieces of the text to measure, spread evenly over it, each with synthetic tasks beside it; 0: none"},
+    {.key = "eval.prompt", .type = OPTION_COUNT, FIELD(eval.prompt), .initial = "auto", .min = 0, .max = 16777216, .zero = "auto", .argument = "TOKENS", .commands = COMMAND_EVAL,
+     .help = "tokens read before the cache is compressed; auto: 1024, less if the model's context is short"},
+    {.key = "eval.tasks", .type = OPTION_COUNT, FIELD(eval.tasks), .initial = "2", .min = 0, .max = 1000, .argument = "N", .commands = COMMAND_EVAL,
+     .help = "synthetic tasks of each kind beside each window; 0: none"},
+    {.key = "eval.stream", .type = OPTION_COUNT, FIELD(eval.stream), .initial = "off", .min = 0, .max = 2147483647, .zero = "off", .argument = "TOKENS", .commands = COMMAND_EVAL,
+     .help = "read that many tokens of the text in one stream as well, under streaming_llm with 1024 tokens a head"},
+    {.key = "eval.json", .type = OPTION_BOOL, FIELD(eval.json), .initial = "false", .commands = COMMAND_EVAL,
+     .help = "print one JSON object and nothing else"},
+    {.key = "eval.svg", .type = OPTION_TEXT, FIELD(eval.svg), .initial = "", .argument = "FILE", .commands = COMMAND_EVAL,
+     .help = "draw quality against memory, and what kv_compress keeps in each head"},
+    {.key = "eval.dummy", .type = OPTION_TEXT, FIELD(eval.dummy), .initial = "", .argument = "SHAPE", .commands = COMMAND_EVAL,
+     .help = "random weights of this shape in place of a model"},
     {.key = "check-config.print_example", .type = OPTION_BOOL, FIELD(print_example), .initial = "false", .commands = COMMAND_CHECK,
      .help = "print a file with every setting and its default, and check nothing"},
     {.key = "check-config.print_manual", .type = OPTION_BOOL, FIELD(print_manual), .initial = "false", .commands = COMMAND_CHECK,
@@ -171,7 +192,8 @@ int option_command(const char *name) {
     static const struct {
         const char *name;
         int bit;
-    } commands[] = {{"serve", COMMAND_SERVE}, {"bench", COMMAND_BENCH}, {"inspect", COMMAND_INSPECT}, {"check-config", COMMAND_CHECK}};
+    } commands[] = {
+        {"serve", COMMAND_SERVE}, {"bench", COMMAND_BENCH}, {"eval", COMMAND_EVAL}, {"inspect", COMMAND_INSPECT}, {"check-config", COMMAND_CHECK}};
     for (size_t i = 0; name && i < sizeof commands / sizeof *commands; i++)
         if (strcmp(name, commands[i].name) == 0) return commands[i].bit;
     return ~0;
@@ -206,21 +228,26 @@ const struct option_info *option_by_key(const char *key) {
     return NULL;
 }
 
-const struct option_info *option_by_flag(const char *name, size_t length) {
-    const struct option_info *option;
+const struct option_info *option_by_flag(const char *name, size_t length, int commands) {
+    const struct option_info *option, *other = NULL;
     for (size_t i = 0; (option = option_at(i)) != NULL; i++) {
         char flag[64];
         option_flag_name(option, flag, sizeof flag);
-        if (strlen(flag + 2) == length && memcmp(flag + 2, name, length) == 0) return option;
+        if (strlen(flag + 2) != length || memcmp(flag + 2, name, length) != 0) continue;
+        if (option->commands & commands) return option;
+        if (!other) other = option;
     }
-    return NULL;
+    return other;
 }
 
-const struct option_info *option_by_letter(char letter) {
-    const struct option_info *option;
-    for (size_t i = 0; (option = option_at(i)) != NULL; i++)
-        if (letter && option->flag == letter) return option;
-    return NULL;
+const struct option_info *option_by_letter(char letter, int commands) {
+    const struct option_info *option, *other = NULL;
+    for (size_t i = 0; (option = option_at(i)) != NULL; i++) {
+        if (!letter || option->flag != letter) continue;
+        if (option->commands & commands) return option;
+        if (!other) other = option;
+    }
+    return other;
 }
 
 #define WORD_MAX 63

@@ -23,7 +23,7 @@ enum option_type {
     OPTION_ENUM, /* text, one of `choices` */
 };
 
-enum { COMMAND_SERVE = 1, COMMAND_BENCH = 2, COMMAND_INSPECT = 4, COMMAND_CHECK = 8 };
+enum { COMMAND_SERVE = 1, COMMAND_BENCH = 2, COMMAND_INSPECT = 4, COMMAND_CHECK = 8, COMMAND_EVAL = 16 };
 
 struct option_info {
     const char *key; /* "server.port": TOML; its last part gives --port and KVASIR_PORT */
@@ -55,10 +55,10 @@ const char *option_leaf(const struct option_info *option);
 void option_flag_name(const struct option_info *option, char *name, size_t size);
 void option_environment_name(const struct option_info *option, char *name, size_t size);
 
-/* NULL: no such. Flags and letters: of both tables. */
+/* NULL: no such. Flags and letters: of both tables; of several commands' own flags of one name ("--prompt"), the row that one of `commands` looks at, else the first. */
 const struct option_info *option_by_key(const char *key);
-const struct option_info *option_by_flag(const char *name, size_t length); /* without the dashes */
-const struct option_info *option_by_letter(char letter);
+const struct option_info *option_by_flag(const char *name, size_t length, int commands); /* without the dashes */
+const struct option_info *option_by_letter(char letter, int commands);
 
 /* The known name nearest to `name` by edit distance, if near enough to be meant; NULL: none. NAMES of options in the form they are compared in. */
 enum option_form { OPTION_FORM_KEY, OPTION_FORM_FLAG, OPTION_FORM_ENVIRONMENT };

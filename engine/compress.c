@@ -89,8 +89,8 @@ static void count(struct engine *engine, const struct scheduler_due *due, const 
     }
 }
 
-/* Survivors move forward, lane by lane; the scheduler knows what may be written in place. */
-static void cut_lanes(struct engine *engine, const struct scheduler_due *due, const struct compressor_result *result) {
+/* Survivors move forward, lane by lane; the scheduler knows what may be written in place. false: preempted instead, it comes again. */
+static bool cut_lanes(struct engine *engine, const struct scheduler_due *due, const struct compressor_result *result) {
     struct compress *compress = &engine->compress;
     uint32_t n_items = 0;
     for (uint32_t l = 0; l < compress->n_lanes; l++) {
@@ -101,8 +101,11 @@ static void cut_lanes(struct engine *engine, const struct scheduler_due *due, co
         compress->first[l] = first;
     }
     const struct scheduler_lane_move *moves = scheduler_compact(engine->scheduler, due, compress->n_keep, compress->first);
+    if (!moves) return false;
     for (uint32_t l = 0; l < compress->n_lanes; l++) {
-        if (!moves[l].moves || compress->first[l] == compress->n_keep[l]) continue; /* the end alone is cut: nothing moves */
+        uint32_t last = (compress->n_keep[l] + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+        bool cut_alone = compress->first[l] == compress->n_keep[l] && (last == 0 || moves[l].destination[last - 1] == moves[l].source[last - 1]);
+        if (!moves[l].moves || cut_alone) continue; /* nothing moves, not even into a block of its own */
         compress->items[n_items++] = (struct compaction){.source = moves[l].source,
                                                          .n_slots = result->lanes[l].n_slots,
                                                          .keep = result->lanes[l].keep,
@@ -111,10 +114,12 @@ static void cut_lanes(struct engine *engine, const struct scheduler_due *due, co
     }
     if (n_items > 0) engine->backend->ops->compact(engine->backend, n_items, compress->items);
     scheduler_compacted(engine->scheduler, due);
+    return true;
 }
 
-/* Whole blocks leave the middle of every lane. Where sinks follow the recents, their keys are turned by as much as has left, from a copy taken before the first turn. */
-static void drop_blocks(struct engine *engine, const struct scheduler_due *due, const struct kv_plan *kv, const struct compressor_result *result) {
+/* Whole blocks leave the middle of every lane. Where sinks follow the recents, their keys are turned by as much as has left, from a copy taken before the first turn. false: preempted
+ * instead, it comes again. */
+static bool drop_blocks(struct engine *engine, const struct scheduler_due *due, const struct kv_plan *kv, const struct compressor_result *result) {
     struct compress *compress = &engine->compress;
     uint32_t gone = 0;
     for (uint32_t l = 0; l < compress->n_lanes; l++) {
@@ -129,8 +134,7 @@ static void drop_blocks(struct engine *engine, const struct scheduler_due *due, 
     if (kv->policy->shifts_sinks && due->ring) {
         uint32_t n_copies, before = due->n_computed - due->lane_tokens[0];
         const uint32_t *source, *destination;
-        if (!scheduler_own_first(engine->scheduler, due, compress->sink_slots / BLOCK_TOKENS, &n_copies, &source, &destination))
-            return; /* preempted: it comes again */
+        if (!scheduler_own_first(engine->scheduler, due, compress->sink_slots / BLOCK_TOKENS, &n_copies, &source, &destination)) return false;
         if (n_copies > 0) engine->backend->ops->copy_blocks(engine->backend, n_copies, source, destination);
         struct shift_request shift = {.ring = due->ring,
                                       .first = before == 0,
@@ -141,6 +145,7 @@ static void drop_blocks(struct engine *engine, const struct scheduler_due *due, 
         engine->backend->ops->shift_sinks(engine->backend, &shift);
     }
     scheduler_dropped(engine->scheduler, due, compress->first, compress->n_keep);
+    return true;
 }
 
 static void compress_one(struct engine *engine, const struct scheduler_due *due) {
@@ -166,11 +171,8 @@ static void compress_one(struct engine *engine, const struct scheduler_due *due)
         scheduler_kept(engine->scheduler, due);
         return;
     }
-    count(engine, due, kv, &result);
-    if (kv->policy->granularity == GRANULARITY_BLOCK)
-        drop_blocks(engine, due, kv, &result);
-    else
-        cut_lanes(engine, due, &result);
+    bool done = kv->policy->granularity == GRANULARITY_BLOCK ? drop_blocks(engine, due, kv, &result) : cut_lanes(engine, due, &result);
+    if (done) count(engine, due, kv, &result);
 }
 
 static bool may_press(void *context, void *owner) {
@@ -204,7 +206,7 @@ static void relieve_pressure(struct engine *engine) {
 }
 
 void compress_step(struct engine *engine) {
-    if (engine->requests.n_compressed == 0) return;
+    if (engine->requests.n_compressed == 0 && !engine->compress.pressing) return;
     uint64_t begin = clock_now_ns();
     compress_all_due(engine);
     if (engine->requests.n_pressed > 0)

@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "config/options.h"
+
 /* Is `name` in a comma-separated list? */
 static bool list_has(const char *list, const char *name) {
     size_t length = strlen(name);
@@ -49,14 +51,28 @@ static const char *triggers_text(unsigned triggers, char *text, size_t size) {
     return text;
 }
 
+/* ' (did you mean "snapkv"?)', or nothing. */
+static const char *nearest_policy(const char *name, char *words, size_t size) {
+    unsigned nearest = UINT32_MAX;
+    words[0] = '\0';
+    for (const struct policy *const *policy = policies; *policy; policy++) {
+        unsigned distance = edit_distance(name, (*policy)->name);
+        if (distance >= nearest || distance > 1 + strlen(name) / 3) continue;
+        nearest = distance;
+        (void)snprintf(words, size, " (did you mean \"%s\"?)", (*policy)->name);
+    }
+    return words;
+}
+
 static enum status check_allowed(const struct config *config, struct error *error) {
     for (const char *at = config->allowed_policies; *at;) {
         at += strspn(at, ", ");
         size_t word = strcspn(at, ", ");
-        char name[64];
+        char name[64], words[64];
         (void)snprintf(name, sizeof name, "%.*s", (int)word, at);
         if (word && !policy_find(name))
-            return error_set(error, STATUS_INVALID, "compression.allowed_policies: \"%s\" is none of %s", name, policy_names());
+            return error_set(error, STATUS_INVALID, "compression.allowed_policies: \"%s\" is none of %s%s", name, policy_names(),
+                             nearest_policy(name, words, sizeof words));
         at += word;
     }
     return STATUS_OK;
@@ -64,8 +80,10 @@ static enum status check_allowed(const struct config *config, struct error *erro
 
 enum status compression_check(const struct config *config, struct error *error) {
     const struct policy *policy = policy_find(config->compression_policy);
-    if (!policy) return error_set(error, STATUS_INVALID, "compression.policy: \"%s\" is none of %s", config->compression_policy, policy_names());
     char words[64], allowed[64];
+    if (!policy)
+        return error_set(error, STATUS_INVALID, "compression.policy: \"%s\" is none of %s%s", config->compression_policy, policy_names(),
+                         nearest_policy(config->compression_policy, words, sizeof words));
     unsigned triggers = list_triggers(config->compression_triggers, words, sizeof words);
     if (words[0]) return error_set(error, STATUS_INVALID, "compression.triggers: \"%s\" is none of prompt_end, budget, pressure", words);
     if (policy->scorer != SCORER_NONE && triggers & ~policy->triggers)
@@ -97,7 +115,9 @@ static bool choose_policy(const struct config *config, const struct kv_wish *wis
     const struct policy *operators = policy_find(config->compression_policy);
     *policy = wish->policy[0] ? policy_find(wish->policy) : operators;
     if (!*policy) {
-        (void)error_set(error, STATUS_INVALID, "\"%s\" is no policy; there are %s", wish->policy, policy_names());
+        char words[64];
+        (void)error_set(error, STATUS_INVALID, "\"%s\" is no policy; there are %s%s", wish->policy, policy_names(),
+                        nearest_policy(wish->policy, words, sizeof words));
         return false;
     }
     if (*policy == operators) return true;
@@ -180,6 +200,12 @@ uint32_t compression_tokens_max(const struct kv_plan *plan) {
     if (!(plan->triggers & (TRIGGER_PROMPT_END | TRIGGER_BUDGET))) return UINT32_MAX;
     uint64_t most = (uint64_t)plan->target.budget_tokens + plan->interval;
     return most > UINT32_MAX ? UINT32_MAX : (uint32_t)most;
+}
+
+/* Whole blocks leave: pinned tokens round up to a block, and what is over the budget by less than one stays. */
+bool compression_is_endless(const struct kv_plan *plan, uint32_t max_model_len) {
+    uint32_t most = compression_tokens_max(plan);
+    return most != UINT32_MAX && plan->policy->shifts_sinks && (uint64_t)most + 2 * BLOCK_TOKENS <= max_model_len;
 }
 
 struct scheduler_points compression_points(const struct kv_plan *plan) {

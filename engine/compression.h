@@ -38,6 +38,9 @@ bool compression_plan(const struct config *config, const struct kv_wish *wish, s
 /* The most tokens a lane can hold on average once the prompt is read: what admission counts beyond the prompt. UINT32_MAX: no bound (no compression, or by ratio). */
 uint32_t compression_tokens_max(const struct kv_plan *plan);
 
+/* May the sequence be longer than max_model_len? If its sinks follow the recents and no lane ever holds more than max_model_len slots, between two compressions too. */
+bool compression_is_endless(const struct kv_plan *plan, uint32_t max_model_len);
+
 /* The token indices at which the sequence is compressed: end of prompt, multiples of the interval after it, every COMPRESSION_READING tokens of the prompt when compressed while
  * reading. Functions of indices alone, so that chunks, steps and recomputation cannot change them. */
 #define COMPRESSION_READING (4 * BLOCK_TOKENS)

@@ -55,6 +55,14 @@ static void for_choices(struct engine *engine, struct request_state *state, uint
     }
 }
 
+/* A choice that waits since it was preempted had no row since then: only the scheduler knows. */
+static void leave_scheduler(struct engine *engine, const struct request_state *state, uint32_t choice) {
+    struct choice_state *mine = requests_choice(&engine->requests, state, choice);
+    uint32_t preemptions = scheduler_preemptions(engine->scheduler, state->request->id, choice);
+    if (preemptions > mine->preemptions) mine->preemptions = preemptions;
+    (void)scheduler_abort(engine->scheduler, state->request->id, choice);
+}
+
 static void abort_choice(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
     const uint32_t *lane_tokens;
     uint32_t n_computed;
@@ -62,12 +70,12 @@ static void abort_choice(struct engine *engine, struct request_state *state, uin
     /* A stop string ends a choice by an abort: it has something to report too. */
     if (scheduler_lanes(engine->scheduler, state->request->id, choice, &lane_tokens, &n_computed))
         compress_report(engine, state->request, lane_tokens, 0, n_computed);
-    (void)scheduler_abort(engine->scheduler, state->request->id, choice);
+    leave_scheduler(engine, state, choice);
     post(engine, state, choice, (struct event){.finish = FINISH_ABORTED});
 }
 
 static void fail_choice(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
-    (void)scheduler_abort(engine->scheduler, state->request->id, choice);
+    leave_scheduler(engine, state, choice);
     post_error(engine, state, choice, words);
 }
 
@@ -83,6 +91,11 @@ static bool tokens_known(const struct engine *engine, const struct request *requ
 static uint32_t peak_tokens(const struct kv_plan *kv) {
     uint32_t most = compression_tokens_max(kv);
     return most == UINT32_MAX ? 0 : most;
+}
+
+/* Keys that are turned, and attention that is added up in the slots, are one sequence's alone, from the first row on. */
+static bool has_own_blocks(const struct kv_plan *kv) {
+    return compression_is_on(kv) && (kv->policy->shifts_sinks || kv->policy->rows == POLICY_ROWS_ALL);
 }
 
 static void take_submit(struct engine *engine, struct request *request) {
@@ -103,7 +116,7 @@ static void take_submit(struct engine *engine, struct request *request) {
                                             .points = compression_points(&request->kv),
                                             .peak_tokens = peak_tokens(&request->kv),
                                             .needs_ring = compression_needs_ring(&request->kv),
-                                            .private = compression_is_on(&request->kv) && request->kv.policy->shifts_sinks,
+                                            .private = has_own_blocks(&request->kv),
                                             .first_needed_row = request->prompt_results ? 0 : compression_first_row(&request->kv, request->n_prompt)};
     CHECK(scheduler_add(engine->scheduler, &asked)); /* engine_submit counts to the same bound */
 }
@@ -132,9 +145,9 @@ static void note_entries(struct engine *engine, const struct plan *plan, uint64_
         struct choice_state *choice = requests_choice(&engine->requests, state, entry->choice);
         if (entry->first_run) state->scheduled_ns = now;
         if (entry->choice == 0 && choice->n_generated == 0) state->cached_tokens = entry->cached_tokens;
-        if (entry->first_token < choice->next_row) choice->preemptions++; /* it starts again */
-        choice->next_row = entry->first_token + entry->n_rows;
-        uint32_t end = choice->next_row < request->n_prompt ? choice->next_row : request->n_prompt;
+        choice->preemptions = entry->preemptions;
+        uint32_t end = entry->first_token + entry->n_rows;
+        if (end > request->n_prompt) end = request->n_prompt;
         if (entry->first_token < request->n_prompt) engine->stats.prompt_tokens += end - entry->first_token;
     }
 }
@@ -183,7 +196,6 @@ static void take_results(struct engine *engine, const struct plan *plan) {
         builder->ended[i] = builder->finishes[i] == FINISH_STOP;
         if (builder->finishes[i] != FINISH_NONE) report_end(engine, &plan->entries[draw->entry]);
         choice->n_generated++;
-        choice->next_row = draw->n_tokens;
     }
 }
 

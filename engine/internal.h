@@ -14,7 +14,6 @@
 
 struct choice_state {
     uint32_t n_generated;
-    uint32_t next_row; /* the token that its next row is, unless it was preempted */
     uint32_t preemptions;
     bool over;      /* its terminal event is posted */
     bool announced; /* its first event is posted */
@@ -114,6 +113,8 @@ struct engine_sizes {
     uint32_t inbox, outbox;
 };
 struct engine_sizes engine_sizes(const struct memory_plan *plan, const struct config *config);
+/* But for the step cost and the hash seed. */
+void engine_scheduler_limits(const struct memory_plan *plan, const struct config *config, uint32_t n_lanes, struct scheduler_limits *limits);
 void engine_backend_limits(const struct memory_plan *plan, const struct config *config, struct backend_limits *limits);
 enum status engine_plan_memory_on(const struct backend_ops *ops, const struct config *config, const struct model *model, uint64_t available_bytes,
                                   struct memory_plan *plan, struct error *error);

@@ -19,10 +19,6 @@ enum {
     EXTENT_BLOCKS = 64,
     MODEL_LEN_MIN = 2 * BLOCK_TOKENS,
     INBOX_SPARE = 64,
-    /* What scheduler and block manager keep: a block's id in a table and in the cache, owners, places in lists; a lane of a sequence; a choice. */
-    BYTES_PER_BLOCK = 40,
-    BYTES_PER_LANE = 16,
-    BYTES_PER_CHOICE = 256,
 };
 
 /* Memory that is left to the system, to other processes' growth, to the server's buffers. */
@@ -72,6 +68,32 @@ void engine_backend_limits(const struct memory_plan *plan, const struct config *
     };
 }
 
+void engine_scheduler_limits(const struct memory_plan *plan, const struct config *config, uint32_t n_lanes, struct scheduler_limits *limits) {
+    uint64_t sequence = (uint64_t)((plan->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS) * n_lanes;
+    uint64_t watermark = plan->n_blocks / 50,
+             spare = plan->n_blocks > sequence ? plan->n_blocks - sequence : 0; /* 2 %, but one sequence of max_model_len is always admitted */
+    *limits = (struct scheduler_limits){
+        .n_lanes = n_lanes,
+        .n_blocks = plan->n_blocks,
+        .extent_blocks = plan->extent_blocks,
+        .max_sequences = plan->max_sequences,
+        .max_choices = plan->max_choices,
+        .max_model_len = plan->max_model_len,
+        .max_rows = plan->max_rows,
+        .max_samples = engine_sizes(plan, config).draws,
+        .step_budget_us = config->step_ms * 1000,
+        .watermark_blocks = (uint32_t)(watermark < spare ? watermark : spare),
+        .n_rings = plan->n_rings,
+        .prefix_cache = config->prefix_cache,
+    };
+}
+
+static uint64_t scheduler_takes(const struct config *config, const struct program *program, const struct memory_plan *plan) {
+    struct scheduler_limits limits;
+    engine_scheduler_limits(plan, config, program_lanes(program), &limits);
+    return scheduler_bytes(&limits);
+}
+
 static void add_line(struct memory_plan *plan, const char *what, uint64_t count, uint64_t bytes_each) {
     CHECK(plan->n_lines < sizeof plan->lines / sizeof *plan->lines);
     if (count == 0 || bytes_each == 0) return;
@@ -94,9 +116,8 @@ static void add_fixed_lines(const struct backend_ops *ops, const struct config *
     uint32_t n = ops->memory_plan(program, &limits, lines, sizeof lines / sizeof *lines);
     for (uint32_t i = 0; i < n; i++) add_line(plan, lines[i].what, lines[i].count, lines[i].bytes_each);
     struct engine_sizes sizes = engine_sizes(plan, config);
-    add_line(plan, "sequences", plan->max_sequences,
-             (uint64_t)program_lanes(program) * BYTES_PER_LANE + sizeof(struct plan_entry) + sizeof(struct batch_sequence) + 8);
-    add_line(plan, "choices", plan->max_choices, requests_bytes_per_choice() + BYTES_PER_CHOICE);
+    add_line(plan, "sequences", plan->max_sequences, sizeof(struct batch_sequence) + 2 * sizeof(uint32_t));
+    add_line(plan, "choices", plan->max_choices, requests_bytes_per_choice());
     add_line(plan, "compression", 1, compress_bytes(plan, program));
     add_line(plan, "rows", plan->max_rows, 2 * sizeof(int32_t));
     add_line(plan, "samples", sizes.samples, sizeof(struct sample) + sizeof(struct sample_result));
@@ -107,19 +128,22 @@ static void add_fixed_lines(const struct backend_ops *ops, const struct config *
 
 #define MIB(bytes) ((double)(bytes) / 0x1p20)
 
-static enum status does_not_fit(const struct memory_plan *plan, const struct program *program, uint64_t pool_bytes, bool kv_memory_given,
+static enum status does_not_fit(const struct config *config, const struct memory_plan *plan, const struct program *program, uint64_t pool_bytes,
                                 struct error *error) {
-    uint64_t blocks = blocks_of(program, plan->max_model_len), each = plan->block_bytes + (kv_memory_given ? 0 : BYTES_PER_BLOCK);
-    if (kv_memory_given)
+    struct memory_plan one = *plan;
+    uint64_t blocks = blocks_of(program, plan->max_model_len);
+    one.n_blocks = blocks > BLOCKS_MAX ? BLOCKS_MAX : (uint32_t)blocks;
+    uint64_t tables = scheduler_takes(config, program, &one);
+    if (config->kv_memory)
         return error_set(error, STATUS_INVALID,
                          "engine.kv_memory: %.1f MiB do not hold one sequence of %u tokens: %u lanes x %u blocks x %zu bytes = %.1f MiB",
                          MIB(pool_bytes), plan->max_model_len, program_lanes(program), (plan->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS,
-                         plan->block_bytes, MIB(blocks * each));
+                         plan->block_bytes, MIB(blocks * plan->block_bytes));
     return error_set(
         error, STATUS_NO_MEMORY,
         "memory: %.1f MiB are available, 10 %% of that stays free, %.1f MiB go to weights and scratch; the rest, %.1f MiB, does not hold one "
-        "sequence of %u tokens: %" PRIu64 " blocks x %" PRIu64 " bytes = %.1f MiB",
-        MIB(plan->available_bytes), MIB(plan->total_bytes), MIB(pool_bytes), plan->max_model_len, blocks, each, MIB(blocks * each));
+        "sequence of %u tokens: %" PRIu64 " blocks x %zu bytes, and %.1f MiB of tables",
+        MIB(plan->available_bytes), MIB(plan->total_bytes), MIB(pool_bytes), plan->max_model_len, blocks, plan->block_bytes, MIB(tables));
 }
 
 /* What one sequence holds at most: all of it, or, where prompts are compressed while they are read, the operator's budget and what is read between two points. */
@@ -135,21 +159,51 @@ static uint64_t blocks_of_one(const struct config *config, const struct program 
     return blocks_of(program, tokens);
 }
 
+/* The most blocks that fit into `bytes` with the tables that they take. */
+static uint64_t most_blocks(const struct config *config, const struct program *program, const struct memory_plan *plan, uint64_t bytes) {
+    struct memory_plan tried = *plan;
+    uint64_t low = 0, high = BLOCKS_MAX;
+    while (low < high) {
+        uint64_t middle = (low + high + 1) / 2;
+        tried.n_blocks = (uint32_t)middle;
+        if (middle * plan->block_bytes + scheduler_takes(config, program, &tried) <= bytes)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+/* The longest sequence, in whole blocks, of which `bytes` hold one with its tables. */
+static uint64_t longest_held(const struct config *config, const struct program *program, const struct memory_plan *plan, uint64_t bytes) {
+    if (config->kv_memory) return bytes / plan->block_bytes / program_lanes(program) * BLOCK_TOKENS;
+    struct memory_plan tried = *plan;
+    uint32_t low = 0, high = plan->max_model_len / BLOCK_TOKENS;
+    while (low < high) {
+        uint32_t middle = (low + high + 1) / 2;
+        tried.max_model_len = middle * BLOCK_TOKENS;
+        if (most_blocks(config, program, &tried, bytes) >= blocks_of(program, tried.max_model_len))
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return (uint64_t)low * BLOCK_TOKENS;
+}
+
 /* Lowers max_model_len to what the pool holds, where that is ours to choose. */
 static enum status fit_model_len(const struct config *config, const struct program *program, uint64_t blocks, uint64_t pool_bytes,
                                  struct memory_plan *plan, struct error *error) {
     if (blocks >= blocks_of_one(config, program, plan)) return STATUS_OK;
-    uint64_t holds = blocks / program_lanes(program) * BLOCK_TOKENS;
-    bool given = config->kv_memory != 0;
-    if (config->max_model_len) return does_not_fit(plan, program, pool_bytes, given, error);
+    if (config->max_model_len) return does_not_fit(config, plan, program, pool_bytes, error);
+    uint64_t holds = longest_held(config, program, plan, pool_bytes);
     uint32_t wanted = plan->max_model_len, least = wanted < MODEL_LEN_MIN ? wanted : MODEL_LEN_MIN;
     if (holds < least) {
         plan->max_model_len = least;
-        return does_not_fit(plan, program, pool_bytes, given, error);
+        return does_not_fit(config, plan, program, pool_bytes, error);
     }
     plan->max_model_len = (uint32_t)holds;
     (void)snprintf(plan->lowered, sizeof plan->lowered, "max_model_len %u -> %u: %s holds no more", wanted, plan->max_model_len,
-                   given ? "engine.kv_memory" : "free memory");
+                   config->kv_memory ? "engine.kv_memory" : "free memory");
     return STATUS_OK;
 }
 
@@ -166,9 +220,15 @@ static enum status size_pool(const struct config *config, const struct program *
     } else {
         pool_bytes = left;
     }
-    uint64_t blocks = pool_bytes / (plan->block_bytes + (config->kv_memory ? 0 : BYTES_PER_BLOCK));
+    uint64_t blocks = config->kv_memory ? pool_bytes / plan->block_bytes : most_blocks(config, program, plan, pool_bytes);
     enum status status = fit_model_len(config, program, blocks, pool_bytes, plan, error);
     if (status != STATUS_OK) return status;
+    if (!config->kv_memory) blocks = most_blocks(config, program, plan, pool_bytes); /* shorter sequences have smaller tables */
+    uint64_t lane_blocks = (uint64_t)plan->max_sequences * program_lanes(program), blocks_max = plan->max_model_len / BLOCK_TOKENS + 2;
+    if (lane_blocks >= UINT32_MAX / blocks_max)
+        return error_set(error, STATUS_UNSUPPORTED,
+                         "engine.max_sequences: the tables of %u sequences of %u tokens, %u lanes each, list more than 2^32 blocks",
+                         plan->max_sequences, plan->max_model_len, program_lanes(program));
     uint64_t useful = blocks_of(program, plan->max_model_len) * plan->max_sequences;
     if (blocks > useful) blocks = useful;
     if (blocks > BLOCKS_MAX) blocks = BLOCKS_MAX;
@@ -213,7 +273,7 @@ enum status engine_plan_memory_on(const struct backend_ops *ops, const struct co
     if (status != STATUS_OK) return status;
     plan->kv_tokens = (uint64_t)plan->n_blocks / program_lanes(program) * BLOCK_TOKENS;
     add_line(plan, "KV block", plan->n_blocks, plan->block_bytes);
-    add_line(plan, "block tables", plan->n_blocks, BYTES_PER_BLOCK);
+    add_line(plan, "scheduler", 1, scheduler_takes(config, program, plan)); /* block tables, prefix cache, queues */
     if (plan->total_bytes > available_bytes)
         return error_set(error, STATUS_NO_MEMORY, "memory: the plan takes %.1f MiB, %.1f MiB are available", MIB(plan->total_bytes),
                          MIB(available_bytes));

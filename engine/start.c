@@ -38,25 +38,10 @@ static uint64_t random_seed(void) {
 
 static struct scheduler *new_scheduler(const struct engine *engine, const struct birth *birth, const struct step_cost *cost) {
     const struct memory_plan *plan = &engine->plan;
-    uint32_t lanes = program_lanes(birth->program), sequence = (plan->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS * lanes;
-    uint32_t watermark = plan->n_blocks / 50,
-             spare = plan->n_blocks > sequence ? plan->n_blocks - sequence : 0; /* 2 %, but one sequence of max_model_len is always admitted */
-    struct scheduler_limits limits = {
-        .n_lanes = lanes,
-        .n_blocks = plan->n_blocks,
-        .extent_blocks = plan->extent_blocks,
-        .max_sequences = plan->max_sequences,
-        .max_choices = plan->max_choices,
-        .max_model_len = plan->max_model_len,
-        .max_rows = plan->max_rows,
-        .max_samples = engine->sizes.draws,
-        .cost = *cost,
-        .step_budget_us = birth->config->step_ms * 1000,
-        .watermark_blocks = watermark < spare ? watermark : spare,
-        .n_rings = plan->n_rings,
-        .prefix_cache = birth->config->prefix_cache,
-        .hash_seed = random_seed(),
-    };
+    struct scheduler_limits limits;
+    engine_scheduler_limits(plan, birth->config, program_lanes(birth->program), &limits);
+    limits.cost = *cost;
+    limits.hash_seed = random_seed();
     return scheduler_new(&limits);
 }
 
@@ -88,6 +73,8 @@ static void *engine_main(void *argument) {
     (void)pthread_setname_np(pthread_self(), "kvasir-engine");
     enum status status = birth->status = open_engine(birth);
     if (status == STATUS_OK) engine_publish(engine);
+    /* Loading may take longer than a stall: whoever asks right after it must not read the time from before. */
+    atomic_store_explicit(&engine->progress_ns, clock_now_ns(), memory_order_relaxed);
     CHECK(sem_post(&birth->done) == 0); /* `birth` is gone from here on */
     if (status == STATUS_OK) engine_serve(engine);
     if (engine->backend) engine->backend->ops->close(engine->backend);
@@ -170,8 +157,7 @@ void engine_stop(struct engine *engine) {
 
 uint32_t engine_tokens_max(const struct engine *engine, const struct kv_plan *kv) {
     const struct memory_plan *plan = &engine->plan;
-    bool endless = compression_is_on(kv) && kv->policy->shifts_sinks && kv->target.budget_tokens;
-    return endless && plan->max_stream_tokens > plan->max_model_len ? plan->max_stream_tokens : plan->max_model_len;
+    return compression_is_endless(kv, plan->max_model_len) && plan->max_stream_tokens > plan->max_model_len ? plan->max_stream_tokens : plan->max_model_len;
 }
 
 bool engine_can_hold(const struct engine *engine, const struct kv_plan *kv, uint32_t n_prompt, uint32_t max_new) {

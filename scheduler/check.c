@@ -23,6 +23,7 @@ static void check_choice(const struct scheduler *s, uint32_t i, uint32_t *owners
         /* A cached block is immutable: it lies wholly before the end of its lane. */
         for (uint32_t block = tokens / BLOCK_TOKENS; block < blocks; block++) CHECK(!s->pool.cached[ids[block]] && s->pool.owners[ids[block]] == 1);
     }
+    table_check(&s->tables, choice->table);
     uint32_t run = choice->n_runs;
     for (uint32_t entry = choice->leaf; entry != ENTRY_NONE; entry = s->cache.entries[entry].parent) {
         CHECK(run-- > 0);

@@ -78,6 +78,7 @@ static struct choice *due_choice(struct scheduler *s) {
 
 static void handled(struct scheduler *s) {
     struct choice *choice = due_choice(s);
+    if (was_pressed(choice)) choice->compacted_step = s->stats.steps + 1; /* whatever came of it, it is the others' turn */
     choice->handled_at = choice->n_computed;
     s->due = NONE;
 }
@@ -104,34 +105,67 @@ static bool steal(struct scheduler *s, uint32_t id) {
     return true;
 }
 
-static void move_lane(struct scheduler *s, uint32_t table, uint32_t lane, uint32_t n_keep, uint32_t first_evicted, struct scheduler_lane_move *move) {
+/* Blocks [*first, *end) of the lane are written by a compaction. */
+static void written_blocks(const struct scheduler *s, uint32_t table, uint32_t lane, uint32_t n_keep, uint32_t first_evicted, uint32_t *first,
+                           uint32_t *end) {
     uint32_t tokens = table_lane_tokens(&s->tables, table)[lane];
+    CHECK(n_keep <= tokens && first_evicted <= n_keep);
+    *end = blocks_for(n_keep);
+    *first = n_keep == tokens ? *end : first_evicted / BLOCK_TOKENS; /* the last block takes the next row, even if the end alone is cut */
+}
+
+static uint64_t copies_needed(const struct scheduler *s, uint32_t table, const uint32_t *n_keep, const uint32_t *first_evicted) {
+    uint64_t shared = 0;
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
+        uint32_t first, end;
+        written_blocks(s, table, lane, n_keep[lane], first_evicted[lane], &first, &end);
+        const uint32_t *ids = table_lane_ids(&s->tables, table, lane);
+        for (uint32_t b = first; b < end; b++) shared += s->pool.owners[ids[b]] > 1;
+    }
+    return shared;
+}
+
+/* The due sequence lets go of everything and comes again. */
+static void give_way(struct scheduler *s) {
+    uint32_t i = s->due;
+    s->due = NONE;
+    choice_preempt(s, i);
+}
+
+/* Room for the copies of what others share. Whoever is preempted for it may have been one of them. What is kept must not depend on how full the pool is: a lane is never left as it
+ * was for want of blocks. */
+static bool make_room(struct scheduler *s, const uint32_t *n_keep, const uint32_t *first_evicted) {
+    while (!blocks_available(s, copies_needed(s, due_choice(s)->table, n_keep, first_evicted))) {
+        uint32_t victim = pick_victim(s);
+        if (victim == NONE || victim == s->due) {
+            give_way(s);
+            return false;
+        }
+        choice_preempt(s, victim);
+    }
+    return true;
+}
+
+static void move_lane(struct scheduler *s, uint32_t table, uint32_t lane, uint32_t n_keep, uint32_t first_evicted, struct scheduler_lane_move *move) {
+    uint32_t tokens = table_lane_tokens(&s->tables, table)[lane], first, end;
     const uint32_t *ids = table_lane_ids(&s->tables, table, lane);
     uint32_t *source = s->move_source + (size_t)lane * s->blocks_max, *destination = s->move_destination + (size_t)lane * s->blocks_max;
-    CHECK(n_keep <= tokens && first_evicted <= n_keep);
-    *move = (struct scheduler_lane_move){.n_keep = n_keep, .source = source, .destination = destination};
+    *move = (struct scheduler_lane_move){.moves = n_keep < tokens, .n_keep = n_keep, .source = source, .destination = destination};
     memcpy(source, ids, blocks_for(tokens) * sizeof *source);
     memcpy(destination, ids, blocks_for(n_keep) * sizeof *destination);
-    if (n_keep == tokens) return;
-    uint32_t first = first_evicted / BLOCK_TOKENS, end = blocks_for(n_keep), shared = 0;
-    if (first_evicted == n_keep) first = end; /* only the end is cut */
-    for (uint32_t b = first; b < end; b++) shared += s->pool.owners[ids[b]] > 1;
-    if (!blocks_available(s, shared)) {
-        s->stats.compaction_skips++;
-        return;
-    }
+    written_blocks(s, table, lane, n_keep, first_evicted, &first, &end);
     for (uint32_t b = first; b < end; b++) {
         if (steal(s, ids[b])) continue;
         destination[b] = block_pool_take(&s->pool, b ? destination[b - 1] : BLOCK_NONE);
         s->stats.compaction_copies++;
     }
-    move->moves = true;
 }
 
 const struct scheduler_lane_move *scheduler_compact(struct scheduler *s, const struct scheduler_due *due, const uint32_t *n_keep,
                                                     const uint32_t *first_evicted) {
     struct choice *choice = due_choice(s);
     CHECK(due->n_computed == choice->n_computed);
+    if (!make_room(s, n_keep, first_evicted)) return NULL;
     choice_leave_chain(s, s->due);
     choice->evicted = true;
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) move_lane(s, choice->table, lane, n_keep[lane], first_evicted[lane], &s->moves[lane]);
@@ -177,24 +211,31 @@ void scheduler_kept(struct scheduler *s, const struct scheduler_due *due) {
     handled(s);
 }
 
+/* Of the first `count` blocks of every lane, those that another sequence holds too. */
+static uint64_t shared_blocks(struct scheduler *s, const struct choice *choice, uint32_t count) {
+    uint64_t shared = 0;
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++)
+        for (uint32_t b = 0; b < count && b < table_lane_blocks(&s->tables, choice->table)[lane]; b++)
+            shared += s->pool.owners[table_lane_ids(&s->tables, choice->table, lane)[b]] > 1;
+    return shared;
+}
+
 bool scheduler_own_first(struct scheduler *s, const struct scheduler_due *due, uint32_t count, uint32_t *n, const uint32_t **source,
                          const uint32_t **destination) {
     struct choice *choice = due_choice(s);
     CHECK(due->n_computed == choice->n_computed);
-    uint32_t shared = 0;
     choice_leave_chain(s, s->due);
     choice->evicted = true; /* what will be written there is no longer what the prefix cache means */
-    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++)
-        for (uint32_t b = 0; b < count && b < table_lane_blocks(&s->tables, choice->table)[lane]; b++)
-            shared += s->pool.owners[table_lane_ids(&s->tables, choice->table, lane)[b]] > 1;
     *n = 0;
     *source = s->move_source;
     *destination = s->move_destination;
-    if (!blocks_available(s, shared)) {
-        uint32_t i = s->due;
-        s->due = NONE;
-        choice->state = CHOICE_RUNNING;
-        choice_preempt(s, i);
+    while (!blocks_available(s, shared_blocks(s, choice, count))) {
+        uint32_t victim = pick_victim(s);
+        if (victim != NONE && victim != s->due) {
+            choice_preempt(s, victim);
+            continue;
+        }
+        give_way(s);
         return false;
     }
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++)
@@ -214,8 +255,10 @@ bool scheduler_press(struct scheduler *s, bool (*may)(void *context, void *owner
     for (uint32_t at = 0; at < s->n_running; at++) {
         struct choice *choice = &s->choices[s->running[at]];
         const struct request *request = request_of(s, choice);
-        if (choice->state != CHOICE_RUNNING || choice->n_computed < request->asked.n_prompt || choice->handled_at == choice->n_computed) continue;
-        if (choice->n_pressed == PRESSURE_POINTS_MAX || request->asked.private || !may(context, request->asked.owner)) continue;
+        if (choice->state != CHOICE_RUNNING || choice->n_computed < request->asked.n_prompt || choice->handled_at == choice->n_computed ||
+            choice_is_due(s, choice))
+            continue;
+        if (choice->n_pressed == PRESSURE_POINTS_MAX || !may(context, request->asked.owner)) continue;
         if (!longest || choice->compacted_step < longest->compacted_step) longest = choice;
     }
     if (!longest) return false;

@@ -25,7 +25,7 @@ struct choice {
     uint32_t next;           /* of the request, or in the free list */
     enum choice_state state;
     bool silent;    /* over for the caller, but it reads the prompt for the others */
-    bool preempted; /* has run before */
+    bool preempted; /* has run before, or would have as a fork */
     bool evicted;   /* a slot of the table was evicted: it no longer matches the prefix cache */
     uint32_t table; /* NONE: none */
     uint32_t ring;  /* 0: none */
@@ -33,9 +33,11 @@ struct choice {
     uint32_t handled_at; /* n_computed of the last point dealt with; NONE: none in this life of the table */
     uint32_t seen_max;   /* the highest n_computed ever compressed at: below it a compaction is a replay */
     uint32_t n_pressed, pressed_at[PRESSURE_POINTS_MAX];
-    uint64_t compacted_step; /* step of the last compaction */
-    uint32_t leaf, n_runs;   /* prefix cache: deepest entry used, and how many runs that is */
-    bool joins;              /* goes on inserting */
+    uint64_t compacted_step; /* step of the last compaction, or of a pressing that evicted nothing */
+    uint64_t skipped_since;  /* the first of the steps in a row that had no row or sample left for it; 0: none */
+    uint32_t n_preemptions;
+    uint32_t leaf, n_runs; /* prefix cache: deepest entry used, and how many runs that is */
+    bool joins;            /* goes on inserting */
     uint32_t cached_tokens;
     int32_t *tokens;
 };
@@ -75,12 +77,14 @@ struct scheduler {
     uint32_t *free_rings, n_free_rings;
 
     uint32_t *copy_source, *copy_destination; /* [max_sequences * n_lanes] of the plan; each source has one more owner until the commit */
+    uint32_t *copy_choice;                    /* [max_sequences * n_lanes] the fork it is for */
     uint32_t n_copies;
     struct plan_entry *entries;
     uint32_t *entry_choice; /* [max_sequences] */
     struct plan plan;
     bool planned; /* a plan with entries waits for its commit */
     uint64_t now_ns;
+    uint64_t preemptions_before; /* stats.preemptions at the end of the last plan */
 
     struct scheduler_lane_move *moves;        /* [n_lanes] */
     uint32_t *move_source, *move_destination; /* [n_lanes * blocks_max] */
@@ -102,14 +106,16 @@ void running_remove(struct scheduler *s, uint32_t choice);
 void waiting_insert(struct scheduler *s, uint32_t choice);
 void waiting_remove(struct scheduler *s, uint32_t choice);
 uint32_t waiting_head(struct scheduler *s); /* index in waiting, or NONE */
-uint32_t request_find(struct scheduler *s, uint64_t id);
+uint32_t request_find(const struct scheduler *s, uint64_t id);
 
 /* life.c */
 bool choice_take_table(struct scheduler *s, uint32_t choice); /* and a ring where the request needs one; false: there is none */
 void choice_give_table(struct scheduler *s, uint32_t choice); /* blocks and prefix chain go back */
 void choice_leave_chain(struct scheduler *s, uint32_t choice);
 void choice_preempt(struct scheduler *s, uint32_t choice);
-void choice_end(struct scheduler *s, uint32_t choice);      /* over for the caller, whatever its state */
+void fork_recompute(struct scheduler *s, uint32_t leader, uint32_t choice);     /* a choice in FORKING becomes a preempted one */
+void choice_inherit_points(struct choice *choice, const struct choice *leader); /* what was compressed where, and what was pressed */
+void choice_end(struct scheduler *s, uint32_t choice);                          /* over for the caller, whatever its state */
 void request_settle(struct scheduler *s, uint32_t request); /* lets go of a leader that nobody needs, and of the request when all is over */
 
 /* blocks.c */

@@ -1,4 +1,6 @@
 /* How a choice loses its table, is preempted, ends; how a request ends. See internal.h. */
+#include <string.h>
+
 #include "base/random.h"
 #include "scheduler/internal.h"
 
@@ -36,17 +38,47 @@ void choice_give_table(struct scheduler *s, uint32_t i) {
     choice->n_computed = 0;
     choice->handled_at = NONE;
     choice->evicted = false;
+    choice->skipped_since = 0;
+}
+
+void choice_inherit_points(struct choice *choice, const struct choice *leader) {
+    choice->seen_max = leader->seen_max;
+    choice->compacted_step = leader->compacted_step;
+    choice->n_pressed = leader->n_pressed;
+    memcpy(choice->pressed_at, leader->pressed_at, sizeof choice->pressed_at);
+}
+
+void fork_recompute(struct scheduler *s, uint32_t leader, uint32_t i) {
+    struct choice *choice = &s->choices[i];
+    CHECK(choice->state == CHOICE_FORKING);
+    request_of(s, choice)->n_dependents--;
+    choice_inherit_points(choice, &s->choices[leader]);
+    choice->state = CHOICE_WAITING;
+    choice->preempted = true;
+    waiting_insert(s, i);
+    s->stats.forks_recomputed++;
+}
+
+/* A leader that loses its table before its forks got theirs leaves them to read the prompt themselves. */
+static void leave_forks(struct scheduler *s, uint32_t i) {
+    const struct request *request = request_of(s, &s->choices[i]);
+    if (s->choices[i].index > 0 || request->n_dependents == 0) return;
+    for (uint32_t fork = request->first_choice; fork != NONE; fork = s->choices[fork].next)
+        if (s->choices[fork].state == CHOICE_FORKING) fork_recompute(s, i, fork);
 }
 
 void choice_preempt(struct scheduler *s, uint32_t i) {
     struct choice *choice = &s->choices[i];
-    CHECK(choice->state == CHOICE_RUNNING);
+    CHECK(choice->state == CHOICE_RUNNING || choice->state == CHOICE_LINGERING);
+    leave_forks(s, i);
     running_remove(s, i);
     choice_give_table(s, i);
     choice->state = CHOICE_WAITING;
     choice->preempted = true;
     waiting_insert(s, i);
+    choice->n_preemptions++;
     s->stats.preemptions++;
+    request_settle(s, choice->request);
 }
 
 /* Does anybody wait for this choice to read the prompt, or to be forked from? */

@@ -1,4 +1,5 @@
 /* The plan: forks that wait, decode rows, chunks of those catching up, admission. See scheduler.h for the rules, internal.h for the states. */
+#include <math.h>
 #include <string.h>
 
 #include "scheduler/internal.h"
@@ -18,6 +19,11 @@ static uint32_t samples_at_end(struct scheduler *s, const struct choice *choice)
     return choice->n_tokens == request->asked.n_prompt && choice->index == 0 ? request->asked.n_candidates : 1;
 }
 
+/* rows * (per_row + per_row_context * the context in their middle). */
+static double cost_of(const struct step_cost *cost, uint32_t n_computed, uint32_t n_rows) {
+    return n_rows * (cost->per_row_us + cost->per_row_context_us * (n_computed + n_rows / 2.0));
+}
+
 static void add_entry(struct builder *b, uint32_t i, uint32_t n_rows) {
     struct scheduler *s = b->s;
     struct choice *choice = &s->choices[i];
@@ -32,6 +38,7 @@ static void add_entry(struct builder *b, uint32_t i, uint32_t n_rows) {
                                  .n_tokens = choice->n_tokens,
                                  .n_samples = reaches ? samples_at_end(s, choice) : 0,
                                  .cached_tokens = choice->cached_tokens,
+                                 .preemptions = choice->n_preemptions,
                                  .first_run = !request->started,
                                  .ring = choice->ring,
                                  .lane_first = table_lane_first(&s->tables, choice->table),
@@ -42,7 +49,7 @@ static void add_entry(struct builder *b, uint32_t i, uint32_t n_rows) {
     s->plan.n_samples += entry->n_samples;
     b->rows_left -= n_rows;
     b->samples_left -= entry->n_samples;
-    b->cost_us += n_rows * (s->limits.cost.per_row_us + s->limits.cost.per_row_context_us * (choice->n_computed + n_rows / 2.0));
+    b->cost_us += cost_of(&s->limits.cost, choice->n_computed, n_rows);
 }
 
 static bool lacks_one(struct scheduler *s, const struct choice *choice) {
@@ -66,39 +73,64 @@ static void reserve_oldest(struct scheduler *s) {
 }
 
 /* Blocks for every decode row, preempting as needed. */
-static void reserve_decode(struct builder *b) {
-    struct scheduler *s = b->s;
+static void reserve_decode(struct scheduler *s) {
     reserve_oldest(s);
     for (uint32_t at = 0; at < s->n_running; at++) {
         uint32_t i = s->running[at];
+        bool preempted = false;
         if (!lacks_one(s, &s->choices[i])) continue;
         while (s->choices[i].state == CHOICE_RUNNING && !blocks_available(s, table_missing(&s->tables, s->choices[i].table, 1))) {
             uint32_t victim = pick_victim(s);
-            if (victim == NONE) break; /* lingering leaders hold the rest until they are forked from */
+            if (victim == NONE) break;
             choice_preempt(s, victim);
+            preempted = true;
         }
         if (s->choices[i].state == CHOICE_RUNNING) (void)table_append(&s->tables, s->choices[i].table, 1);
+        if (!preempted) continue;
         for (at = 0; at < s->n_running && choice_older(s, s->running[at], i); at++) {} /* victims may have stood before */
         if (at == s->n_running || s->running[at] != i) at--;                           /* it is gone itself: the next one stands here */
     }
 }
 
-static void plan_decode(struct builder *b) {
+/* A row for a sequence that lacks one. Where the step has no row or no sample left for it, it is noted how long it waits. */
+static void plan_row(struct builder *b, uint32_t i) {
     struct scheduler *s = b->s;
-    for (uint32_t at = 0; at < s->n_running && b->rows_left > 0; at++) {
-        uint32_t i = s->running[at];
-        const struct choice *choice = &s->choices[i];
-        if (!lacks_one(s, choice) || samples_at_end(s, choice) > b->samples_left || table_missing(&s->tables, choice->table, 1) > 0) continue;
-        b->decoding = b->decoding || choice->n_tokens > request_of(s, choice)->asked.n_prompt;
-        add_entry(b, i, 1);
+    struct choice *choice = &s->choices[i];
+    if (!lacks_one(s, choice) || table_missing(&s->tables, choice->table, 1) > 0) return;
+    if (b->rows_left == 0 || samples_at_end(s, choice) > b->samples_left) {
+        if (choice->skipped_since == 0) choice->skipped_since = s->stats.steps + 1;
+        return;
     }
+    choice->skipped_since = 0;
+    b->decoding = b->decoding || choice->n_tokens > request_of(s, choice)->asked.n_prompt;
+    add_entry(b, i, 1);
 }
 
-static uint32_t rows_within_cost(const struct builder *b, const struct choice *choice) {
-    const struct scheduler_limits *limits = &b->s->limits;
+/* Who was passed over longest goes first, so that a prompt's end that draws many samples does not wait for ever behind rows that draw one each. */
+static uint32_t longest_skipped(struct scheduler *s) {
+    uint32_t longest = NONE;
+    for (uint32_t at = 0; at < s->n_running; at++) {
+        const struct choice *choice = &s->choices[s->running[at]];
+        if (choice->skipped_since > 0 && (longest == NONE || choice->skipped_since < s->choices[longest].skipped_since)) longest = s->running[at];
+    }
+    return longest;
+}
+
+static void plan_decode(struct builder *b) {
+    uint32_t first = longest_skipped(b->s);
+    if (first != NONE) plan_row(b, first);
+    for (uint32_t at = 0; at < b->s->n_running; at++)
+        if (b->s->running[at] != first) plan_row(b, b->s->running[at]);
+}
+
+/* The most rows from n_computed on whose cost is left: the root of (per_row + context * n_computed) * rows + context / 2 * rows^2 = left. */
+static uint32_t rows_within_cost(const struct builder *b, uint32_t n_computed) {
+    const struct step_cost *cost = &b->s->limits.cost;
     if (!b->decoding) return UINT32_MAX;
-    double left = limits->step_budget_us - b->cost_us, each = limits->cost.per_row_us + limits->cost.per_row_context_us * choice->n_computed;
-    uint32_t rows = left <= 0 ? 0 : each <= 0 || left / each > 1e9 ? UINT32_MAX : (uint32_t)(left / each);
+    double left = b->s->limits.step_budget_us - b->cost_us, each = cost->per_row_us + cost->per_row_context_us * n_computed,
+           half = cost->per_row_context_us / 2;
+    double root = left <= 0 ? 0 : half > 0 ? (sqrt(each * each + 4 * half * left) - each) / (2 * half) : each > 0 ? left / each : UINT32_MAX;
+    uint32_t rows = root >= UINT32_MAX ? UINT32_MAX : (uint32_t)root;
     return b->one_chunk && rows < BLOCK_TOKENS ? BLOCK_TOKENS : rows;
 }
 
@@ -107,14 +139,16 @@ static void plan_chunk(struct builder *b, uint32_t i) {
     struct scheduler *s = b->s;
     struct choice *choice = &s->choices[i];
     uint32_t rows = choice->n_tokens - choice->n_computed, to_point = choice_next_point(s, choice) - choice->n_computed,
-             affordable = rows_within_cost(b, choice);
+             affordable = rows_within_cost(b, choice->n_computed);
     if (rows > to_point) rows = to_point;
     if (rows > b->rows_left) rows = b->rows_left;
     if (rows > affordable) rows = affordable;
     if (choice->n_computed + rows == choice->n_tokens && samples_at_end(s, choice) > b->samples_left) rows--;
     if (rows == 0) return;
-    while (rows > 0 && !blocks_available(s, table_missing(&s->tables, choice->table, rows)))
-        rows = rows > BLOCK_TOKENS ? rows - BLOCK_TOKENS : rows / 2;
+    while (rows > 0 && !blocks_available(s, table_missing(&s->tables, choice->table, rows))) { /* a block a lane less */
+        uint32_t room = table_room(&s->tables, choice->table);
+        rows = room + (rows - room - 1) / BLOCK_TOKENS * BLOCK_TOKENS;
+    }
     if (rows == 0) return; /* younger ones wait for blocks; the oldest has its row reserved */
     CHECK(table_append(&s->tables, choice->table, rows));
     add_entry(b, i, rows);
@@ -148,16 +182,16 @@ static struct hit find_hit(struct scheduler *s, const struct choice *choice) {
     const struct request *request = request_of(s, choice);
     struct hit hit = {.leaf = ENTRY_NONE};
     if (request->asked.private || !s->limits.prefix_cache) return hit;
+    /* Rows that somebody needs are computed, at a replay too; and one at least before a point, so that whoever is admitted has a row to run. */
     uint32_t most = choice->n_tokens - 1, point = choice_next_point(s, choice);
-    /* Rows that somebody needs are computed; after the prompt's first reading nobody does. */
-    if (choice->n_tokens == request->asked.n_prompt && request->asked.first_needed_row < most) most = request->asked.first_needed_row;
-    if (request->asked.first_needed_row < most && request->asked.points.growing + request->asked.points.prompt_end > 0)
-        most = request->asked.first_needed_row;
-    if (point < most) most = point;
+    if (request->asked.first_needed_row < most) most = request->asked.first_needed_row;
+    if (point - 1 < most) most = point - 1;
     while ((hit.n_runs + 1) * BLOCK_TOKENS <= most) {
         uint32_t entry = prefix_cache_find(&s->cache, request->asked.cache_scope, hit.leaf, choice->tokens + (size_t)hit.n_runs * BLOCK_TOKENS);
         if (entry == ENTRY_NONE) break;
-        for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) hit.cached_only += s->pool.owners[prefix_entry_ids(&s->cache, entry)[lane]] == 0;
+        const uint32_t *ids = prefix_entry_ids(&s->cache, entry);
+        for (uint32_t lane = 0; s->cache.entries[entry].n_users == 0 && lane < s->limits.n_lanes; lane++)
+            hit.cached_only += s->pool.owners[ids[lane]] == 0;
         hit.leaf = entry;
         hit.n_runs++;
     }
@@ -172,17 +206,13 @@ static void take_hit(struct scheduler *s, struct choice *choice, struct hit hit)
     use_chain(s, hit.leaf);
     choice->leaf = hit.leaf;
     choice->n_runs = hit.n_runs;
-    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
-        uint32_t *ids = table_lane_ids(&s->tables, choice->table, lane);
-        uint32_t entry = hit.leaf;
-        for (uint32_t run = hit.n_runs; run-- > 0; entry = s->cache.entries[entry].parent) {
-            ids[run] = prefix_entry_ids(&s->cache, entry)[lane];
-            block_pool_share(&s->pool, ids[run]);
-        }
-        table_lane_blocks(&s->tables, choice->table)[lane] = hit.n_runs;
-    }
+    uint32_t *entries = s->move_source; /* free between compactions */
+    for (uint32_t run = hit.n_runs, entry = hit.leaf; run-- > 0; entry = s->cache.entries[entry].parent) entries[run] = entry;
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++)
+        for (uint32_t run = 0; run < hit.n_runs; run++) table_share(&s->tables, choice->table, lane, prefix_entry_ids(&s->cache, entries[run])[lane]);
     table_fill(&s->tables, choice->table, hit.n_runs * BLOCK_TOKENS);
     choice->n_computed = choice->cached_tokens = hit.n_runs * BLOCK_TOKENS;
+    if (!choice->joins) return;
     s->stats.prefix_queries += choice->n_tokens;
     s->stats.prefix_hits += choice->n_computed;
     s->stats.prefix_partial_hits += hit.n_runs > 0 && hit.n_runs < (choice->n_tokens - 1) / BLOCK_TOKENS;
@@ -199,8 +229,8 @@ static bool admit(struct builder *b) {
     needed = (needed > hits ? needed - hits : 0) + hit.cached_only;
     uint64_t available = (uint64_t)s->pool.n_free + s->pool.n_cached, spoken_for = promised(s) + s->limits.watermark_blocks;
     if (s->n_running > 0 && needed + spoken_for > available) return false; /* alone it always fits: the caller refused what does not */
-    if (!choice_take_table(s, i)) return false;
-    s->stats.admissions_by_compression += s->freed_since_plan > 0 && needed + spoken_for > available - s->freed_since_plan;
+    if (rows_within_cost(b, hit.n_runs * BLOCK_TOKENS) == 0 || !choice_take_table(s, i)) return false;
+    s->stats.admissions_by_compression += s->freed_since_plan > 0 && needed + spoken_for + s->freed_since_plan > available;
     waiting_remove(s, i);
     choice->state = CHOICE_RUNNING;
     choice->joins = s->limits.prefix_cache && !request_of(s, choice)->asked.private;
@@ -212,6 +242,7 @@ static bool admit(struct builder *b) {
              blocks_available(s, table_missing(&s->tables, choice->table, 1))) {
         CHECK(table_append(&s->tables, choice->table, 1));
         add_entry(b, i, 1);
+        b->one_chunk = false;
     }
     return true;
 }
@@ -227,22 +258,17 @@ static bool fork_one(struct scheduler *s, uint32_t from, uint32_t to) {
         const uint32_t *ids = table_lane_ids(&s->tables, leader->table, lane);
         for (uint32_t block = 0; block < full; block++) table_share(&s->tables, choice->table, lane, ids[block]);
         if (tokens % BLOCK_TOKENS) {
-            uint32_t *mine = table_lane_ids(&s->tables, choice->table, lane), id = block_pool_take(&s->pool, full ? mine[full - 1] : BLOCK_NONE);
-            mine[full] = id;
-            table_lane_blocks(&s->tables, choice->table)[lane]++;
             block_pool_share(&s->pool, ids[full]); /* until the copy is done */
             s->copy_source[s->n_copies] = ids[full];
-            s->copy_destination[s->n_copies++] = id;
+            s->copy_choice[s->n_copies] = to;
+            s->copy_destination[s->n_copies++] = table_take(&s->tables, choice->table, lane);
         }
-        table_lane_tokens(&s->tables, choice->table)[lane] = tokens;
+        table_set_tokens(&s->tables, choice->table, lane, tokens);
     }
     choice->state = CHOICE_RUNNING;
     choice->n_computed = leader->n_computed;
     choice->handled_at = leader->handled_at;
-    choice->seen_max = leader->seen_max;
-    choice->compacted_step = leader->compacted_step;
-    choice->n_pressed = leader->n_pressed;
-    memcpy(choice->pressed_at, leader->pressed_at, sizeof choice->pressed_at);
+    choice_inherit_points(choice, leader);
     choice->evicted = leader->evicted;
     choice->leaf = leader->leaf;
     choice->n_runs = leader->n_runs;
@@ -267,17 +293,29 @@ void fork_pending(struct scheduler *s) {
         CHECK(!choice_is_due(s, &s->choices[leader]));
         for (uint32_t i = s->requests[request].first_choice; i != NONE; i = s->choices[i].next) {
             if (s->choices[i].state != CHOICE_FORKING) continue;
-            s->requests[request].n_dependents--;
-            if (fork_one(s, leader, i)) continue;
-            s->choices[i].state = CHOICE_WAITING;
-            s->choices[i].preempted = true;
-            waiting_insert(s, i);
-            s->stats.forks_recomputed++;
+            if (fork_one(s, leader, i))
+                s->requests[request].n_dependents--;
+            else
+                fork_recompute(s, leader, i);
         }
         CHECK(s->requests[request].n_dependents == 0);
         request_settle(s, request);
         at = 0; /* running has changed */
     }
+}
+
+/* Forks that were preempted by the plan that made them want no copies. */
+static void drop_copies(struct scheduler *s) {
+    uint32_t kept = 0;
+    for (uint32_t c = 0; c < s->n_copies; c++) {
+        if (s->choices[s->copy_choice[c]].state != CHOICE_RUNNING) {
+            block_pool_give(&s->pool, s->copy_source[c]);
+            continue;
+        }
+        s->copy_source[kept] = s->copy_source[c];
+        s->copy_destination[kept++] = s->copy_destination[c];
+    }
+    s->n_copies = kept;
 }
 
 const struct plan *scheduler_plan(struct scheduler *s, uint64_t now_ns) {
@@ -289,15 +327,17 @@ const struct plan *scheduler_plan(struct scheduler *s, uint64_t now_ns) {
         (struct plan){.entries = s->entries, .block_ids = s->tables.ids, .copy_source = s->copy_source, .copy_destination = s->copy_destination};
     s->n_copies = 0;
     fork_pending(s);
-    uint64_t preemptions = s->stats.preemptions;
-    reserve_decode(&b);
+    reserve_decode(s);
     plan_decode(&b);
     plan_chunks(&b);
-    while (b.rows_left > 0 && s->stats.preemptions == preemptions && (!b.decoding || b.one_chunk || b.cost_us < s->limits.step_budget_us))
+    bool preempted = s->stats.preemptions > s->preemptions_before; /* by this plan, or by scheduler_own_first since the one before */
+    while (b.rows_left > 0 && (!preempted || s->n_running == 0) && rows_within_cost(&b, 0) > 0)
         if (!admit(&b)) break;
+    drop_copies(s);
+    CHECK(s->plan.n_entries > 0 || s->n_copies == 0); /* a fork that keeps its blocks has a row */
     s->plan.n_copies = s->n_copies;
+    s->preemptions_before = s->stats.preemptions;
     s->freed_since_plan = 0;
     s->planned = s->plan.n_entries > 0;
-    for (uint32_t c = 0; !s->planned && c < s->n_copies; c++) block_pool_give(&s->pool, s->copy_source[c]);
     return &s->plan;
 }

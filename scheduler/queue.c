@@ -66,7 +66,7 @@ uint32_t waiting_head(struct scheduler *s) {
     return head;
 }
 
-uint32_t request_find(struct scheduler *s, uint64_t id) {
+uint32_t request_find(const struct scheduler *s, uint64_t id) {
     uint32_t i = s->buckets[random_mix(id) & (s->n_buckets - 1)];
     while (i != NONE && s->requests[i].asked.id != id) i = s->requests[i].next;
     return i;

@@ -5,30 +5,49 @@
 #include "base/random.h"
 #include "scheduler/internal.h"
 
+static uint32_t blocks_max(const struct scheduler_limits *limits) { return blocks_for(limits->max_model_len) + 1; }
+
+static uint32_t cache_capacity(const struct scheduler_limits *limits) { return limits->prefix_cache ? limits->n_blocks / limits->n_lanes : 0; }
+
+static uint32_t bucket_count(const struct scheduler_limits *limits) {
+    uint32_t n = 16;
+    while (n < limits->max_choices) n *= 2;
+    return n;
+}
+
+/* The scheduler's own arrays, each once: field, and how many. */
+/* clang-format off */
+#define ARRAYS(ARRAY) \
+    ARRAY(requests, limits->max_choices) \
+    ARRAY(choices, limits->max_choices) \
+    ARRAY(running, limits->max_sequences) \
+    ARRAY(waiting, limits->max_choices) \
+    ARRAY(free_tables, limits->max_sequences) \
+    ARRAY(free_rings, limits->n_rings) \
+    ARRAY(copy_source, limits->max_sequences, limits->n_lanes) \
+    ARRAY(copy_destination, limits->max_sequences, limits->n_lanes) \
+    ARRAY(copy_choice, limits->max_sequences, limits->n_lanes) \
+    ARRAY(entries, limits->max_sequences) \
+    ARRAY(entry_choice, limits->max_sequences) \
+    ARRAY(moves, limits->n_lanes) \
+    ARRAY(move_source, limits->n_lanes, blocks_max(limits)) \
+    ARRAY(move_destination, limits->n_lanes, blocks_max(limits)) \
+    ARRAY(buckets, bucket_count(limits))
+/* clang-format on */
+#define COUNT(...) COUNT_OF(__VA_ARGS__, 1, )
+#define COUNT_OF(a, b, ...) ((size_t)(a) * (b))
+
 struct scheduler *scheduler_new(const struct scheduler_limits *limits) {
     struct scheduler *s = check_calloc(1, sizeof *s);
     s->limits = *limits;
     CHECK(limits->max_choices >= 1 && limits->max_sequences >= 1 && limits->max_rows >= 1 && limits->max_samples >= 1 && limits->n_lanes >= 1);
-    s->blocks_max = blocks_for(limits->max_model_len) + 1;
-    size_t lane_blocks = (size_t)limits->n_lanes * s->blocks_max;
+    s->blocks_max = blocks_max(limits);
     block_pool_init(&s->pool, limits->n_blocks, limits->extent_blocks);
     block_tables_init(&s->tables, &s->pool, limits->max_sequences, limits->n_lanes, s->blocks_max);
-    prefix_cache_init(&s->cache, &s->pool, limits->n_lanes, limits->prefix_cache ? limits->n_blocks / limits->n_lanes : 0, limits->hash_seed);
-    s->requests = check_calloc(limits->max_choices, sizeof *s->requests);
-    s->choices = check_calloc(limits->max_choices, sizeof *s->choices);
-    s->running = check_calloc(limits->max_sequences, sizeof *s->running);
-    s->waiting = check_calloc(limits->max_choices, sizeof *s->waiting);
-    s->free_tables = check_calloc(limits->max_sequences, sizeof *s->free_tables);
-    s->free_rings = check_calloc(limits->n_rings ? limits->n_rings : 1, sizeof *s->free_rings);
-    s->copy_source = check_calloc((size_t)limits->max_sequences * limits->n_lanes, sizeof *s->copy_source);
-    s->copy_destination = check_calloc((size_t)limits->max_sequences * limits->n_lanes, sizeof *s->copy_destination);
-    s->entries = check_calloc(limits->max_sequences, sizeof *s->entries);
-    s->entry_choice = check_calloc(limits->max_sequences, sizeof *s->entry_choice);
-    s->moves = check_calloc(limits->n_lanes, sizeof *s->moves);
-    s->move_source = check_calloc(lane_blocks, sizeof *s->move_source);
-    s->move_destination = check_calloc(lane_blocks, sizeof *s->move_destination);
-    for (s->n_buckets = 16; s->n_buckets < limits->max_choices;) s->n_buckets *= 2;
-    s->buckets = check_calloc(s->n_buckets, sizeof *s->buckets);
+    prefix_cache_init(&s->cache, &s->pool, limits->n_lanes, cache_capacity(limits), limits->hash_seed);
+#define ALLOCATE(field, ...) s->field = check_calloc(COUNT(__VA_ARGS__), sizeof *s->field);
+    ARRAYS(ALLOCATE)
+    s->n_buckets = bucket_count(limits);
     memset(s->buckets, 0xff, s->n_buckets * sizeof *s->buckets);
     s->free_request = s->free_choice = s->due = NONE;
     for (uint32_t i = limits->max_choices; i-- > 0;) {
@@ -46,35 +65,23 @@ void scheduler_free(struct scheduler *s) {
     prefix_cache_done(&s->cache);
     block_tables_done(&s->tables);
     block_pool_done(&s->pool);
-    free(s->requests);
-    free(s->choices);
-    free(s->running);
-    free(s->waiting);
-    free(s->free_tables);
-    free(s->free_rings);
-    free(s->copy_source);
-    free(s->copy_destination);
-    free(s->entries);
-    free(s->entry_choice);
-    free(s->moves);
-    free(s->move_source);
-    free(s->move_destination);
-    free(s->buckets);
+#define FREE(field, ...) free(s->field);
+    ARRAYS(FREE)
     free(s);
 }
 
 uint64_t scheduler_bytes(const struct scheduler_limits *limits) {
-    uint64_t blocks_max = blocks_for(limits->max_model_len) + 1;
-    return block_tables_bytes(limits->max_sequences, limits->n_lanes, (uint32_t)blocks_max) +
-           prefix_cache_bytes(limits->n_lanes, limits->prefix_cache ? limits->n_blocks / limits->n_lanes : 0, limits->n_blocks) +
-           (uint64_t)limits->n_blocks * (sizeof(uint32_t) + 1) +
-           (uint64_t)(limits->n_blocks / limits->extent_blocks + 1) * sizeof(struct block_extent) +
-           (uint64_t)limits->max_choices * (sizeof(struct request) + sizeof(struct choice) + 4 * sizeof(uint32_t)) +
-           (uint64_t)limits->max_sequences * limits->n_lanes * 2 * sizeof(uint32_t) + limits->n_lanes * blocks_max * 2 * sizeof(uint32_t);
+    uint64_t bytes = sizeof(struct scheduler) + block_pool_bytes(limits->n_blocks, limits->extent_blocks) +
+                     block_tables_bytes(limits->max_sequences, limits->n_lanes, blocks_max(limits)) +
+                     prefix_cache_bytes(limits->n_lanes, cache_capacity(limits), limits->n_blocks);
+#define ADD(field, ...) bytes += (uint64_t)COUNT(__VA_ARGS__) * sizeof *((struct scheduler *)0)->field;
+    ARRAYS(ADD)
+    return bytes;
 }
 
 uint64_t scheduler_peak_blocks(const struct scheduler_limits *limits, uint32_t n_prompt, uint32_t max_new) {
-    return (uint64_t)limits->n_lanes * blocks_for(n_prompt + max_new);
+    uint64_t computed = (uint64_t)n_prompt + (max_new > 0 ? max_new - 1 : 0); /* the last token is never computed */
+    return limits->n_lanes * ((computed + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
 }
 
 static uint32_t add_choice(struct scheduler *s, uint32_t request, uint32_t index) {
@@ -120,20 +127,32 @@ bool scheduler_add(struct scheduler *s, const struct scheduler_request *asked) {
     return true;
 }
 
-bool scheduler_abort(struct scheduler *s, uint64_t id, uint32_t index) {
-    CHECK(!s->planned);
+/* A choice that is not over for the caller, or NONE. */
+static uint32_t live_choice(const struct scheduler *s, uint64_t id, uint32_t index) {
     uint32_t request = request_find(s, id);
-    if (request == NONE) return false;
+    if (request == NONE) return NONE;
     uint32_t i = s->requests[request].first_choice;
     while (i != NONE && s->choices[i].index != index) i = s->choices[i].next;
-    if (i == NONE || s->choices[i].silent || s->choices[i].state == CHOICE_OVER || s->choices[i].state == CHOICE_LINGERING) return false;
+    if (i == NONE || s->choices[i].silent || s->choices[i].state == CHOICE_OVER || s->choices[i].state == CHOICE_LINGERING) return NONE;
+    return i;
+}
+
+bool scheduler_abort(struct scheduler *s, uint64_t id, uint32_t index) {
+    CHECK(!s->planned && s->due == NONE);
+    uint32_t i = live_choice(s, id, index);
+    if (i == NONE) return false;
+    uint32_t request = s->choices[i].request;
     choice_end(s, i);
     request_settle(s, request);
     return true;
 }
 
-bool scheduler_lanes(const struct scheduler *scheduler, uint64_t id, uint32_t index, const uint32_t **lane_tokens, uint32_t *n_computed) {
-    struct scheduler *s = (struct scheduler *)(uintptr_t)scheduler;
+uint32_t scheduler_preemptions(const struct scheduler *s, uint64_t id, uint32_t index) {
+    uint32_t i = live_choice(s, id, index);
+    return i == NONE ? 0 : s->choices[i].n_preemptions;
+}
+
+bool scheduler_lanes(const struct scheduler *s, uint64_t id, uint32_t index, const uint32_t **lane_tokens, uint32_t *n_computed) {
     uint32_t request = request_find(s, id);
     if (request == NONE) return false;
     for (uint32_t i = s->requests[request].first_choice; i != NONE; i = s->choices[i].next) {
@@ -149,17 +168,18 @@ void scheduler_drop_prefix_cache(struct scheduler *s) { prefix_cache_clear_idle(
 
 void scheduler_hold_admission(struct scheduler *s, bool hold) { s->hold_admission = hold; }
 
+/* One that is not over, and those that wait for it to read the prompt. */
+static void count_choice(const struct scheduler *s, uint32_t i, uint32_t *own, uint32_t *dependents) {
+    const struct choice *choice = &s->choices[i];
+    *own += !choice->silent && choice->state != CHOICE_LINGERING;
+    if (choice->index == 0) *dependents += s->requests[choice->request].n_dependents;
+}
+
 void scheduler_stats(const struct scheduler *s, struct scheduler_stats *stats) {
     *stats = s->stats;
-    stats->running = s->n_running;
-    stats->waiting = s->n_waiting;
-    for (uint32_t i = 0; i < s->n_running; i++)
-        stats->running -= s->choices[s->running[i]].silent || s->choices[s->running[i]].state != CHOICE_RUNNING;
-    for (uint32_t i = 0; i < s->n_waiting; i++) { /* choices that wait for this one to read their prompt */
-        const struct choice *choice = &s->choices[s->waiting[i]];
-        stats->waiting -= choice->silent;
-        if (choice->index == 0) stats->waiting += s->requests[choice->request].n_dependents;
-    }
+    stats->running = stats->waiting = 0;
+    for (uint32_t i = 0; i < s->n_running; i++) count_choice(s, s->running[i], &stats->running, &stats->waiting);
+    for (uint32_t i = 0; i < s->n_waiting; i++) count_choice(s, s->waiting[i], &stats->waiting, &stats->waiting);
     stats->blocks_total = s->pool.n_blocks;
     stats->blocks_used = block_pool_used(&s->pool);
     stats->blocks_cached = s->pool.n_cached;

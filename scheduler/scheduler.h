@@ -10,7 +10,8 @@
  * A sequence has n_tokens known and n_computed in the cache; the plan hands out the step's cost budget so that the second catches up with the first. No prefill
  * phase, no decode phase. Order: running sequences that lack one token; those catching up, oldest first, in chunks; admission.
  * Preempted = blocks given back, n_computed = 0, at the head of the waiting queue with its arrival time. No admission in a step that preempted; the oldest running sequence
- * is never preempted; victims: highest priority number first, then the youngest.
+ * is never preempted; victims: highest priority number first, then the youngest. Who lacks one token and gets no row, as rows or samples of the step have run out, goes
+ * before all others in a later step: whoever was passed over longest, one a step.
  *
  * Compression: a sequence stops at token indices fixed by its request (scheduler_points) until the caller has dealt with it (scheduler_due .. scheduler_compacted or
  * scheduler_dropped): lanes get shorter, whole blocks come free, and the plan that follows admits with them. A preempted sequence reads up to the same points again. Sequence position
@@ -40,7 +41,8 @@ struct scheduler_limits {
     uint32_t max_rows;          /* rows of one step */
     uint32_t max_samples;       /* samples of one step */
     struct step_cost cost;
-    double step_budget_us;      /* a plan stays under it unless its decode rows alone exceed it; at least one chunk of BLOCK_TOKENS rows always fits in */
+    double step_budget_us;      /* bounds the chunks of a step in which somebody decodes: it stays under it unless its single rows alone exceed it; one chunk of BLOCK_TOKENS
+                                   rows always fits in. Where nobody decodes, nobody is held up: chunks are bounded by max_rows alone */
     uint32_t watermark_blocks;  /* left free by admission */
     uint32_t n_rings;           /* query rings that sequences may hold (kernels/); ids 1..n_rings */
     bool prefix_cache;
@@ -68,7 +70,7 @@ struct scheduler_request {
     uint32_t peak_tokens;      /* the most slots a lane holds on average, once the prompt is compressed, or from the start if points.reading; 0: no bound */
     bool needs_ring;           /* holds a query ring while it has blocks; not admitted without one */
     bool private;              /* its blocks are never shared: neither with the prefix cache nor by forks, which read the prompt themselves; with peak_tokens its length is not bound by max_model_len */
-    uint32_t first_needed_row; /* rows from here on must be computed, whatever the cache holds (0: no hit; UINT32_MAX: only the last one) */
+    uint32_t first_needed_row; /* rows from here on must be computed, whatever the cache holds, at a replay too (0: no hit; UINT32_MAX: only the last one) */
 };
 
 struct plan_entry {
@@ -79,6 +81,7 @@ struct plan_entry {
     uint32_t n_tokens;             /* known before this step */
     uint32_t n_samples;            /* 0 while catching up; 1; or n_candidates in the step that ends the prompt of choice 0 */
     uint32_t cached_tokens;        /* taken from the prefix cache at the latest admission */
+    uint32_t preemptions;          /* of this choice, so far */
     bool first_run;                /* the request's first rows ever are in this step */
     uint32_t ring;                 /* 0: none */
     const uint32_t *lane_first;    /* [n_lanes] index in plan.block_ids of the lane's first block */
@@ -90,20 +93,19 @@ struct plan {
     const struct plan_entry *entries;
     uint32_t n_rows, n_samples;
     const uint32_t *block_ids;     /* the table arena */
-    /* Block copies (last partial blocks of forks) to carry out before the rows run. */
+    /* Block copies (last partial blocks of forks) to carry out before the rows run. None in a plan without entries. */
     uint32_t n_copies;
     const uint32_t *copy_source, *copy_destination;
 };
 
 struct scheduler_stats {
-    uint32_t running, waiting;                       /* choices */
+    uint32_t running, waiting;                       /* choices; waiting: all others, those included that wait for their prompt to be read */
     uint32_t blocks_total, blocks_used, blocks_cached; /* used: held by a sequence; cached: by the prefix cache only */
     uint64_t preemptions, forks, forks_recomputed, blocks_copied;
     uint64_t prefix_queries, prefix_hits, prefix_partial_hits; /* queries and hits in tokens; partial_hits in admissions */
     uint64_t prefix_evictions;                       /* entries */
     uint64_t prefix_steals;                          /* entries that left the cache because their owner was compressed */
     uint64_t compaction_copies;                      /* shared blocks that a compaction could not write in place */
-    uint64_t compaction_skips;                       /* lanes left as they were, for lack of blocks to copy to */
     uint64_t compaction_drops;                       /* whole blocks dropped without moving data */
     uint64_t compactions, replays;                   /* sequences compressed; of them, at a point passed before a preemption */
     uint64_t pressure_compactions;
@@ -118,13 +120,13 @@ void scheduler_free(struct scheduler *scheduler);
 /* What scheduler_new allocates: tables, prefix cache, queues. */
 uint64_t scheduler_bytes(const struct scheduler_limits *limits);
 
-/* The most blocks this request can ever hold at its peak; a request for which this exceeds n_blocks must be refused by the caller. */
+/* The most blocks one choice of this request can ever hold, nothing evicted; a request for which this exceeds n_blocks must be refused by the caller. */
 uint64_t scheduler_peak_blocks(const struct scheduler_limits *limits, uint32_t n_prompt, uint32_t max_new);
 
 /* false: max_choices reached ("not now"). The request's fields are copied; `tokens` (the array of pointers) and what it points to stay the caller's, until every choice has ended. */
 bool scheduler_add(struct scheduler *scheduler, const struct scheduler_request *request);
 
-/* The next step. n_entries == 0: nothing to do until something is added. Every plan that has entries must be committed. */
+/* The next step. n_entries == 0: nothing to do until something is added (or admission no longer held, or what is due dealt with). Every plan that has entries must be committed. */
 const struct plan *scheduler_plan(struct scheduler *scheduler, uint64_t now_ns);
 
 /* Closes the step: ended[i] answers sample i of the plan (entry order, choices ascending within an entry): true = that choice is over after this token (stop token).
@@ -134,6 +136,8 @@ void scheduler_commit(struct scheduler *scheduler, const bool *ended);
 /* Between steps, at any state of the choice (waiting, running, not yet forked, preempted): it is over, its blocks are back when this returns.
  * Unknown or ended: ignored, returns false. */
 bool scheduler_abort(struct scheduler *scheduler, uint64_t id, uint32_t choice);
+/* How often a choice has been preempted; 0: unknown or ended. */
+uint32_t scheduler_preemptions(const struct scheduler *scheduler, uint64_t id, uint32_t choice);
 
 /* Compression, between steps and before the next plan. */
 struct scheduler_due {
@@ -145,18 +149,20 @@ struct scheduler_due {
     const uint32_t *block_ids;   /* the table arena */
     const uint32_t *lane_first, *lane_tokens; /* as in plan_entry */
 };
-/* The next sequence that waits at a point, oldest first; false: none. It must be dealt with by exactly one of the next three. */
+/* The next sequence that waits at a point, oldest first; false: none. It must be dealt with by exactly one of the next three. All that are due must be before the next plan: those
+ * that are not have no row in it, and a prompt's end that is to fork must not be left (CHECKed). */
 bool scheduler_next_due(struct scheduler *scheduler, struct scheduler_due *due);
 
 /* What a compaction moves, lane by lane. */
 struct scheduler_lane_move {
-    bool moves;                  /* false: the lane stays as it is (nothing to evict, or no blocks to copy to) */
+    bool moves;                  /* false: the lane stays as it is: nothing to evict */
     const uint32_t *source;      /* ids of the lane's blocks, in order */
-    const uint32_t *destination; /* [blocks of n_keep slots]: equal to the leading source ids, or fresh where those are shared */
+    const uint32_t *destination; /* [blocks of n_keep slots]: equal to the leading source ids, or fresh where those are shared: then slots of it before the first evicted one move too */
     uint32_t n_keep;
 };
-/* The caller keeps n_keep[lane] slots of each lane, the first one evicted being first_evicted[lane] (lane_tokens if none is). Blocks from there on are written: those that only the
- * prefix cache holds beside this sequence leave it, those that another sequence holds are replaced by fresh ones. Returns [n_lanes] moves, valid until scheduler_compacted. */
+/* The caller keeps n_keep[lane] slots of each lane, the first one evicted being first_evicted[lane] (lane_tokens if none is). Blocks from there on are written, now or by the rows to
+ * come: those that only the prefix cache holds beside this sequence leave it, those that another sequence holds are replaced by fresh ones, for which others are preempted if need be.
+ * Returns [n_lanes] moves, valid until scheduler_compacted; NULL: not enough blocks, the sequence has been preempted and is no longer due. */
 const struct scheduler_lane_move *scheduler_compact(struct scheduler *scheduler, const struct scheduler_due *due, const uint32_t *n_keep, const uint32_t *first_evicted);
 /* The moves have been carried out: lanes are cut, blocks given back. */
 void scheduler_compacted(struct scheduler *scheduler, const struct scheduler_due *due);
@@ -165,11 +171,11 @@ void scheduler_dropped(struct scheduler *scheduler, const struct scheduler_due *
 /* Nothing is evicted at this point. */
 void scheduler_kept(struct scheduler *scheduler, const struct scheduler_due *due);
 
-/* Makes the first `count` blocks of every lane of a due sequence its own, so that they may be written: *n copies from source to destination must be carried out at once. false: not enough
- * blocks; the sequence has been preempted and is no longer due. */
+/* Makes the first `count` blocks of every lane of a due sequence its own, so that they may be written: *n copies from source to destination must be carried out at once. Where blocks
+ * are short, victims are preempted as in a plan, and the plan that follows admits nobody. false: the victim is this sequence; it is no longer due. */
 bool scheduler_own_first(struct scheduler *scheduler, const struct scheduler_due *due, uint32_t count, uint32_t *n, const uint32_t **source, const uint32_t **destination);
 
-/* Pressure: the running sequence that was compressed longest ago among those for which may(context, owner) is true becomes due. It will be compressed at the same token index again
+/* Pressure: the running sequence that was compressed longest ago among those for which may(context, owner) is true, and that is not due, becomes due. It will be compressed at the same token index again
  * if it has to be recomputed. false: there is none. */
 bool scheduler_press(struct scheduler *scheduler, bool (*may)(void *context, void *owner), void *context);
 /* While set, nothing new is admitted (preempted sequences are). */

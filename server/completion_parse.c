@@ -499,8 +499,7 @@ void completion_done(struct completion *completion) {
 
 /* Prompt and answer together. A sequence whose cache stays short may go on beyond the context; its prompt may not. */
 static uint32_t tokens_max(const struct completion *completion, const struct completion_limits *limits) {
-    bool endless = compression_is_on(&completion->kv) && completion->kv.policy->shifts_sinks && completion->kv.target.budget_tokens;
-    return endless && limits->max_stream_tokens > limits->max_model_len ? limits->max_stream_tokens : limits->max_model_len;
+    return compression_is_endless(&completion->kv, limits->max_model_len) && limits->max_stream_tokens > limits->max_model_len ? limits->max_stream_tokens : limits->max_model_len;
 }
 
 static bool too_long(const struct completion *completion, size_t n_prompt, const struct completion_limits *limits, struct api_error *error) {

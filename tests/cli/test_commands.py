@@ -24,7 +24,7 @@ class Commands(Case):
     def test_help(self):
         overview = self.works("--help")
         self.assertEqual(overview, self.works("-h"))
-        for command in ("serve", "bench", "inspect", "check-config"):
+        for command in ("serve", "bench", "eval", "inspect", "check-config"):
             self.assertIn(f"  {command} ", overview)
             help_text = self.works(command, "--help")
             self.assertIn(f"usage: kvasir {command} [options]", help_text)
@@ -33,6 +33,9 @@ class Commands(Case):
         self.assertNotIn("--rounds", self.works("serve", "--help"))
         self.assertNotIn("--port", self.works("bench", "--help"))
         self.assertIn("-p, --prompt", self.works("bench", "--help"))
+        self.assertIn("  --prompt TOKENS\n", self.works("eval", "--help"))
+        self.assertIn("--recent-tokens", self.works("eval", "--help"))
+        self.assertNotIn("--rounds", self.works("eval", "--help"))
         # Help wins over everything else on the line.
         self.works("serve", "--help", "--port", "99999999")
 

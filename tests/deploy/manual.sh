@@ -5,7 +5,7 @@ page=$KVASIR_SOURCE/deploy/kvasir.1
 words=$(LC_ALL=C.UTF-8 MANROFFOPT='' man --warnings -E UTF-8 -l "$page" 2>&1 >/dev/null)
 [ -z "$words" ] || { echo "$words"; exit 1; }
 text=$(LC_ALL=C.UTF-8 MANWIDTH=200 man -E ascii -l "$page" | sed 's/.\x08//g')
-for command in serve bench inspect check-config; do
+for command in serve bench eval inspect check-config; do
   while read -r flag; do
     grep -qe "$flag" <<<"$text" || { echo "the manual page lacks $flag"; exit 1; }
   done < <("$KVASIR_PROGRAM" "$command" --help | grep -oE '^  (-[a-z], )?--[a-z-]+' | sed 's/.*--/--/')

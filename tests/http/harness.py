@@ -98,7 +98,8 @@ class Daemon:
                     raise AssertionError(f"no line like {pattern!r} in {DEADLINE} s; the log:\n" + "\n".join(self.lines))
 
     def wait_ready(self):
-        wait_until(lambda: self.get("/health").status == 200, "/health 200")
+        self.wait_line(r"^ready\b")
+        assert self.get("/health").status == 200
 
     # ---- requests ----
 

@@ -56,7 +56,7 @@ class Notify:
 class Gone(harness.DaemonCase):
     """Two places to run, 2000 rows a second: requests live long enough to be left in any state."""
 
-    flags = (*harness.MOCK, "--max-sequences", "2", "--max-queue", "64", "--mock-tokens-per-second", "2000", "--max-model-len", "8192", "--prefix-cache", "false",
+    flags = (*harness.MOCK, "--max-sequences", "2", "--max-queue", "64", "--mock-tokens-per-second", "2000", "--max-model-len", "8192", "--prefix-cache=false",
              "--first-byte-timeout", "60s")
     LEAVE = {"close": raw.Connection.close, "reset": raw.Connection.reset, "half": lambda connection: connection.socket.shutdown(socket.SHUT_WR)}
 
@@ -305,7 +305,7 @@ class Connections(unittest.TestCase):
 
 
 class SlowReaders(harness.DaemonCase):
-    flags = (*harness.MOCK, "--stall-timeout", "2s", "--kv-memory", "1GiB", "--max-sequences", "16", "--prefix-cache", "false")
+    flags = (*harness.MOCK, "--stall-timeout", "2s", "--kv-memory", "1GiB", "--max-sequences", "16", "--prefix-cache=false")
 
     MUCH = {"n": 16, "max_tokens": 6000, "ignore_eos": True, "logprobs": 5}  # tens of MB of text
 

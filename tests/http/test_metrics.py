@@ -153,7 +153,7 @@ class Metrics(harness.DaemonCase):
 
 
 class VllmNames(harness.DaemonCase):
-    flags = (*harness.MOCK, "--vllm-names", "true")
+    flags = (*harness.MOCK, "--vllm-names")
 
     def test_names(self):
         some_load(self.daemon)

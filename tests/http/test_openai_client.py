@@ -6,7 +6,7 @@ import tempfile
 import time
 import unittest
 
-import httpx
+import httpx2 as httpx
 import openai
 
 import harness

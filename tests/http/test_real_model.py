@@ -110,7 +110,7 @@ class Default(RealCase):
 class Tight(RealCase):
     """Room for little: prompts in small chunks, sequences that give their blocks back and are computed again. The same words all the same."""
 
-    flags = ("--max-model-len", "512", "--max-sequences", "16", "--max-rows", "48", "--kv-memory", "36MiB", "--kv-dtype", "f16", "--prefix-cache", "true")
+    flags = ("--max-model-len", "512", "--max-sequences", "16", "--max-rows", "48", "--kv-memory", "36MiB", "--kv-dtype", "f16")
 
     def test_nothing_changes(self):
         requests = [{"prompt": TEXT[60 * i : 60 * i + 500], "max_tokens": harness.rounds(96, 48), "ignore_eos": True} for i in range(12)]

@@ -272,7 +272,7 @@ class Errors(Streams):
 class Slow(Streams):
     """A model that takes its time: 100 rows a second."""
 
-    flags = (*harness.MOCK, "--mock-tokens-per-second", "100", "--header-timeout", "2s", "--body-timeout", "2s", "--request-timeout", "5s", "--first-byte-timeout", "1s", "--heartbeat", "1s", "--prefix-cache", "false")
+    flags = (*harness.MOCK, "--mock-tokens-per-second", "100", "--header-timeout", "2s", "--body-timeout", "2s", "--request-timeout", "5s", "--first-byte-timeout", "1s", "--heartbeat", "1s", "--prefix-cache=false")
 
     def test_the_head_waits_for_the_first_token(self):
         """30 rows of prompt: the head and the first chunk come together, not before."""

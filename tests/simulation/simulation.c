@@ -217,6 +217,10 @@ static void abort_some(struct sim *sim) {
 static uint32_t keep_some(const struct sim_request *request, uint32_t n_computed, uint32_t lane, const struct kept *lane_now, uint32_t *keep) {
     uint32_t n = 0;
     uint64_t level = random_mix(request->id * 131 + n_computed) % 4;
+    if (lane_now->n > 8 && random_mix(request->id * 137 + n_computed) % 8 == 0) { /* only the end is cut */
+        for (; n < lane_now->n / 2; n++) keep[n] = n;
+        return n;
+    }
     for (uint32_t i = 0; i < lane_now->n; i++) {
         uint64_t draw = random_mix(request->id ^ (uint64_t)n_computed << 20 ^ (uint64_t)lane << 40 ^ lane_now->position[i]);
         bool sink_or_recent = lane_now->position[i] < level || lane_now->position[i] + 2u >= n_computed;
@@ -263,6 +267,10 @@ static void compress(struct sim *sim, const struct scheduler_due *due) {
         while (first[lane] < n_keep[lane] && keep[lane][first[lane]] == first[lane]) first[lane]++;
     }
     const struct scheduler_lane_move *moves = scheduler_compact(sim->scheduler, due, n_keep, first);
+    if (!moves) { /* preempted */
+        for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) choice->lanes[lane].n = 0;
+        return;
+    }
     for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
         if (!moves[lane].moves) continue;
         for (uint32_t i = first[lane]; i < n_keep[lane]; i++) {
@@ -284,6 +292,22 @@ static void compress(struct sim *sim, const struct scheduler_due *due) {
 static bool may_press(void *context, void *owner) {
     (void)context;
     return ((struct sim_request *)owner)->compressed;
+}
+
+static void note_waiting(const struct sim *sim, bool waits[REQUESTS_MAX][CANDIDATES_MAX]) {
+    for (uint32_t r = 0; r < REQUESTS_MAX; r++)
+        for (uint32_t c = 0; c < CANDIDATES_MAX; c++) {
+            const struct sim_request *request = &sim->requests[r];
+            waits[r][c] = request->live && c < request->n_candidates && inner_choice(sim, request, c)->state == CHOICE_WAITING;
+        }
+}
+
+/* Who waited before a plan that preempted waits after it, unless nobody else was left to run. */
+static void check_nobody_admitted(const struct sim *sim, const struct plan *plan, bool waits[REQUESTS_MAX][CANDIDATES_MAX]) {
+    uint32_t n_admitted = 0;
+    for (uint32_t r = 0; r < REQUESTS_MAX; r++)
+        for (uint32_t c = 0; c < CANDIDATES_MAX; c++) n_admitted += waits[r][c] && inner_choice(sim, &sim->requests[r], c)->state == CHOICE_RUNNING;
+    EXPECT(n_admitted == 0 || n_admitted == plan->n_entries, "an admission in a step that preempted");
 }
 
 /* A choice that the plan forked has what its leader has now. */
@@ -390,10 +414,17 @@ static bool step(struct sim *sim, bool load) {
     if (random_below(r, 6) == 0) abort_some(sim);
     if (random_below(r, 2000) == 0) scheduler_drop_prefix_cache(sim->scheduler);
     if (random_below(r, 16) == 0) (void)scheduler_press(sim->scheduler, may_press, NULL);
+    struct scheduler_stats before, after;
+    scheduler_stats(sim->scheduler, &before);
     struct scheduler_due due;
     while (scheduler_next_due(sim->scheduler, &due)) compress(sim, &due);
+    bool waits[REQUESTS_MAX][CANDIDATES_MAX];
+    note_waiting(sim, waits);
     const struct plan *plan = scheduler_plan(sim->scheduler, sim->step * 1000000);
+    scheduler_stats(sim->scheduler, &after);
     bool ran = plan->n_entries > 0;
+    if (after.preemptions > before.preemptions) check_nobody_admitted(sim, plan, waits);
+    EXPECT(ran || after.running + after.waiting == 0, "a plan without entries, but somebody waits");
     know_forks(sim);
     if (ran) run_plan(sim, plan);
     check_world(sim);
@@ -469,7 +500,7 @@ static void time_steps(void) {
                                       .max_sequences = 64,
                                       .max_choices = 64,
                                       .max_model_len = 1200,
-                                      .max_rows = 512,
+                                      .max_rows = 64 * 128, /* all prompts in one step, so that all cross into new blocks together */
                                       .max_samples = 64,
                                       .cost = {.per_row_us = 1},
                                       .step_budget_us = 1e9,
@@ -492,7 +523,8 @@ static void time_steps(void) {
         const struct plan *plan = scheduler_plan(s, 0);
         bool decode = plan->n_rows == 64;
         if (plan->n_entries == 0) break;
-        bool crosses = decode && plan->entries[0].lane_tokens[0] % BLOCK_TOKENS == 0;
+        bool crosses = decode;
+        for (uint32_t e = 0; e < plan->n_entries; e++) crosses = crosses && plan->entries[e].lane_tokens[0] % BLOCK_TOKENS == 0;
         scheduler_commit(s, ended);
         double us = (double)(clock_now_ns() - begin) / 1e3;
         if (!decode) continue;

@@ -382,9 +382,12 @@ static void test_flags_of_one_command(void **state) {
             assert_true(option->flag == 0 || option->flag != options[j].flag);
         }
         for (size_t j = 0; j < i; j++) {
+            if (!(option->commands & command_options[j].commands)) continue; /* --prompt of bench is not --prompt of eval */
             assert_string_not_equal(option_leaf(option), option_leaf(&command_options[j]));
             assert_true(option->flag == 0 || option->flag != command_options[j].flag);
         }
+        assert_ptr_equal(option_by_flag(option_leaf(option), strlen(option_leaf(option)), option->commands),
+                         strchr(option_leaf(option), '_') ? NULL : option);
         assert_true(option->flag != 'c' && option->flag != 'h');
     }
 }

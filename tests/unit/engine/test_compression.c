@@ -99,6 +99,22 @@ static void test_settings_that_make_no_sense(void **state) {
     }
 }
 
+static void test_what_may_go_on_for_ever(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct kv_plan plan = granted(&config, (struct kv_wish){.policy = "streaming_llm", .budget_tokens = 416});
+    assert_true(compression_is_endless(&plan, 512));
+    assert_false(compression_is_endless(&plan, 511)); /* 416 and 32 until the next point, and what rounding to blocks adds */
+    plan = granted(&config, (struct kv_wish){.policy = "streaming_llm", .budget_tokens = INT32_MAX});
+    assert_false(compression_is_endless(&plan, 8192));
+    plan = granted(&config, (struct kv_wish){.policy = "streaming_llm", .keep_ratio = 0.1});
+    assert_false(compression_is_endless(&plan, 8192));
+    plan = granted(&config, (struct kv_wish){.policy = "keydiff", .budget_tokens = 64});
+    assert_false(compression_is_endless(&plan, 8192));
+    plan = granted(&config, (struct kv_wish){0});
+    assert_false(compression_is_endless(&plan, 8192));
+}
+
 static void expect_points(struct kv_plan plan, uint32_t reading, bool prompt_end, uint32_t growing) {
     struct scheduler_points points = compression_points(&plan);
     assert_int_equal(points.reading, reading);
@@ -143,6 +159,7 @@ int main(void) {
         cmocka_unit_test(test_without_a_table_every_policy_may_be_asked_for),
         cmocka_unit_test(test_operators_limits),
         cmocka_unit_test(test_settings_that_make_no_sense),
+        cmocka_unit_test(test_what_may_go_on_for_ever),
         cmocka_unit_test(test_points),
         cmocka_unit_test(test_rows),
     };

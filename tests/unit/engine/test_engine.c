@@ -166,7 +166,8 @@ static void test_many_requests(void **state) {
     }
     struct engine_stats stats = client_settled(&client);
     assert_int_equal(stats.generation_tokens, n_tokens);
-    assert_true(stats.preemptions > 0 && preemptions > 0 && stats.forks > 0 && stats.prefix_partial_hits > 0 && stats.chunks > 0);
+    assert_int_equal(preemptions, stats.preemptions);
+    assert_true(stats.preemptions > 0 && stats.forks > 0 && stats.prefix_partial_hits > 0 && stats.chunks > 0);
     assert_true(stats.busy_ns >= stats.schedule_ns && stats.schedule_ns > 0);
     uint64_t steps = 0;
     for (uint32_t b = 0; b < 14; b++) steps += stats.step_rows_bucket[b];
