@@ -5,6 +5,7 @@ import pathlib
 import platform
 import re
 import subprocess
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -35,14 +36,28 @@ def load_average():
     return round(os.getloadavg()[0], 2)
 
 
-def cpu_ticks():
-    """(stolen, all) since boot: time that the hypervisor gave to others."""
-    fields = [int(word) for word in pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    return fields[7], sum(fields)
+class Watch:
+    """What else this machine did since the watch was made: the load average alone does not tell others' work from that of the measurement before."""
+
+    def __init__(self):
+        self.load = load_average()
+        self.begin = self._look()
+
+    @staticmethod
+    def _look():
+        user, nice, system, _, _, irq, soft_irq, stolen = (int(word) for word in pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+        tick = os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), (user + nice + system + irq + soft_irq) / tick, stolen / tick, sum(os.times()[:4])
+
+    def report(self):
+        """Load average when the watch began; shares of all cores' time: others' processes (all but this one and the children it has waited for), and stolen by the hypervisor."""
+        wall, busy, stolen, own = (now - then for now, then in zip(self._look(), self.begin))
+        capacity = max(wall, 0.01) * os.cpu_count()
+        return {"load": self.load, "others": round(max(0, busy - own) / capacity, 3), "stolen": round(stolen / capacity, 3)}
 
 
-def stolen_share(before, after):
-    return round((after[0] - before[0]) / max(1, after[1] - before[1]), 4)
+def disturbance(watched):
+    return f"load {watched['load']} before, others {100 * watched['others']:.1f} %, stolen {100 * watched['stolen']:.1f} %"
 
 
 class Probe:

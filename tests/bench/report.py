@@ -8,8 +8,15 @@ import sys
 
 
 def end_well():
-    """SIGTERM is like Ctrl-C: servers are stopped and what was measured is kept."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """The first SIGINT or SIGTERM is a KeyboardInterrupt: servers are stopped and what was measured is kept. Further ones do not disturb that."""
+
+    def once(*_):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, once)
 
 
 def write(path, text):
