@@ -232,10 +232,10 @@ static void q8_values(const struct split *s) {
 #include "kernels/cpu/attention_bf16.inc.h"
 #endif
 
-/* Does the value product take weights as bf16 pairs? */
+/* Are weights rounded to bf16 pairs, as the value product takes them? */
 INLINE bool takes_pairs(const struct attend *a) {
 #ifdef BF16_PAIRS
-    return a->shape->dtype == KV_BF16;
+    return a->shape->dtype == KV_BF16 && !a->sums_only;
 #else
     (void)a;
     return false;
@@ -284,6 +284,26 @@ static void merge(float *state, const float *next, uint32_t dims) {
     state[0] = most;
     state[1] = state[1] * scaled[0] + next[1] * scaled[1];
     for (uint32_t i = 0; i < dims; i += LANES) vf_store(state + 2 + i, vf_fma(vf_load(next + 2 + i), new, vf_mul(vf_load(state + 2 + i), old)));
+}
+
+/* merge for states without output: of all queries of the call at once. sums [n][maximum, sum] */
+static void merge_sums(float *state, size_t state_stride, const float (*sums)[2], uint32_t n) {
+    for (uint32_t first = 0; first < n; first += LANES) {
+        const uint32_t count = n - first < LANES ? n - first : LANES;
+        float old[LANES] = {0}, new[LANES] = {0}, most[LANES] = {0};
+        for (uint32_t i = 0; i < count; i++) {
+            old[i] = state[(first + i) * state_stride];
+            new[i] = sums[first + i][0];
+            most[i] = old[i] > new[i] ? old[i] : new[i];
+        }
+        vf_store(old, vf_exp(vf_sub(vf_load(old), vf_load(most))));
+        vf_store(new, vf_exp(vf_sub(vf_load(new), vf_load(most))));
+        for (uint32_t i = 0; i < count; i++) {
+            float *to = state + (first + i) * state_stride;
+            to[0] = most[i];
+            to[1] = to[1] * old[i] + sums[first + i][1] * new[i];
+        }
+    }
 }
 
 static void scores(const struct split *s) {
@@ -340,12 +360,16 @@ static void attend_split(const struct attend *a, uint32_t split, float *state, s
         soften(&s, q, split_count(a, q, slot), takes_pairs(a), a->kept ? a->kept + q * a->kept_stride + slot : NULL, sums[q]);
         if (a->kept) a->kept_maxima[split * ATTEND_QUERIES + q] = sums[q][0];
     }
-    if (!a->sums_only) values(&s);
+    if (a->sums_only) {
+        merge_sums(state + skip * state_stride, state_stride, (const float(*)[2])sums + skip, a->n_queries - skip);
+        return;
+    }
+    values(&s);
     for (uint32_t q = skip; q < a->n_queries; q++) {
         float *next = split_out(&s, q) - 2;
         next[0] = sums[q][0];
         next[1] = sums[q][1];
-        merge(state + q * state_stride, next, a->sums_only ? 0 : dims);
+        merge(state + q * state_stride, next, dims);
     }
 }
 
