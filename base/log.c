@@ -12,7 +12,6 @@ static _Atomic int level_now = LOG_LEVEL_INFO;
 
 void log_set_level(enum log_level level) { atomic_store(&level_now, (int)level); }
 
-
 void log_write(enum log_level level, const char *format, ...) {
     static const char *const names[] = {"error", "warn", "info", "debug"};
     static const char *const priorities[] = {"<3>", "<4>", "<6>", "<7>"};

@@ -98,9 +98,6 @@ struct cpu_isa {
     void (*narrow_f16)(const float *x, uint32_t n, uint16_t *halves);
     /* Folds the state of the next split(s) into `state`. */
     void (*merge)(float *state, const float *next, uint32_t dims);
-    /* Ceilings, for measuring: products of registers, returns how many multiply-adds; memory read (to a multiple of 256 bytes). */
-    uint64_t (*peak)(uint64_t rounds);
-    void (*read)(const uint8_t *memory, size_t bytes);
     /* Takes the logits of one more strip into the running maximum; the earlier strip stays where they are equal, NaN is passed over. */
     void (*track)(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best);
 };

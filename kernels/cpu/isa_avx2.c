@@ -41,8 +41,6 @@ const struct cpu_isa cpu_isa_avx2 = {
     .widen_f16 = widen_f16,
     .narrow_f16 = narrow_f16,
     .merge = merge,
-    .peak = peak,
-    .read = read_memory,
     .track = track,
 };
 #endif

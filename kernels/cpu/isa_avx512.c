@@ -45,8 +45,6 @@ const struct cpu_isa cpu_isa_avx512 = {
     .widen_f16 = widen_f16,
     .narrow_f16 = narrow_f16,
     .merge = merge,
-    .peak = peak,
-    .read = read_memory,
     .track = track,
 };
 #endif

@@ -46,8 +46,6 @@ const struct cpu_isa cpu_isa_avx512bf16 = {
     .widen_f16 = widen_f16,
     .narrow_f16 = narrow_f16,
     .merge = merge,
-    .peak = peak,
-    .read = read_memory,
     .track = track,
 };
 #endif

@@ -39,7 +39,5 @@ const struct cpu_isa cpu_isa_generic = {
     .widen_f16 = widen_f16,
     .narrow_f16 = narrow_f16,
     .merge = merge,
-    .peak = peak,
-    .read = read_memory,
     .track = track,
 };
