@@ -3,7 +3,7 @@
  *   - the others against `reference`, by normalised mean squared error;
  *   - the row contract on each of them, bit for bit: rows one at a time, in random chunks and batches, on two threads, after a history that was read in other
  *     chunks: the same logits as all rows at once; and M = 1..97 rows in one step.
- * What ran and what this machine cannot run is printed. */
+ * What ran and what this machine cannot run is printed. Sanitizers look for bad accesses, not for bits: under them the row contract is run for one KV dtype a case, in turn. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -29,6 +29,12 @@ struct variant {
     double worst[KV_DTYPES]; /* error against reference */
     uint32_t runs, contracts;
 };
+
+#ifdef KVASIR_SANITIZED
+#define SHORT_FORM true
+#else
+#define SHORT_FORM false
+#endif
 
 static struct variant variants[16];
 static uint32_t n_variants;
@@ -142,18 +148,16 @@ static void run_random(const struct phase_case *c, struct phase_world *world, ui
 static void check_row_contract(const struct phase_case *c, const struct program *program, struct variant *variant, enum kv_dtype dtype,
                                const struct phase_world *expected) {
     bool slow = variant->ops == &backend_reference;
-    if (slow && (uint32_t)(c - phase_cases) % KV_DTYPES != (uint32_t)dtype) return;
+    if ((slow || SHORT_FORM) && (uint32_t)(c - phase_cases) % KV_DTYPES != (uint32_t)dtype) return;
     variant->contracts++;
     struct phase_world *world = new_world(c, program, variant, dtype, 1, slow ? 31 : 1);
     run_one_at_a_time(c, world);
     assert_same_bits(c, variant, dtype, "one at a time", expected, world);
     phase_world_free(world);
-    for (uint32_t threads = 1; threads <= (slow ? 1u : 2u); threads++) {
-        world = new_world(c, program, variant, dtype, threads, 13);
-        run_random(c, world, threads);
-        assert_same_bits(c, variant, dtype, "in random batches", expected, world);
-        phase_world_free(world);
-    }
+    world = new_world(c, program, variant, dtype, slow ? 1 : 2, 13);
+    run_random(c, world, 1 + (uint64_t)dtype);
+    assert_same_bits(c, variant, dtype, "in random batches", expected, world);
+    phase_world_free(world);
     if (slow) return;
     world = new_world(c, program, variant, dtype, 2, 0);
     phase_world_run(world);
@@ -221,7 +225,7 @@ static void test_every_number_of_rows(void **state) {
             struct phase_world *expected = new_world(c, program, variant, (enum kv_dtype)d, 1, 0);
             struct phase_world *world = new_world(c, program, variant, (enum kv_dtype)d, 1, 0);
             run_one_at_a_time(c, expected);
-            uint32_t step = variant->ops == &backend_reference ? 16 : 1; /* its rows do not share anything: a sample will do */
+            uint32_t step = variant->ops == &backend_reference || SHORT_FORM ? 16 : 1; /* its rows do not share anything: a sample will do */
             for (uint32_t m = 1; m <= c->sequences[0].rows; m += step) {
                 phase_world_rewind(world);
                 phase_world_step(world, &(struct phase_part){0, m}, 1);

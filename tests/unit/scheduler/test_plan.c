@@ -1,4 +1,6 @@
 /* Who runs, with how many rows: the scheduler's rules one by one, on loads small enough to work out by hand. What holds for every load is in tests/simulation. */
+#include <malloc.h>
+
 #include "tests/unit/scheduler/fixture.h"
 
 static void test_reads_in_chunks_then_decodes(void **state) {
@@ -83,6 +85,27 @@ static void test_budget(void **state) {
     assert_int_equal(stats_of(f).waiting, 1); /* whoever would get no row is not admitted */
     commit(f);
     fixture_free(f);
+}
+
+/* What is left would pay for a row at a prompt's begin, but not for one behind a long hit: no admission. */
+static void test_budget_counts_the_hit(void **state) {
+    (void)state;
+    for (uint32_t enough = 0; enough < 2; enough++) {
+        struct fixture *f = fixture_new((struct scheduler_limits){.cost = {0, 1, 1}, .step_budget_us = enough ? 310 : 280, .prefix_cache = true});
+        add(f, ask(f, 9, 7, 70, 1));
+        step(f);
+        add(f, ask(f, 1, 1, 1, 20));
+        step(f);
+        add(f, ask(f, 2, 2, 20, 20)); /* 20 x (1 + 10) */
+        add(f, ask(f, 3, 7, 70, 20)); /* 64 of them cached: 1 + 64.5 for a row */
+        plan(f);
+        assert_int_equal(rows_of(f, 1), 1);
+        assert_int_equal(rows_of(f, 2), 20);
+        assert_int_equal(rows_of(f, 3), enough);
+        commit(f);
+        assert_int_equal(stats_of(f).running, 2 + enough);
+        fixture_free(f);
+    }
 }
 
 /* The cost of a chunk counts the context that its own rows add. */
@@ -490,6 +513,30 @@ static void test_peak_blocks(void **state) {
     assert_int_equal(scheduler_peak_blocks(&limits, UINT32_MAX, UINT32_MAX), 3 * (1ull << 28)); /* no overflow on the way */
 }
 
+#ifndef KVASIR_SANITIZED
+/* What is said to be allocated is what the allocator has given. Limits that make every array but those of a lane large beside pages and headers. */
+static void test_bytes(void **state) {
+    (void)state;
+    const struct scheduler_limits limits = {.n_lanes = 8,
+                                            .n_blocks = 400000,
+                                            .extent_blocks = 4,
+                                            .max_sequences = 100000,
+                                            .max_choices = 100000,
+                                            .max_model_len = 64,
+                                            .max_rows = 10,
+                                            .max_samples = 10,
+                                            .n_rings = 100000,
+                                            .prefix_cache = true};
+    struct mallinfo2 before = mallinfo2();
+    struct scheduler *scheduler = scheduler_new(&limits);
+    struct mallinfo2 after = mallinfo2();
+    uint64_t ids = (uint64_t)limits.max_sequences * limits.n_lanes * (64 / BLOCK_TOKENS + 1) * sizeof(uint32_t); /* not from the allocator */
+    uint64_t given = after.uordblks + after.hblkhd - before.uordblks - before.hblkhd + ids, said = scheduler_bytes(&limits);
+    assert_true(said <= given && given - said < 32 * 4096);
+    scheduler_free(scheduler);
+}
+#endif
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_reads_in_chunks_then_decodes),
@@ -497,6 +544,7 @@ int main(void) {
         cmocka_unit_test(test_max_new_zero_samples_nothing),
         cmocka_unit_test(test_budget),
         cmocka_unit_test(test_budget_counts_context),
+        cmocka_unit_test(test_budget_counts_the_hit),
         cmocka_unit_test(test_one_chunk_always),
         cmocka_unit_test(test_priority_and_ageing),
         cmocka_unit_test(test_preemption),
@@ -514,6 +562,9 @@ int main(void) {
         cmocka_unit_test(test_chunks_fill_the_blocks_there_are),
         cmocka_unit_test(test_queue_is_bounded),
         cmocka_unit_test(test_peak_blocks),
+#ifndef KVASIR_SANITIZED
+        cmocka_unit_test(test_bytes),
+#endif
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
