@@ -81,13 +81,12 @@ static double positive(const char *text, const char *flag) {
     usage(words);
 }
 
-/* "{...}" without its braces; what is inside is the server's to judge. */
-static char *members(const char *text) {
+/* "{...}" without its braces, in place; what is inside is the server's to judge. */
+static const char *members(char *text) {
     size_t length = strlen(text);
     if (length < 2 || text[0] != '{' || text[length - 1] != '}') usage("--extra: a JSON object belongs here");
-    char *inside = check_strdup(text + 1);
-    inside[length - 2] = '\0';
-    return inside[strspn(inside, " ")] ? inside : NULL;
+    text[length - 1] = '\0';
+    return text[1 + strspn(text + 1, " ")] ? text + 1 : NULL;
 }
 
 static void read_options(int argc, char **argv, struct options *options) {

@@ -42,8 +42,13 @@ def ranged(spread, unit=1):
 
 
 def command_line():
-    name = pathlib.Path(sys.argv[0])
-    return shlex.join(["tests/bench/" + name.name, *sys.argv[1:]])
+    """As it was called, folders by their last name: where they lie is this machine's affair."""
+
+    def short(word):
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return flag + equals + (pathlib.Path(value).name if value.startswith("/") else value)
+
+    return shlex.join(["tests/bench/" + pathlib.Path(sys.argv[0]).name, *map(short, sys.argv[1:])])
 
 
 class Report:

@@ -137,6 +137,13 @@ class Machine(unittest.TestCase):
 
 
 class Report(unittest.TestCase):
+    def test_command_line(self):
+        before, sys.argv = sys.argv, ["/somewhere/else/tests/bench/compare", "--peer", "/home/a/peer", "--out=/tmp/results", "--rounds", "5", "--peer-flag=-kvu"]
+        try:
+            self.assertEqual(report.command_line(), "tests/bench/compare --peer peer --out=results --rounds 5 --peer-flag=-kvu")
+        finally:
+            sys.argv = before
+
     def test_numbers(self):
         self.assertEqual([report.number(value) for value in (None, 0.01234, 4.567, 78.94, 1234.5)], ["-", "0.0123", "4.57", "78.9", "1234"])
 
