@@ -1,5 +1,6 @@
 """The machine that numbers come from: what it is, how busy it is, how fast it reads memory right now."""
 import datetime
+import json
 import os
 import pathlib
 import platform
@@ -15,19 +16,22 @@ def cpu_name():
     return match[1] if match else platform.processor()
 
 
-def commit():
-    """Of the checkout the scripts stand in; + where files differ from it."""
-    ask = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return (ask("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if ask("status", "--porcelain", "--untracked-files=no") else "")
+def commit(kvasir):
+    """Of the program that is measured, which says it in its bench's JSON; + where the checkout has changes that no commit has."""
+    command = [kvasir, "bench", "--json", "--dummy", "tiny", "--backend", "cpu", "-t", "1", "-p", "1", "-n", "0", "-r", "1"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("KVASIR_")}
+    built = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=clean, timeout=120).stdout)["commit"]
+    changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return built + ("+" if changed else "")
 
 
-def describe():
+def describe(kvasir):
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
-        "commit": commit(),
+        "commit": commit(kvasir),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -133,7 +133,7 @@ class Machine(unittest.TestCase):
         self.assertGreater(before._look()[3], before.begin[3])
 
     def test_describe(self):
-        self.assertTrue(all(machine.describe()[key] for key in ("cpu", "cores", "memory_gib", "system", "commit", "date")))
+        self.assertTrue(all(machine.describe(BUILD / "kvasir")[key] for key in ("cpu", "cores", "memory_gib", "system", "commit", "date")))
 
 
 class Report(unittest.TestCase):
