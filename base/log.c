@@ -12,8 +12,6 @@ static _Atomic int level_now = LOG_LEVEL_INFO;
 
 void log_set_level(enum log_level level) { atomic_store(&level_now, (int)level); }
 
-enum log_level log_get_level(void) { return (enum log_level)atomic_load(&level_now); }
-
 void log_write(enum log_level level, const char *format, ...) {
     static const char *const names[] = {"error", "warn", "info", "debug"};
     static const char *const priorities[] = {"<3>", "<4>", "<6>", "<7>"};

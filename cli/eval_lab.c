@@ -272,9 +272,12 @@ enum status lab_read(struct lab *lab, uint32_t n_parts, const struct lab_part *p
 
 /* ---- compression ---- */
 
-static struct compressor_sequence describe(const struct lab *lab, const struct sequence *sequence, const int32_t *tokens, uint32_t ring) {
+/* At the end of the prompt: all that was read counts as one. */
+static struct compressor_sequence describe(const struct lab *lab, const struct sequence *sequence, const struct kv_plan *plan, const int32_t *tokens,
+                                           uint32_t ring) {
     return (struct compressor_sequence){.ring = ring,
                                         .n_computed = sequence->position,
+                                        .n_window = compression_window(plan, sequence->position, sequence->position),
                                         .tokens = tokens,
                                         .block_ids = lab->block_ids,
                                         .lane_first = sequence->lane_first,
@@ -302,7 +305,7 @@ void lab_compress(struct lab *lab, uint32_t base, uint32_t cell, const struct kv
                   struct compressor_result *result) {
     const struct sequence *from = &lab->sequences[base];
     struct sequence *to = &lab->sequences[cell];
-    struct compressor_sequence sequence = describe(lab, from, tokens, LAB_RING_PROMPT);
+    struct compressor_sequence sequence = describe(lab, from, plan, tokens, LAB_RING_PROMPT);
     (void)compressor_choose(lab->compressor, plan, &sequence, measure_hits, result);
     lab_clear(lab, cell);
     to->position = from->position;
@@ -323,7 +326,7 @@ void lab_compress(struct lab *lab, uint32_t base, uint32_t cell, const struct kv
 
 void lab_stream_drop(struct lab *lab, uint32_t sequence, const struct kv_plan *plan, uint32_t *shifted) {
     struct sequence *mine = &lab->sequences[sequence];
-    struct compressor_sequence described = describe(lab, mine, NULL, LAB_NO_RING);
+    struct compressor_sequence described = describe(lab, mine, plan, NULL, LAB_NO_RING);
     struct compressor_result result;
     if (!compressor_choose(lab->compressor, plan, &described, false, &result)) return;
     uint32_t pinned = pinned_slots(&result.lanes[0]), dropped = result.lanes[0].n_slots - result.lanes[0].n_keep;

@@ -111,7 +111,7 @@ static void put_axes(struct picture *picture) {
     buffer_printf(out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"none\" stroke=\"%s\"/>\n", LEFT, TOP, RIGHT - LEFT,
                   BOTTOM - TOP, FAINT);
     put_text(out, LEFT + GUTTER - 34, BOTTOM + 34, "end", 12, FAINT, "share of the full cache");
-    put_text(out, LEFT + GUTTER - 34, BOTTOM + 18, "end", 12, FAINT, "KV cache of the prompt");
+    put_text(out, LEFT + GUTTER - 34, BOTTOM + 18, "end", 12, FAINT, "KV of the prompt");
 }
 
 struct name {

@@ -20,7 +20,6 @@ struct config {
     /* model */
     char model[CONFIG_TEXT];       /* -m, --model: path of a GGUF file */
     char served_name[CONFIG_TEXT]; /* default: the file's name */
-    char chat_template[CONFIG_TEXT];
 
     /* [server] */
     char host[CONFIG_TEXT];          /* 127.0.0.1 */

@@ -2,6 +2,7 @@
  * Called before threads are started, and by the loop thread on SIGHUP. Deliberately knows no single option: the table does. */
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -12,6 +13,8 @@
 #include "config/toml.h"
 
 extern char **environ;
+
+enum { PIPE_WAIT_MS = 10000 };
 
 static void mark(struct config *config, const struct option_info *option, enum config_source source) {
     config->source[option - options] = (uint8_t)source;
@@ -134,8 +137,10 @@ static enum status read_file(const char *path, char **text, size_t *length, stru
     ssize_t got;
     while (used <= TOML_BYTES_MAX && (got = read(fd, bytes + used, TOML_BYTES_MAX + 1 - used)) != 0) {
         if (got < 0 && errno == EINTR) continue;
+        struct pollfd pipe = {.fd = fd, .events = POLLIN}; /* `--config <(command)`: what it writes may come later */
+        if (got < 0 && errno == EAGAIN && poll(&pipe, 1, PIPE_WAIT_MS) > 0) continue;
         if (got < 0) {
-            int failure = errno;
+            int failure = errno == EAGAIN ? ETIMEDOUT : errno;
             close(fd);
             free(bytes);
             return error_set(error, STATUS_IO, "%s: %s", path, strerror(failure));

@@ -18,8 +18,6 @@ const struct option_info options[] = {
      .help = "the model: a GGUF file"},
     {.key = "served_name", .type = OPTION_TEXT, FIELD(served_name), .initial = "", .argument = "NAME", .commands = SERVE,
      .help = "the name clients ask for; empty: the file's name without .gguf"},
-    {.key = "chat_template", .type = OPTION_TEXT, FIELD(chat_template), .initial = "", .argument = "FILE", .commands = SERVE,
-     .help = "a chat template to use instead of the model's own"},
 
     {.key = "server.host", .type = OPTION_TEXT, FIELD(host), .initial = "127.0.0.1", .argument = "ADDRESS", .commands = SERVE,
      .help = "address to listen on. Other than loopback needs api_key_file"},
@@ -97,7 +95,7 @@ const struct option_info options[] = {
      .help = "seed of requests that bring none; auto: from the system"},
 
     {.key = "compression.policy", .type = OPTION_TEXT, FIELD(compression_policy), .initial = "none", .argument = "NAME", .commands = SERVE,
-     .help = "what is evicted from the KV cache of requests that do not say: none, or one of kvasir eval's policies"},
+     .help = "what is evicted from the KV cache of requests that do not say: none, random, streaming_llm, h2o, scissorhands, fastgen, snapkv, pyramidkv, ada_snapkv, ada_pyramidkv, kv_compress, expected_attention, keydiff, tova"},
     {.key = "compression.triggers", .type = OPTION_LIST, FIELD(compression_triggers), .initial = "", .argument = "NAMES", .commands = SERVE,
      .help = "when it is compressed: prompt_end, budget, pressure, comma-separated; empty: what the policy's paper does"},
     {.key = "compression.keep_ratio", .type = OPTION_FLOAT, FIELD(keep_ratio), .initial = "0.5", .min = 0.001, .max = 1, .argument = "RATIO", .commands = SERVE,

@@ -157,7 +157,8 @@ void engine_stop(struct engine *engine) {
 
 uint32_t engine_tokens_max(const struct engine *engine, const struct kv_plan *kv) {
     const struct memory_plan *plan = &engine->plan;
-    return compression_is_endless(kv, plan->max_model_len) && plan->max_stream_tokens > plan->max_model_len ? plan->max_stream_tokens : plan->max_model_len;
+    return compression_is_endless(kv, plan->max_model_len) && plan->max_stream_tokens > plan->max_model_len ? plan->max_stream_tokens
+                                                                                                            : plan->max_model_len;
 }
 
 bool engine_can_hold(const struct engine *engine, const struct kv_plan *kv, uint32_t n_prompt, uint32_t max_new) {

@@ -21,11 +21,12 @@ const struct backend_ops *backend_find(const char *name) {
     return NULL;
 }
 
+/* bf16 costs nothing that could be measured beside f16 and is faster where the CPU multiplies it. SmolLM2-135M Q4_1 over the 2,934 positions of tests/golden/llama: mean KL
+ * to the golden distributions 2.65e-3 with f32, 2.66e-3 with f16, 2.65e-3 with bf16 (queries and weights rounded to bf16 too), 3.65e-3 with q8: what is left is the
+ * rounding of activations to 8 bits. */
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set) {
     if (ops != &backend_cpu) return KV_F16;
-    for (const struct cpu_isa *const *isa = cpu_isas; !instruction_set && *isa; isa++)
-        if ((*isa)->present()) instruction_set = (*isa)->name; /* worst first */
-    return instruction_set && strcmp(instruction_set, "avx512bf16") == 0 ? KV_BF16 : KV_F16;
+    return strcmp(instruction_set ? instruction_set : cpu_isa_best()->name, "avx512bf16") == 0 ? KV_BF16 : KV_F16;
 }
 
 static const char *const kv_dtype_names[KV_DTYPES] = {[KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8"};

@@ -80,6 +80,7 @@ static void handled(struct scheduler *s) {
     struct choice *choice = due_choice(s);
     if (was_pressed(choice)) choice->compacted_step = s->stats.steps + 1; /* whatever came of it, it is the others' turn */
     choice->handled_at = choice->n_computed;
+    choice->n_copies = 0;
     s->due = NONE;
 }
 

@@ -39,6 +39,7 @@ struct choice {
     uint32_t leaf, n_runs; /* prefix cache: deepest entry used, and how many runs that is */
     bool joins;            /* goes on inserting */
     uint32_t cached_tokens;
+    uint32_t n_copies; /* blocks reserved for the first compaction: those of the hit that others own */
     int32_t *tokens;
 };
 

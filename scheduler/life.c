@@ -39,6 +39,7 @@ void choice_give_table(struct scheduler *s, uint32_t i) {
     choice->handled_at = NONE;
     choice->evicted = false;
     choice->skipped_since = 0;
+    choice->n_copies = 0;
 }
 
 void choice_inherit_points(struct choice *choice, const struct choice *leader) {

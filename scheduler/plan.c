@@ -161,11 +161,12 @@ static void plan_chunks(struct builder *b) {
         if (is_behind(s, &s->choices[s->running[at]])) plan_chunk(b, s->running[at]);
 }
 
-/* Blocks that sequences still reading will need. */
+/* Blocks that sequences still reading will need, and copies of what they share, until they are compressed. */
 static uint64_t promised(struct scheduler *s) {
     uint64_t sum = 0;
     for (uint32_t at = 0; at < s->n_running; at++) {
         const struct choice *choice = &s->choices[s->running[at]];
+        sum += choice->n_copies;
         if (choice->n_tokens - choice->n_computed <= 1) continue;
         uint64_t needed = (uint64_t)s->limits.n_lanes * blocks_for(choice_peak_tokens(s, choice)), listed = table_blocks(&s->tables, choice->table);
         if (needed > listed) sum += needed - listed;
@@ -198,6 +199,10 @@ static struct hit find_hit(struct scheduler *s, const struct choice *choice) {
     return hit;
 }
 
+static bool has_points(const struct scheduler_request *asked) {
+    return asked->points.reading > 0 || asked->points.prompt_end || asked->points.growing > 0;
+}
+
 static void use_chain(struct scheduler *s, uint32_t leaf) {
     for (uint32_t entry = leaf; entry != ENTRY_NONE; entry = s->cache.entries[entry].parent) prefix_cache_use(&s->cache, entry);
 }
@@ -226,7 +231,8 @@ static bool admit(struct builder *b) {
     struct choice *choice = &s->choices[i];
     struct hit hit = find_hit(s, choice);
     uint64_t needed = (uint64_t)s->limits.n_lanes * blocks_for(choice_peak_tokens(s, choice)), hits = (uint64_t)hit.n_runs * s->limits.n_lanes;
-    needed = (needed > hits ? needed - hits : 0) + hit.cached_only;
+    uint64_t copies = has_points(&request_of(s, choice)->asked) ? hits - hit.cached_only : 0;
+    needed = (needed > hits ? needed - hits : 0) + hit.cached_only + copies;
     uint64_t available = (uint64_t)s->pool.n_free + s->pool.n_cached, spoken_for = promised(s) + s->limits.watermark_blocks;
     if (s->n_running > 0 && needed + spoken_for > available) return false; /* alone it always fits: the caller refused what does not */
     if (rows_within_cost(b, hit.n_runs * BLOCK_TOKENS) == 0 || !choice_take_table(s, i)) return false;
@@ -235,6 +241,7 @@ static bool admit(struct builder *b) {
     choice->state = CHOICE_RUNNING;
     choice->joins = s->limits.prefix_cache && !request_of(s, choice)->asked.private;
     take_hit(s, choice, hit);
+    choice->n_copies = (uint32_t)copies;
     running_insert(s, i);
     if (is_behind(s, choice))
         plan_chunk(b, i);

@@ -361,9 +361,8 @@ static bool read_kv_field(struct parse *parse, uint32_t key) {
         wish->keep_ratio = (double)ratio;
         return true;
     }
-    const struct json_node *name = node_at(parse, key);
-    note_ignored(parse->completion, document->text + name->start, name->length);
-    return true;
+    /* The object is this server's own: a misspelt wish must not pass for one that was granted. */
+    return field_fail(&parse->fields, "kv", "kv has a field that is not known; there are policy, budget_tokens, keep_ratio, protect_tokens, report.");
 }
 
 static bool read_kv(struct parse *parse, const char *name, uint32_t node) {

@@ -48,25 +48,23 @@ static void keep_query(struct cpu *cpu, uint32_t layer, const struct batch_seque
     size_t at =
         ((size_t)(sequence->ring - 1) * p->n_layers + layer) * cpu->limits.ring_rows + (uint32_t)cpu->batch->positions[row] % cpu->limits.ring_rows;
     at = (at * p->n_heads + query_head) * p->head_dim;
-    for (uint32_t i = 0; i < p->head_dim; i++) {
-        if (cpu->narrow_rings)
-            ((uint16_t *)cpu->ring_queries)[at + i] = f16_from_float(q[i]);
-        else
-            ((float *)cpu->ring_queries)[at + i] = q[i];
-    }
+    if (cpu->narrow_rings)
+        cpu->isa->narrow_f16(q, p->head_dim, (uint16_t *)cpu->ring_queries + at);
+    else
+        memcpy((float *)cpu->ring_queries + at, q, p->head_dim * sizeof *q);
 }
 
 /* Each row's attention onto the slots it saw. Sums are whole numbers: order and company do not matter. */
-static void accumulate(struct cpu *cpu, const struct attend *attend, uint32_t n_splits, const float *states, size_t stride) {
+static void accumulate(struct cpu *cpu, const struct attend *attend, uint32_t n_splits, const float *states, size_t stride,
+                       struct worker_scratch *own) {
     for (uint32_t split = 0; split < n_splits; split++) {
-        const float *weights = cpu->isa->weights(attend, split, states, stride);
-        uint32_t first = split * SPLIT_SLOTS, last = attend->visible[attend->n_queries - 1];
-        for (uint32_t i = 0; i < SPLIT_SLOTS && first + i < last; i++) {
-            uint64_t sum = 0;
-            for (uint32_t q = 0; q < attend->n_queries; q++)
-                sum += (uint64_t)llrint((double)weights[(size_t)q * SPLIT_SLOTS + i] * SCORE_ACCUMULATED_ONE);
-            size_t at = (size_t)attend->blocks[(first + i) / BLOCK_TOKENS] * BLOCK_TOKENS + (first + i) % BLOCK_TOKENS;
-            atomic_fetch_add_explicit(&cpu->accumulated[at], sum, memory_order_relaxed);
+        uint64_t sums[SPLIT_SLOTS] = {0};
+        float factor[ATTEND_QUERIES];
+        const struct kept_split kept = weights_of(cpu, own, attend, split, states, stride, factor);
+        cpu->isa->accumulate(&kept, sums);
+        for (uint32_t i = 0; i < kept.n_slots; i++) {
+            size_t at = (size_t)attend->blocks[split * (SPLIT_SLOTS / BLOCK_TOKENS) + i / BLOCK_TOKENS] * BLOCK_TOKENS + i % BLOCK_TOKENS;
+            if (sums[i]) atomic_fetch_add_explicit(&cpu->accumulated[at], sums[i], memory_order_relaxed);
         }
     }
 }
@@ -151,7 +149,7 @@ static void clear_states(float *states, uint32_t n, size_t stride) {
 
 static void finish_tile(struct cpu *cpu, const struct tile *tile, const struct attend *attend, const float *states, size_t stride,
                         struct worker_scratch *own) {
-    if (tile->sequence->accumulate) accumulate(cpu, attend, splits_of(tile->n_slots), states, stride);
+    if (tile->sequence->accumulate) accumulate(cpu, attend, splits_of(tile->n_slots), states, stride, own);
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
         put_output(cpu, row, query_head, states + q * stride, own->row);
@@ -194,6 +192,7 @@ void stage_attend(void *context, const struct stage *stage, uint32_t first, uint
         } else {
             load_queries(cpu, layer, &tile, own, &attend);
             clear_states(own->states, tile.n, stride);
+            if (tile.sequence->accumulate) keep_weights(own, &attend);
             cpu->isa->attend(&attend, 0, n_splits, own->states, stride);
             finish_tile(cpu, &tile, &attend, own->states, stride, own);
         }

@@ -7,6 +7,8 @@
 #include <string.h>
 
 #define NO_SCORE (-__builtin_inff())
+#define Q8_QUERIES 4 /* of a tile over q8 keys or values */
+#define Q8_VECTORS (LANES == 16 ? 4 : 2)
 
 struct split {
     const struct attend *a;
@@ -110,38 +112,105 @@ INLINE void widen_values(enum kv_dtype dtype, const struct split *s) {
 }
 
 /* q8: a query is quantised with one scale; scores are exact integer products times two scales. */
-static void q8_scores(const struct split *s) {
+struct q8_query {
+    float scale;
+    const int8_t *quants;
+    int32_t nsums[KV_DIMS_MAX / 16]; /* minus the sums of 16 quants */
+};
+
+static void q8_query(const struct split *s, uint32_t q, struct q8_query *out) {
     const uint32_t dims = s->a->shape->dims;
-    for (uint32_t q = 0; q < s->n_queries; q++) {
-        const float *x = s->a->query[q];
-        int8_t *quants = (int8_t *)s->quants + (size_t)q * dims;
-        vf highest = vf_zero();
-        for (uint32_t i = 0; i < dims; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
-        float most = vf_reduce_max(highest);
-        bool small = !(most > 1e-34f);
-        vf inverse = vf_set1(small ? 0 : 127.0f / most), scale = vf_set1(small ? 0 : most / 127.0f);
-        for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + i, vf_mul(vf_load(x + i), inverse));
-        int32_t nsums[KV_DIMS_MAX / 16];
-        for (uint32_t i = 0; i < dims / 16; i++) {
-            nsums[i] = 0;
-            for (uint32_t j = 0; j < 16; j++) nsums[i] -= quants[16 * i + j];
+    const float *x = s->a->query[q];
+    int8_t *quants = (int8_t *)s->quants + (size_t)q * dims;
+    vf highest = vf_zero();
+    for (uint32_t i = 0; i < dims; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
+    float most = vf_reduce_max(highest);
+    bool small = !(most > 1e-34f);
+    vf inverse = vf_set1(small ? 0 : 127.0f / most);
+    for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + i, vf_mul(vf_load(x + i), inverse));
+    for (uint32_t i = 0; i < dims / 16; i++) {
+        out->nsums[i] = 0;
+        for (uint32_t j = 0; j < 16; j++) out->nsums[i] -= quants[16 * i + j];
+    }
+    out->scale = small ? 0 : most / 127.0f;
+    out->quants = quants;
+}
+
+/* n queries from `first` on over the 32 slots of block b: keys are loaded once for all of them. */
+INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries, const uint8_t *k, uint32_t b, uint32_t first, const uint32_t n) {
+    const uint32_t dims = s->a->shape->dims;
+    const float *scales = (const float *)(const void *)(k + s->a->shape->scale_offset);
+    for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += LANES) {
+        vi dot[Q8_QUERIES];
+#pragma GCC unroll 4
+        for (uint32_t q = 0; q < n; q++) dot[q] = vi_zero();
+        for (uint32_t dim = 0; dim < dims; dim += 16) {
+            vb quads[4];
+#pragma GCC unroll 4
+            for (uint32_t i = 0; i < 4; i++) quads[i] = vb_load(k + (size_t)(dim / 4 + i) * 128 + slot * 4);
+#pragma GCC unroll 4
+            for (uint32_t q = 0; q < n; q++) dot[q] = vi_add(dot[q], vi_dot_signed(quads, queries[q].quants + dim, 4, queries[q].nsums[dim / 16]));
         }
+        vf of_slots = vf_load(scales + slot);
+#pragma GCC unroll 4
+        for (uint32_t q = 0; q < n; q++)
+            vf_store(s->scores + (size_t)(first + q) * SPLIT_SLOTS + b * BLOCK_TOKENS + slot,
+                     vf_mul(vf_from_vi(dot[q]), vf_mul(vf_set1(queries[q].scale), of_slots)));
+    }
+}
+
+static void q8_scores(const struct split *s) {
+    for (uint32_t first = 0; first < s->n_queries; first += Q8_QUERIES) {
+        struct q8_query queries[Q8_QUERIES];
+        const uint32_t n = s->n_queries - first < Q8_QUERIES ? s->n_queries - first : Q8_QUERIES;
+        for (uint32_t q = 0; q < n; q++) q8_query(s, first + q, &queries[q]);
         for (uint32_t b = 0; b < s->n_blocks; b++) {
             const uint8_t *k = split_block(s, b);
-            const float *scales = (const float *)(const void *)(k + s->a->shape->scale_offset);
-            if (q == 0) prefetch_ahead(s, b);
-            for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += LANES) {
-                vi dot = vi_zero();
-                for (uint32_t dim = 0; dim < dims; dim += 16) {
-                    vb quads[4];
-                    for (uint32_t i = 0; i < 4; i++) quads[i] = vb_load(k + (size_t)(dim / 4 + i) * 128 + slot * 4);
-                    dot = vi_add(dot, vi_dot_signed(quads, quants + dim, 4, nsums[dim / 16]));
-                }
-                vf score = vf_mul(vf_from_vi(dot), vf_mul(scale, vf_load(scales + slot)));
-                vf_store(s->scores + (size_t)q * SPLIT_SLOTS + b * BLOCK_TOKENS + slot, score);
+            if (first == 0) prefetch_ahead(s, b);
+            switch (n) {
+            case 1: q8_scores_tile(s, queries, k, b, first, 1); break;
+            case 2: q8_scores_tile(s, queries, k, b, first, 2); break;
+            case 3: q8_scores_tile(s, queries, k, b, first, 3); break;
+            default: q8_scores_tile(s, queries, k, b, first, Q8_QUERIES);
             }
         }
     }
+}
+
+/* n queries, n_vectors vectors of dims from `dim` on: as many sums as hide the latency of an addition, each with slots ascending. */
+INLINE void q8_values_tile(const struct split *s, uint32_t dim, const uint32_t n_vectors, uint32_t first, const uint32_t n) {
+    const uint32_t dims = s->a->shape->dims;
+    vf sum[Q8_QUERIES][Q8_VECTORS];
+#pragma GCC unroll 4
+    for (uint32_t q = 0; q < n; q++)
+#pragma GCC unroll 4
+        for (uint32_t v = 0; v < n_vectors; v++) sum[q][v] = vf_zero();
+    for (uint32_t b = 0; b < s->n_blocks; b++) {
+        const int8_t *values = (const int8_t *)split_block(s, b) + s->a->shape->v_offset + dim;
+        const float *weights = s->scores + (size_t)first * SPLIT_SLOTS + b * BLOCK_TOKENS;
+        for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot++) {
+            vf value[Q8_VECTORS];
+#pragma GCC unroll 4
+            for (uint32_t v = 0; v < n_vectors; v++) value[v] = vf_load_s8(values + (size_t)slot * dims + v * LANES);
+#pragma GCC unroll 4
+            for (uint32_t q = 0; q < n; q++) {
+                vf weight = vf_set1(weights[(size_t)q * SPLIT_SLOTS + slot]);
+#pragma GCC unroll 4
+                for (uint32_t v = 0; v < n_vectors; v++) sum[q][v] = vf_fma(value[v], weight, sum[q][v]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (uint32_t q = 0; q < n; q++)
+#pragma GCC unroll 4
+        for (uint32_t v = 0; v < n_vectors; v++) vf_store(split_out(s, first + q) + dim + v * LANES, sum[q][v]);
+}
+
+INLINE void q8_values_queries(const struct split *s, uint32_t dim, const uint32_t n_vectors) {
+    uint32_t q = 0;
+    for (; q + Q8_QUERIES <= s->n_queries; q += Q8_QUERIES) q8_values_tile(s, dim, n_vectors, q, Q8_QUERIES);
+    if (q + 3 <= s->n_queries) q8_values_tile(s, dim, n_vectors, q, 3), q += 3;
+    for (; q < s->n_queries; q++) q8_values_tile(s, dim, n_vectors, q, 1);
 }
 
 /* The slot's scale goes into its weight (after the weights were summed); values widen exactly. */
@@ -154,28 +223,27 @@ static void q8_values(const struct split *s) {
             for (uint32_t i = 0; i < BLOCK_TOKENS; i += LANES) vf_store(weights + i, vf_mul(vf_load(weights + i), vf_load(scales + i)));
         }
     }
-    for (uint32_t dim = 0; dim < dims; dim += LANES)
-        for (uint32_t q = 0; q < s->n_queries; q += 4) {
-            uint32_t n = s->n_queries - q < 4 ? s->n_queries - q : 4;
-            vf sum[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
-            for (uint32_t b = 0; b < s->n_blocks; b++) {
-                const int8_t *values = (const int8_t *)split_block(s, b) + s->a->shape->v_offset + dim;
-                const float *weights = s->scores + (size_t)q * SPLIT_SLOTS + b * BLOCK_TOKENS;
-                for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot++) {
-                    vf value = vf_load_s8(values + (size_t)slot * dims);
-                    for (uint32_t i = 0; i < n; i++) sum[i] = vf_fma(value, vf_set1(weights[(size_t)i * SPLIT_SLOTS + slot]), sum[i]);
-                }
-            }
-            for (uint32_t i = 0; i < n; i++) vf_store(split_out(s, q + i) + dim, sum[i]);
-        }
+    uint32_t dim = 0;
+    for (; dim + Q8_VECTORS * LANES <= dims; dim += Q8_VECTORS * LANES) q8_values_queries(s, dim, Q8_VECTORS);
+    for (; dim < dims; dim += LANES) q8_values_queries(s, dim, 1);
 }
 
 #ifdef BF16_PAIRS
 #include "kernels/cpu/attention_bf16.inc.h"
 #endif
 
-/* Scores to weights in place; maximum and sum into state[0], state[1]. `count` slots are visible. */
-static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs, float *state) {
+/* Are weights rounded to bf16 pairs, as the value product takes them? */
+INLINE bool takes_pairs(const struct attend *a) {
+#ifdef BF16_PAIRS
+    return a->shape->dtype == KV_BF16 && !a->sums_only;
+#else
+    (void)a;
+    return false;
+#endif
+}
+
+/* Scores to weights in place; maximum and sum into state[0], state[1]. `count` slots are visible. kept: the weights once more, or NULL. */
+static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs, float *kept, float *state) {
     float *x = s->scores + (size_t)q * SPLIT_SLOTS;
     const uint32_t n = s->n_blocks * BLOCK_TOKENS;
     vf highest = vf_set1(NO_SCORE);
@@ -194,6 +262,7 @@ static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs
         (void)pairs;
         vf_store(x + i, weight);
 #endif
+        if (kept) vf_store(kept + i, weight);
         sum = vf_add(sum, weight);
     }
     state[0] = most;
@@ -215,6 +284,26 @@ static void merge(float *state, const float *next, uint32_t dims) {
     state[0] = most;
     state[1] = state[1] * scaled[0] + next[1] * scaled[1];
     for (uint32_t i = 0; i < dims; i += LANES) vf_store(state + 2 + i, vf_fma(vf_load(next + 2 + i), new, vf_mul(vf_load(state + 2 + i), old)));
+}
+
+/* merge for states without output: of all queries of the call at once. sums [n][maximum, sum] */
+static void merge_sums(float *state, size_t state_stride, const float (*sums)[2], uint32_t n) {
+    for (uint32_t first = 0; first < n; first += LANES) {
+        const uint32_t count = n - first < LANES ? n - first : LANES;
+        float old[LANES] = {0}, new[LANES] = {0}, most[LANES] = {0};
+        for (uint32_t i = 0; i < count; i++) {
+            old[i] = state[(first + i) * state_stride];
+            new[i] = sums[first + i][0];
+            most[i] = old[i] > new[i] ? old[i] : new[i];
+        }
+        vf_store(old, vf_exp(vf_sub(vf_load(old), vf_load(most))));
+        vf_store(new, vf_exp(vf_sub(vf_load(new), vf_load(most))));
+        for (uint32_t i = 0; i < count; i++) {
+            float *to = state + (first + i) * state_stride;
+            to[0] = most[i];
+            to[1] = to[1] * old[i] + sums[first + i][1] * new[i];
+        }
+    }
 }
 
 static void scores(const struct split *s) {
@@ -267,18 +356,20 @@ static void attend_split(const struct attend *a, uint32_t split, float *state, s
     const struct split s = split_of(a, split);
     scores(&s);
     float sums[ATTEND_QUERIES][2];
-#ifdef BF16_PAIRS
-    const bool pairs = a->shape->dtype == KV_BF16;
-#else
-    const bool pairs = false;
-#endif
-    for (uint32_t q = 0; q < a->n_queries; q++) soften(&s, q, split_count(a, q, slot), pairs, sums[q]);
-    if (!a->sums_only) values(&s);
+    for (uint32_t q = 0; q < a->n_queries; q++) {
+        soften(&s, q, split_count(a, q, slot), takes_pairs(a), a->kept ? a->kept + q * a->kept_stride + slot : NULL, sums[q]);
+        if (a->kept) a->kept_maxima[split * ATTEND_QUERIES + q] = sums[q][0];
+    }
+    if (a->sums_only) {
+        merge_sums(state + skip * state_stride, state_stride, (const float(*)[2])sums + skip, a->n_queries - skip);
+        return;
+    }
+    values(&s);
     for (uint32_t q = skip; q < a->n_queries; q++) {
         float *next = split_out(&s, q) - 2;
         next[0] = sums[q][0];
         next[1] = sums[q][1];
-        merge(state + q * state_stride, next, a->sums_only ? 0 : dims);
+        merge(state + q * state_stride, next, dims);
     }
 }
 
@@ -286,21 +377,15 @@ static void attend(const struct attend *a, uint32_t first_split, uint32_t end_sp
     for (uint32_t split = first_split; split < end_split; split++) attend_split(a, split, state, state_stride);
 }
 
-static const float *weights(const struct attend *a, uint32_t split, const float *state, size_t state_stride) {
+static void weights(const struct attend *a, uint32_t split) {
     const uint32_t slot = split * SPLIT_SLOTS;
     const struct split s = split_of(a, split);
+    float sums[2];
     if (s.n_blocks > 0) scores(&s);
     for (uint32_t q = 0; q < a->n_queries; q++) {
-        float *x = s.scores + (size_t)q * SPLIT_SLOTS;
-        vf most = vf_set1(state[q * state_stride]), inverse = vf_set1(1.0f / state[q * state_stride + 1]);
-        uint32_t count = split_count(a, q, slot);
-        for (uint32_t i = 0; i < SPLIT_SLOTS; i += LANES) {
-            vf weight = vf_zero();
-            if (i < count) weight = vf_first(vf_mul(vf_exp(vf_sub(vf_load(x + i), most)), inverse), vf_zero(), (int)(count - i));
-            vf_store(x + i, weight);
-        }
+        soften(&s, q, split_count(a, q, slot), takes_pairs(a), a->kept + q * a->kept_stride, sums);
+        a->kept_maxima[q] = sums[0];
     }
-    return s.scores;
 }
 
 /* Finite: a NaN becomes 0, what is too large the largest. */

@@ -25,7 +25,7 @@ const struct cpu_isa *const cpu_isas[] = {
     NULL,
 };
 
-static const struct cpu_isa *best_isa(void) {
+const struct cpu_isa *cpu_isa_best(void) {
     const struct cpu_isa *best = NULL;
     for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++)
         if ((*isa)->present()) best = *isa;
@@ -33,7 +33,7 @@ static const struct cpu_isa *best_isa(void) {
 }
 
 static enum status choose_isa(const char *name, const struct cpu_isa **chosen, struct error *error) {
-    *chosen = best_isa();
+    *chosen = cpu_isa_best();
     if (!name) return STATUS_OK;
     for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
         if (strcmp((*isa)->name, name) != 0) continue;
@@ -167,9 +167,12 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     cpu->head_rows = take(arena, limits->max_samples, sizeof(uint32_t));
     cpu->sample_row = take(arena, limits->max_samples, sizeof(uint32_t));
     cpu->plain = take(arena, limits->max_samples, sizeof(bool));
+    cpu->turns = take(arena, (size_t)limits->ring_rows * p->rope_dims, sizeof(double));
     cpu->partials = take(arena, PARTIAL_FLOATS, sizeof(float));
     size_t chunks = (limits->max_samples + HEAD_ROWS - 1) / HEAD_ROWS;
-    cpu->stages = take(arena, 1 + (size_t)STAGES_A_LAYER * p->n_layers + 3 * chunks, sizeof(struct stage));
+    size_t stages = 1 + (size_t)STAGES_A_LAYER * p->n_layers + 3 * chunks;
+    cpu->stages = take(arena, stages, sizeof(struct stage));
+    cpu->stage_phases = take(arena, stages, sizeof(uint8_t));
     cpu->first_tile = take(arena, (size_t)limits->max_sequences + 1, sizeof(uint32_t));
     cpu->row_sequence = take(arena, rows, sizeof(uint32_t));
     const uint32_t dims = cpu->kv.dims;
@@ -182,6 +185,11 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
         own.queries = take(arena, (size_t)ATTEND_QUERIES * dims, sizeof(float));
         own.states = take(arena, (size_t)ATTEND_QUERIES * (dims + 2), sizeof(float));
         own.attend = take(arena, attend_scratch_bytes(dims), 1);
+        own.kept = take(arena, (size_t)ATTEND_QUERIES * KEPT_SLOTS, sizeof(float));
+        own.kept_maxima = take(arena, (size_t)ATTEND_QUERIES * KEPT_SPLITS, sizeof(float));
+        own.keys = take(arena, (size_t)BLOCK_TOKENS * dims, sizeof(float));
+        own.sums = take(arena, (size_t)16 * dims, sizeof(float));
+        own.moments = take(arena, (size_t)(limits->ring_rows + 1) * dims, sizeof(float));
         own.logits = take(arena, p->n_vocab, sizeof(float));
         own.sampler = take(arena, sampler_scratch_floats(p->n_vocab), sizeof(float));
         own.best = take(arena, HEAD_ROWS, sizeof(float));

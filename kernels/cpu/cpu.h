@@ -12,6 +12,8 @@ enum {
     HEAD_STRIPS = 16, /* of the output head, a unit */
     STAGES_A_LAYER = 10,
     PARTIAL_FLOATS = 2 << 20,
+    KEPT_SLOTS = 4096, /* of a lane whose weights a worker keeps for ATTEND_QUERIES queries: with the keys they stay in a core's cache */
+    KEPT_SPLITS = 32768 / SPLIT_SLOTS, /* a single query may have that many */
 };
 
 struct layer {
@@ -30,6 +32,11 @@ struct worker_scratch {
     float *queries;                 /* [ATTEND_QUERIES][dims] */
     float *states;                  /* [ATTEND_QUERIES][2 + dims] */
     uint8_t *attend;                /* attend_scratch_bytes */
+    float *kept;                    /* [ATTEND_QUERIES * KEPT_SLOTS] */
+    float *kept_maxima;             /* [KEPT_SPLITS][ATTEND_QUERIES] */
+    float *keys;                    /* [32 * dims]: a block widened, */
+    float *sums;                    /* [16 * dims] */
+    float *moments;                 /* and [1 + ring_rows][dims]: for scores that look at keys alone, and expected ones */
     float *logits;                  /* [n_vocab]: the copy that sampling may spoil */
     float *sampler;                 /* sampler_scratch_floats */
     const struct stage *best_stage; /* of which product, in which step (cpu->stages_before), `best` is */
@@ -66,6 +73,7 @@ struct cpu {
     bool narrow_rings;
     void *ring_queries; /* [n_rings][n_layers][ring_rows][n_heads * head_dim], f16 or f32 */
     float *ring_sinks;  /* [n_rings][n_lanes][sink_slots][head_dim] */
+    double *turns;      /* [ring_rows][rope_dims/2][cosine, sine]: of a score request, what takes each row to where queries will stand on average */
 
     /* Activations of a step */
     float *x;    /* [max_rows][n_embd]: the residual stream */
@@ -82,8 +90,9 @@ struct cpu {
     uint32_t *row_sequence; /* [max_rows] */
     struct worker_scratch *workers_scratch;
 
-    float *partials;      /* [PARTIAL_FLOATS]: states of single splits, where a lane is shared among workers */
-    struct stage *stages; /* of a step */
+    float *partials;       /* [PARTIAL_FLOATS]: states of single splits, where a lane is shared among workers */
+    struct stage *stages;  /* of a step, */
+    uint8_t *stage_phases; /* and the enum phase_kind that each belongs to */
 
     /* The step at hand */
     const struct batch *batch;
@@ -107,6 +116,11 @@ void cpu_read_positions(struct backend *backend, uint32_t count, const uint32_t 
 void cpu_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cpu_shift_sinks(struct backend *backend, const struct shift_request *request);
 /* score.c */
+/* Lets the worker keep the weights of the tile, if they have room. */
+void keep_weights(struct worker_scratch *own, struct attend *attend);
+/* The weights of one split after attend, kept or made again. `factor` is what kept->factor points at. */
+struct kept_split weights_of(const struct cpu *cpu, struct worker_scratch *own, const struct attend *attend, uint32_t split, const float *states,
+                             size_t stride, float factor[ATTEND_QUERIES]);
 void cpu_score(struct backend *backend, const struct score_request *request, float *scores);
 
 /* Stages of a step (workers.h); `index` is the layer, in the head's stages the first row. */

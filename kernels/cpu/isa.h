@@ -5,6 +5,7 @@
 #include <stdbool.h>
 
 #include "kernels/cpu/layout.h"
+#include "kernels/score.h"
 
 enum { PRODUCT_ROWS = 12 /* rows one product call takes at most */, ATTEND_QUERIES = 24 /* queries of one attend call */ };
 
@@ -21,6 +22,32 @@ struct attend {
     uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
     uint8_t *scratch;                   /* attend_scratch_bytes */
     bool sums_only;                     /* maxima and sums, no output */
+    /* Where weights exp(score - maximum of the split) are kept, 0 where a query does not see: [n_queries][kept_stride], slot by slot up to whole blocks of what the last
+     * query sees. NULL: nowhere. */
+    float *kept;
+    size_t kept_stride;
+    float *kept_maxima; /* [splits][ATTEND_QUERIES] */
+};
+
+/* Weights of one split, of n queries whose totals are the same: every `step`-th of the kept ones. p = weight * factor. */
+struct kept_split {
+    const float *weights;
+    size_t stride;
+    const float *factor;     /* [n * step] exp(maximum of the split - maximum of the row) / sum of the row */
+    const uint32_t *visible; /* [n * step] */
+    uint32_t n, step;
+    uint32_t n_slots; /* of the split that the last query sees */
+};
+
+/* A lane whose keys or values are looked at one block at a time, widened. */
+struct lane_view {
+    const struct kv_shape *shape;
+    const uint8_t *pool;
+    const uint32_t *blocks;
+    uint32_t n_slots;
+    float *keys;     /* [32 * dims]: one block */
+    float *sums;     /* [16 * dims] */
+    uint8_t *attend; /* attend_scratch_bytes */
 };
 
 /* Highest logit of each row of the strips seen, and in which strip. */
@@ -55,13 +82,22 @@ struct cpu_isa {
     void (*append)(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v);
     /* Splits [first, end) of 256 slots, folded into the states in ascending order. A state begins as {-inf, 0, 0...}. */
     void (*attend)(const struct attend *attend, uint32_t first_split, uint32_t end_split, float *state, size_t state_stride);
-    /* After attend: the weights exp(score - maximum) / sum of one split, [n_queries][SPLIT_SLOTS], 0 where a query does not see. Points into the scratch. */
-    const float *(*weights)(const struct attend *attend, uint32_t split, const float *state, size_t state_stride);
+    /* The same weights as attend keeps, of one split alone, from `kept` on. */
+    void (*weights)(const struct attend *attend, uint32_t split);
+    /* factor[q] for the queries of a split, from its maxima and the states after attend. */
+    void (*factors)(const struct attend *attend, const float *maxima, const float *state, size_t state_stride, float factor[ATTEND_QUERIES]);
+    /* Scores that are sums over rows (kernels/score.h: SCORE_ATTENTION, _SQUARES, _PERSISTENCE): added to total[n_slots], rows in order. */
+    void (*fold)(enum score_kind kind, const struct kept_split *split, float *total);
+    /* sums[n_slots rounded up to a block] += the sum over the rows of p in fixed point. */
+    void (*accumulate)(const struct kept_split *split, uint64_t *sums);
+    /* queries [1 + n][dims]: the mean, then each row less the mean. scores [n_slots] */
+    void (*expected)(const struct lane_view *lane, const float *queries, uint32_t n, float scale, float *scores);
+    void (*keydiff)(const struct lane_view *lane, float *scores);
+    void (*value_norms)(const struct lane_view *lane, float *scores);
+    void (*widen_f16)(const uint16_t *halves, uint32_t n, float *out);
+    void (*narrow_f16)(const float *x, uint32_t n, uint16_t *halves);
     /* Folds the state of the next split(s) into `state`. */
     void (*merge)(float *state, const float *next, uint32_t dims);
-    /* Ceilings, for measuring: products of registers, returns how many multiply-adds; memory read (to a multiple of 256 bytes). */
-    uint64_t (*peak)(uint64_t rounds);
-    void (*read)(const uint8_t *memory, size_t bytes);
     /* Takes the logits of one more strip into the running maximum; the earlier strip stays where they are equal, NaN is passed over. */
     void (*track)(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best);
 };
@@ -75,3 +111,4 @@ extern const struct cpu_isa cpu_isa_avx2, cpu_isa_avxvnni, cpu_isa_avx512, cpu_i
 #endif
 /* Worst first, NULL-terminated. */
 extern const struct cpu_isa *const cpu_isas[];
+const struct cpu_isa *cpu_isa_best(void); /* of those this machine has */

@@ -13,6 +13,8 @@
 
 #include "kernels/cpu/attention.inc.h"
 
+#include "kernels/cpu/scores.inc.h"
+
 static bool present(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 const struct cpu_isa cpu_isa_avx2 = {
@@ -30,9 +32,15 @@ const struct cpu_isa cpu_isa_avx2 = {
     .append = append,
     .attend = attend,
     .weights = weights,
+    .factors = factors,
+    .fold = fold,
+    .accumulate = accumulate,
+    .expected = expected,
+    .keydiff = keydiff,
+    .value_norms = value_norms,
+    .widen_f16 = widen_f16,
+    .narrow_f16 = narrow_f16,
     .merge = merge,
-    .peak = peak,
-    .read = read_memory,
     .track = track,
 };
 #endif

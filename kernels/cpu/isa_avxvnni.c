@@ -15,6 +15,8 @@
 
 #include "kernels/cpu/attention.inc.h"
 
+#include "kernels/cpu/scores.inc.h"
+
 /* Compilers that know the name for __builtin_cpu_supports are newer than those this is built with: leaf 7, sub-leaf 1, EAX bit 4. That the system saves the
  * wide registers is what "avx2" above asks. */
 static bool has_avx_vnni(void) {
@@ -41,9 +43,15 @@ const struct cpu_isa cpu_isa_avxvnni = {
     .append = append,
     .attend = attend,
     .weights = weights,
+    .factors = factors,
+    .fold = fold,
+    .accumulate = accumulate,
+    .expected = expected,
+    .keydiff = keydiff,
+    .value_norms = value_norms,
+    .widen_f16 = widen_f16,
+    .narrow_f16 = narrow_f16,
     .merge = merge,
-    .peak = peak,
-    .read = read_memory,
     .track = track,
 };
 #endif

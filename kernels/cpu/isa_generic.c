@@ -11,6 +11,8 @@
 
 #include "kernels/cpu/attention.inc.h"
 
+#include "kernels/cpu/scores.inc.h"
+
 static bool present(void) { return true; }
 
 const struct cpu_isa cpu_isa_generic = {
@@ -28,8 +30,14 @@ const struct cpu_isa cpu_isa_generic = {
     .append = append,
     .attend = attend,
     .weights = weights,
+    .factors = factors,
+    .fold = fold,
+    .accumulate = accumulate,
+    .expected = expected,
+    .keydiff = keydiff,
+    .value_norms = value_norms,
+    .widen_f16 = widen_f16,
+    .narrow_f16 = narrow_f16,
     .merge = merge,
-    .peak = peak,
-    .read = read_memory,
     .track = track,
 };

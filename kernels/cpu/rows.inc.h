@@ -113,29 +113,3 @@ static void track(const float logits[STRIP_ROWS], uint32_t strip, struct best_lo
         best->strip[i] = higher ? strip : best->strip[i];
     }
 }
-
-/* Twelve chains, so that latency does not count; the empty asm keeps the compiler from seeing through. */
-static uint64_t peak(uint64_t rounds) {
-    vi sum[12];
-    vb w = vb_load((const uint8_t[64]){1, 2, 3});
-    const int8_t a[4] = {1, 2, 3, 4};
-    for (int i = 0; i < 12; i++) sum[i] = vi_zero();
-    for (uint64_t round = 0; round < rounds; round++) {
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) {
-            sum[i] = vi_dot(sum[i], &w, a, 1, 4);
-            __asm__ volatile("" : VECTOR_REGISTER(sum[i]));
-        }
-    }
-    return rounds * 12 * 4 * LANES;
-}
-
-static void read_memory(const uint8_t *memory, size_t bytes) {
-    vb seen[4] = {vb_load(memory), vb_load(memory), vb_load(memory), vb_load(memory)};
-    for (size_t at = 0; at + 16 * LANES <= bytes; at += 16 * LANES)
-#pragma GCC unroll 4
-        for (size_t i = 0; i < 4; i++) {
-            seen[i] ^= vb_load(memory + at + 4 * LANES * i);
-            __asm__ volatile("" : VECTOR_REGISTER(seen[i]));
-        }
-}

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "kernels/cpu/cpu.h"
 
 static void embed_row(struct cpu *cpu, uint32_t row) {
@@ -197,36 +198,54 @@ static void stage_quantize_attention(void *context, const struct stage *stage, u
         cpu->isa->quantize(cpu->a.values + row * cpu->a.value_stride, (uint32_t)cpu->a.block_stride, cpu->a.blocks + row * cpu->a.block_stride);
 }
 
-static void add_stage(struct cpu *cpu, stage_function *run, uint32_t n_units, uint32_t index) {
+static void add_stage(struct cpu *cpu, enum phase_kind phase, stage_function *run, uint32_t n_units, uint32_t index) {
+    cpu->stage_phases[cpu->n_stages] = (uint8_t)phase;
     cpu->stages[cpu->n_stages++] = (struct stage){.run = run, .n_units = n_units, .index = index};
 }
 
 static void plan_layer(struct cpu *cpu, uint32_t i, uint32_t attention_units) {
     const struct layer *layer = &cpu->layers[i];
     const uint32_t n_rows = cpu->batch->n_rows, n_kv = cpu->program->n_kv_heads, norms = few_rows(cpu) ? 0 : n_rows;
-    add_stage(cpu, stage_attention_norm, norms, i);
-    add_stage(cpu, stage_qkv, units_of(cpu, qkv_strips(layer)), i);
-    add_stage(cpu, stage_append, cpu->fused_append ? 0 : n_rows * n_kv, i);
-    add_stage(cpu, stage_attend, attention_units, i);
-    add_stage(cpu, stage_merge, cpu->n_splits ? attention_units / cpu->n_splits : 0, i);
-    add_stage(cpu, stage_quantize_attention, cpu->a.blocks && cpu->program->head_dim % PANEL_K ? n_rows : 0, i);
-    add_stage(cpu, stage_attention_out, units_of(cpu, layer->o.n_strips), i);
-    add_stage(cpu, stage_mlp_norm, norms, i);
-    add_stage(cpu, stage_mlp_in, units_of(cpu, mlp_groups(layer)), i);
-    add_stage(cpu, stage_mlp_out, units_of(cpu, layer->down.n_strips), i);
+    add_stage(cpu, PHASE_ATTN_IN, stage_attention_norm, norms, i);
+    add_stage(cpu, PHASE_ATTN_IN, stage_qkv, units_of(cpu, qkv_strips(layer)), i);
+    add_stage(cpu, PHASE_ATTN, stage_append, cpu->fused_append ? 0 : n_rows * n_kv, i);
+    add_stage(cpu, PHASE_ATTN, stage_attend, attention_units, i);
+    add_stage(cpu, PHASE_ATTN, stage_merge, cpu->n_splits ? attention_units / cpu->n_splits : 0, i);
+    add_stage(cpu, PHASE_ATTN, stage_quantize_attention, cpu->a.blocks && cpu->program->head_dim % PANEL_K ? n_rows : 0, i);
+    add_stage(cpu, PHASE_ATTN_OUT, stage_attention_out, units_of(cpu, layer->o.n_strips), i);
+    add_stage(cpu, PHASE_MLP_IN, stage_mlp_norm, norms, i);
+    add_stage(cpu, PHASE_MLP_IN, stage_mlp_in, units_of(cpu, mlp_groups(layer)), i);
+    add_stage(cpu, PHASE_MLP_OUT, stage_mlp_out, units_of(cpu, layer->down.n_strips), i);
+}
+
+/* All stages in one run; or, to time them, phase by phase. */
+static void run_stages(struct cpu *cpu) {
+    uint64_t *phase_ns = cpu->limits.phase_ns;
+    if (!phase_ns) {
+        workers_run(cpu->workers, cpu, cpu->stages, cpu->n_stages);
+        return;
+    }
+    uint64_t before = clock_now_ns();
+    for (uint32_t first = 0, end; first < cpu->n_stages; first = end) {
+        for (end = first + 1; end < cpu->n_stages && cpu->stage_phases[end] == cpu->stage_phases[first];) end++;
+        workers_run(cpu->workers, cpu, cpu->stages + first, end - first);
+        uint64_t now = clock_now_ns();
+        phase_ns[cpu->stage_phases[first]] += now - before;
+        before = now;
+    }
 }
 
 void cpu_step(struct cpu *cpu) {
     cpu->n_stages = 0;
     uint32_t attention_units = plan_attention(cpu), first_sample = 0;
-    add_stage(cpu, stage_embed, cpu->batch->n_rows, 0);
+    add_stage(cpu, PHASE_EMBED, stage_embed, cpu->batch->n_rows, 0);
     for (uint32_t i = 0; i < cpu->program->n_layers; i++) plan_layer(cpu, i, attention_units);
     for (uint32_t row = 0; row < cpu->n_head_rows; row += HEAD_ROWS) {
         uint32_t n = cpu->n_head_rows - row < HEAD_ROWS ? cpu->n_head_rows - row : HEAD_ROWS;
-        add_stage(cpu, stage_head_norm, n, row);
-        add_stage(cpu, stage_head_product, head_units(cpu), row);
-        add_stage(cpu, stage_sample, samples_of_chunk(cpu, row, &first_sample), row);
+        add_stage(cpu, PHASE_HEAD, stage_head_norm, n, row);
+        add_stage(cpu, PHASE_HEAD, stage_head_product, head_units(cpu), row);
+        add_stage(cpu, PHASE_HEAD, stage_sample, samples_of_chunk(cpu, row, &first_sample), row);
     }
-    workers_run(cpu->workers, cpu, cpu->stages, cpu->n_stages);
+    run_stages(cpu);
     cpu->stages_before += cpu->n_stages;
 }

@@ -10,7 +10,6 @@ typedef __m256 vf;
 typedef __m256i vi;
 typedef __m256i vb; /* 4 * LANES bytes */
 
-#define VECTOR_REGISTER(x) "+x"(x) /* asm operand */
 #define INLINE static inline __attribute__((always_inline, unused))
 
 INLINE vf vf_zero(void) { return _mm256_setzero_ps(); }

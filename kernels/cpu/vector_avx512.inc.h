@@ -10,7 +10,6 @@ typedef __m512 vf;
 typedef __m512i vi;
 typedef __m512i vb; /* 4 * LANES bytes */
 
-#define VECTOR_REGISTER(x) "+v"(x) /* asm operand */
 #define INLINE static inline __attribute__((always_inline, unused))
 
 INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }

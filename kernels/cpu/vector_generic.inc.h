@@ -14,7 +14,6 @@ typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint8_t vb __attribute__((vector_size(16)));
 
-#define VECTOR_REGISTER(x) "+m"(x) /* asm operand */
 #define INLINE static inline __attribute__((always_inline, unused))
 
 INLINE vf vf_set1(float x) { return (vf){x, x, x, x}; }

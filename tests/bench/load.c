@@ -2,7 +2,7 @@
  *
  * Closed loop: --streams requests at once, the next begins where one ends, --requests in all. Open loop: --rate requests a second, at random times (Poisson).
  * --arrive P:T:K: once each stream has had K pieces of text, a request with a prompt of P tokens that wants T tokens comes beside them; what the others notice of it
- * between its submission and its first token is told apart, and the run ends with it.
+ * between its submission and its first token is told apart, and the run ends once it is done and each of the others has been heard of again.
  *
  * Prints one JSON object. Times are those at which read() returned. It says how much CPU it took itself: on a small machine that is part of the result. Exit status 0:
  * every request got a whole answer; 1: not, or cut short by --timeout or a signal, and the object tells of what there was; 2: usage. */
@@ -81,13 +81,12 @@ static double positive(const char *text, const char *flag) {
     usage(words);
 }
 
-/* "{...}" without its braces; what is inside is the server's to judge. */
-static char *members(const char *text) {
+/* "{...}" without its braces, in place; what is inside is the server's to judge. */
+static const char *members(char *text) {
     size_t length = strlen(text);
     if (length < 2 || text[0] != '{' || text[length - 1] != '}') usage("--extra: a JSON object belongs here");
-    char *inside = check_strdup(text + 1);
-    inside[length - 2] = '\0';
-    return inside[strspn(inside, " ")] ? inside : NULL;
+    text[length - 1] = '\0';
+    return text[1 + strspn(text + 1, " ")] ? text + 1 : NULL;
 }
 
 static void read_options(int argc, char **argv, struct options *options) {
@@ -180,10 +179,22 @@ static void start_arrival(struct load *load) {
     start(load, load->arrival);
 }
 
+/* The longest gap of a stream may be the one that the first token of what arrived lies in: it must end before the run does. */
+static bool all_heard_since(const struct load *load, uint64_t since_ns) {
+    for (uint32_t i = 0; i < load->options.n_requests; i++) {
+        const struct stream *stream = &load->streams[i];
+        bool live = stream->state == STREAM_SENDS || stream->state == STREAM_READS;
+        if (live && (stream->n_events == 0 || stream->event_ns[stream->n_events - 1] <= since_ns)) return false;
+    }
+    return true;
+}
+
 static bool over(const struct load *load) {
+    const struct stream *arrival = load->arrival;
     if (interrupted || load->n_ended == load->options.n_requests + load->options.arrives) return true;
-    if (load->options.arrives && !load->arrival && load->n_live == 0) return true; /* they all ended before it came */
-    return load->arrival && (load->arrival->state == STREAM_DONE || load->arrival->state == STREAM_FAILED);
+    if (load->options.arrives && !arrival && load->n_live == 0) return true; /* they all ended before it came */
+    if (!arrival || arrival->state == STREAM_FAILED) return arrival != NULL;
+    return arrival->state == STREAM_DONE && (arrival->n_events == 0 || all_heard_since(load, arrival->event_ns[0]));
 }
 
 static int wait_ms(const struct load *load, uint64_t deadline_ns) {

@@ -8,8 +8,15 @@ import sys
 
 
 def end_well():
-    """SIGTERM is like Ctrl-C: servers are stopped and what was measured is kept."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """The first SIGINT or SIGTERM is a KeyboardInterrupt: servers are stopped and what was measured is kept. Further ones do not disturb that."""
+
+    def once(*_):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, once)
 
 
 def write(path, text):
@@ -35,8 +42,13 @@ def ranged(spread, unit=1):
 
 
 def command_line():
-    name = pathlib.Path(sys.argv[0])
-    return shlex.join(["tests/bench/" + name.name, *sys.argv[1:]])
+    """As it was called, folders by their last name: where they lie is this machine's affair."""
+
+    def short(word):
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return flag + equals + (pathlib.Path(value).name if value.startswith("/") else value)
+
+    return shlex.join(["tests/bench/" + pathlib.Path(sys.argv[0]).name, *map(short, sys.argv[1:])])
 
 
 class Report:

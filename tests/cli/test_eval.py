@@ -42,6 +42,10 @@ class Eval(Case):
             self.assertEqual([len(heads) for heads in row["attention_error_heads"]], [4, 4])
             if row["policy"] != "none":
                 self.assertTrue(0 < row["kl_mean"] <= row["kl_p99"] and row["attention_error"] > 0, row)
+                self.assertLess(row["hit_rate"], 1, row)
+        hits = {(row["policy"], row["keep"]): row["hit_rate"] for row in result["rows"]}
+        for keep in (0.5, 0.25):  # what scissorhands counts is what the rate counts
+            self.assertEqual(max(hits[name, keep] for name in ("random", "streaming_llm", "snapkv", "scissorhands", "keydiff")), hits["scissorhands", keep])
         full = result["rows"][0]
         self.assertEqual((full["blocks"], full["kl_mean"], full["kl_p99"], full["same_top1"], full["ppl_ratio"], full["hit_rate"], full["attention_error"]),
                          (256 / 32 * LANES, 0, 0, 1, 1, 1, 0))

@@ -40,8 +40,9 @@ struct run_answers {
 
 static struct backend_ops run_ops;
 static const struct backend_ops *run_below;
-static uint64_t run_kept;                /* a hash over all compactions, in order */
-static uint64_t run_scores_after_prompt; /* a sum of hashes of accumulated attention, as asked for once a prompt of 200 tokens was read: in any order */
+static uint64_t run_kept; /* a hash over all compactions, in order */
+static uint64_t
+    run_scores_after_prompt; /* a sum of hashes of accumulated attention, as asked for once a prompt of 200 tokens was read: in any order */
 
 static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     for (uint32_t n = 0; n < count; n++) {

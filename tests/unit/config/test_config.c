@@ -10,6 +10,11 @@
 
 #include <cmocka.h>
 
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <sys/ioctl.h>
+
 #include "config/options.h"
 
 static char path[64];
@@ -212,6 +217,56 @@ static void test_file_errors(void **state) {
     assert_non_null(strstr(error.text, "/nonexistent/k.toml: No such file"));
     assert_int_equal(config_load_file(&config, "/tmp", &error), STATUS_IO);
     assert_non_null(strstr(error.text, "directory"));
+}
+
+struct later {
+    int end;
+    atomic_bool given_up;
+};
+
+/* Has this process' first thread gone to sleep? */
+static bool main_thread_sleeps(void) {
+    char line[256] = "", name[64];
+    (void)snprintf(name, sizeof name, "/proc/self/task/%d/stat", (int)getpid());
+    FILE *file = fopen(name, "r");
+    bool read = file && fgets(line, sizeof line, file);
+    if (file) (void)fclose(file);
+    const char *state = strrchr(line, ')');
+    return read && state && state[1] == ' ' && state[2] == 'S';
+}
+
+/* Writes the rest of the file once the first half has been read and the reader waits, or has given up waiting. */
+static void *write_later(void *context) {
+    struct later *later = context;
+    static const char rest[] = "port = 8123\n";
+    int unread;
+    while (ioctl(later->end, FIONREAD, &unread) == 0 && !atomic_load(&later->given_up) && (unread > 0 || !main_thread_sleeps())) (void)sched_yield();
+    bool wrote = write(later->end, rest, sizeof rest - 1) == (ssize_t)sizeof rest - 1;
+    return close(later->end) == 0 && wrote ? context : NULL;
+}
+
+static void test_a_pipe_is_read_to_its_end(void **state) {
+    (void)state;
+    int ends[2];
+    char name[32];
+    struct later later = {0};
+    pthread_t writer;
+    void *done;
+    struct config config;
+    struct error error = {0};
+    config_defaults(&config);
+    assert_int_equal(pipe(ends), 0);
+    assert_int_equal(write(ends[1], "[server]\n", 9), 9);
+    (void)snprintf(name, sizeof name, "/dev/fd/%d", ends[0]);
+    later.end = ends[1];
+    assert_int_equal(pthread_create(&writer, NULL, write_later, &later), 0);
+    enum status status = config_load_file(&config, name, &error);
+    atomic_store(&later.given_up, true);
+    assert_int_equal(pthread_join(writer, &done), 0);
+    if (status != STATUS_OK) fail_msg("%s", error.text);
+    assert_non_null(done);
+    close(ends[0]);
+    assert_int_equal(config.port, 8123);
 }
 
 static void test_values_as_users_write_them(void **state) {
@@ -439,6 +494,7 @@ int main(void) {
         TEST(test_flags),
         TEST(test_flag_errors),
         TEST(test_file_errors),
+        TEST(test_a_pipe_is_read_to_its_end),
         TEST(test_values_as_users_write_them),
         TEST(test_reload),
         TEST(test_public_bind_needs_keys),

@@ -6,6 +6,7 @@
 
 #include <cmocka.h>
 
+#include "config/options.h"
 #include "engine/compression.h"
 
 static struct config defaults(void) {
@@ -154,9 +155,16 @@ static void test_rows(void **state) {
     assert_false(compression_may_use(&config, policy_find("none")));
 }
 
+static void test_the_help_names_every_policy(void **state) {
+    (void)state;
+    const char *help = option_by_key("compression.policy")->help;
+    if (!strstr(help, policy_names())) fail_msg("\"%s\" does not list %s", help, policy_names());
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_without_a_table_every_policy_may_be_asked_for),
+        cmocka_unit_test(test_the_help_names_every_policy),
         cmocka_unit_test(test_operators_limits),
         cmocka_unit_test(test_settings_that_make_no_sense),
         cmocka_unit_test(test_what_may_go_on_for_ever),

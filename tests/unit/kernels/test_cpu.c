@@ -14,6 +14,7 @@
 
 #include "base/check.h"
 #include "base/random.h"
+#include "kernels/cpu/cpu.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/workers.h"
@@ -263,10 +264,84 @@ static void test_workers(void **state) {
     assert_true(workers_default_count() >= 1);
 }
 
+/* Lanes too long for their weights to be kept have them made again, split by split: the same bits, or scores would depend on the length of the lane and accumulated
+ * attention on how rows were batched. */
+static void test_weights_made_again(void **state) {
+    (void)state;
+    enum { DIM = 48, SLOTS = 3 * SPLIT_SLOTS - 70, BLOCKS = (SLOTS + BLOCK_TOKENS - 1) / BLOCK_TOKENS, STRIDE = 3 * SPLIT_SLOTS };
+    const struct program program = {.head_dim = DIM};
+    static float kept[ATTEND_QUERIES * STRIDE], again[ATTEND_QUERIES * SPLIT_SLOTS], queries[ATTEND_QUERIES][DIM];
+    static float states[ATTEND_QUERIES * (DIM + 2)];
+    float maxima[3 * ATTEND_QUERIES], maxima_again[ATTEND_QUERIES], factor[ATTEND_QUERIES];
+    struct random random = {29};
+    uint32_t blocks[BLOCKS];
+    for (uint32_t b = 0; b < BLOCKS; b++) blocks[b] = BLOCKS - 1 - b;
+    for (uint32_t q = 0; q < ATTEND_QUERIES; q++)
+        for (uint32_t i = 0; i < DIM; i++) queries[q][i] = 2 * random_unit(random_next(&random)) - 1;
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
+        if (!(*isa)->present()) continue;
+        uint8_t *scratch = check_calloc(attend_scratch_bytes(DIM), 1);
+        for (int dtype = 0; dtype < KV_DTYPES; dtype++) {
+            const struct kv_shape shape = kv_shape_of(&program, (enum kv_dtype)dtype);
+            uint8_t *pool = check_calloc(BLOCKS, shape.bytes);
+            for (uint32_t slot = 0; slot < SLOTS; slot++) {
+                float k[DIM], v[DIM];
+                for (int i = 0; i < DIM; i++) k[i] = 2 * random_unit(random_next(&random)) - 1, v[i] = 2 * random_unit(random_next(&random)) - 1;
+                (*isa)->append(&shape, pool + blocks[slot / BLOCK_TOKENS] * shape.bytes, slot % BLOCK_TOKENS, k, v);
+            }
+            struct attend attend = {.shape = &shape, .pool = pool, .blocks = blocks, .n_queries = ATTEND_QUERIES, .scratch = scratch};
+            attend.kept = kept, attend.kept_stride = STRIDE, attend.kept_maxima = maxima;
+            memset(states, 0, sizeof states);
+            for (uint32_t q = 0; q < ATTEND_QUERIES; q++) { /* the first see one split, the last all */
+                attend.query[q] = queries[q];
+                attend.visible[q] = SLOTS - (ATTEND_QUERIES - 1 - q) * 27;
+                states[q * (DIM + 2)] = -INFINITY;
+            }
+            (*isa)->attend(&attend, 0, 3, states, DIM + 2);
+            attend.kept = again, attend.kept_stride = SPLIT_SLOTS, attend.kept_maxima = maxima_again;
+            double sums[ATTEND_QUERIES] = {0};
+            for (uint32_t split = 0; split < 3; split++) {
+                (*isa)->weights(&attend, split);
+                (*isa)->factors(&attend, maxima_again, states, DIM + 2, factor);
+                assert_memory_equal(maxima_again, maxima + split * ATTEND_QUERIES, sizeof maxima_again);
+                for (uint32_t q = 0; q < ATTEND_QUERIES; q++) {
+                    uint32_t n = SLOTS - split * SPLIT_SLOTS < SPLIT_SLOTS ? SLOTS - split * SPLIT_SLOTS : SPLIT_SLOTS;
+                    const float *row = again + q * SPLIT_SLOTS;
+                    if (memcmp(row, kept + q * STRIDE + split * SPLIT_SLOTS, n * sizeof *row) != 0)
+                        fail_msg("%s %s: weights of query %u differ", (*isa)->name, kv_dtype_name((enum kv_dtype)dtype), q);
+                    for (uint32_t i = 0; i < n; i++) {
+                        sums[q] += (double)row[i] * (double)factor[q];
+                        if (split * SPLIT_SLOTS + i >= attend.visible[q]) assert_true(row[i] == 0);
+                    }
+                }
+            }
+            for (uint32_t q = 0; q < ATTEND_QUERIES; q++) assert_true(fabs(sums[q] - 1) < 1e-5);
+            free(pool);
+        }
+        free(scratch);
+    }
+}
+
+/* "auto" is the dtype of the best instruction set present, the last one in the list. */
+static void test_kv_dtype(void **state) {
+    (void)state;
+    const struct cpu_isa *best = NULL;
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++)
+        if ((*isa)->present()) best = *isa;
+    assert_ptr_equal(cpu_isa_best(), best);
+    assert_int_equal(backend_kv_dtype(&backend_cpu, NULL), backend_kv_dtype(&backend_cpu, best->name));
+    assert_int_equal(backend_kv_dtype(&backend_cpu, NULL), strcmp(best->name, "avx512bf16") == 0 ? KV_BF16 : KV_F16);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows_come_back_out_of_panels), cmocka_unit_test(test_products), cmocka_unit_test(test_lowest_quant),
-        cmocka_unit_test(test_quantised_activations),        cmocka_unit_test(test_workers),
+        cmocka_unit_test(test_rows_come_back_out_of_panels),
+        cmocka_unit_test(test_products),
+        cmocka_unit_test(test_lowest_quant),
+        cmocka_unit_test(test_quantised_activations),
+        cmocka_unit_test(test_workers),
+        cmocka_unit_test(test_weights_made_again),
+        cmocka_unit_test(test_kv_dtype),
     };
     return cmocka_run_group_tests_name("cpu", tests, NULL, NULL);
 }

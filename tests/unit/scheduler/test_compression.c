@@ -30,6 +30,23 @@ static void compact_to(struct fixture *f, uint32_t keep) {
     scheduler_check(f->scheduler);
 }
 
+static bool may_owner(void *context, void *owner) { return owner == context; }
+
+static bool may_all(void *context, void *owner) {
+    (void)context;
+    (void)owner;
+    return true;
+}
+
+/* Due under pressure: nothing was reserved for its copies at admission. */
+static void press_owner(struct fixture *f, void *owner) { assert_true(scheduler_press(f->scheduler, may_owner, owner)); }
+
+static struct scheduler_request ask_owned(struct fixture *f, uint64_t id, int32_t token, uint32_t n_prompt, uint32_t max_new, void *owner) {
+    struct scheduler_request request = ask(f, id, token, n_prompt, max_new);
+    request.owner = owner;
+    return request;
+}
+
 static struct scheduler_request ask_compressed(struct fixture *f, uint64_t id, int32_t token, uint32_t n_prompt, uint32_t max_new) {
     struct scheduler_request request = ask(f, id, token, n_prompt, max_new);
     request.points.prompt_end = true;
@@ -203,8 +220,11 @@ static void test_compaction_gives_way_without_blocks(void **state) {
     struct fixture *f = fixture_new((struct scheduler_limits){.prefix_cache = true, .n_lanes = 1, .n_blocks = 5});
     add(f, ask(f, 1, 1, 97, 20));
     step(f);
-    add(f, ask_compressed(f, 2, 1, 97, 20));
-    until_due(f);
+    int owner;
+    add(f, ask_owned(f, 2, 1, 97, 20, &owner));
+    step(f);
+    press_owner(f, &owner);
+    assert_true(next_due(f));
     assert_int_equal(stats_of(f).blocks_used, 5);
     assert_null(compact(f, 40, 10));
     assert_int_equal(stats_of(f).preemptions, 1);
@@ -287,8 +307,10 @@ static void test_own_first_without_blocks(void **state) {
         struct fixture *f = fixture_new((struct scheduler_limits){.prefix_cache = true, .n_lanes = 1, .n_blocks = 6});
         add(f, ask(f, 2, 1, 97, 20));
         step(f);
-        add(f, ask_compressed(f, older ? 1 : 3, 1, 97, 20));
+        int owner;
+        add(f, ask_owned(f, older ? 1 : 3, 1, 97, 20, &owner));
         step(f);
+        press_owner(f, &owner);
         add(f, ask(f, older ? 4 : 1, 9, 5, 20)); /* takes the last block */
         if (!older) {
             step(f); /* the youngest is due: it gives way itself */
@@ -333,12 +355,14 @@ static void test_a_reader_that_gives_way_leaves_its_forks(void **state) {
     struct fixture *f = fixture_new((struct scheduler_limits){.prefix_cache = true, .n_lanes = 1, .n_blocks = 5});
     add(f, ask(f, 1, 1, 97, 20));
     step(f);
-    struct scheduler_request request = ask_compressed(f, 2, 1, 97, 4);
+    int owner;
+    struct scheduler_request request = ask_owned(f, 2, 1, 97, 4, &owner);
     request.n_candidates = 3;
     add(f, request);
     plan(f);
     assert_int_equal(entry_of(f, 2, 0)->n_samples, 3);
     commit(f);
+    press_owner(f, &owner);
     assert_int_equal(stats_of(f).blocks_used, 5);
     assert_true(scheduler_abort(f->scheduler, 2, 0));
     assert_true(next_due(f));
@@ -425,14 +449,7 @@ static void test_replay(void **state) {
     fixture_free(f);
 }
 
-static bool may_all(void *context, void *owner) {
-    (void)context;
-    (void)owner;
-    return true;
-}
-
-static bool may_owner(void *context, void *owner) { return owner == context; }
-
+/* Where it was pressed it stops again. */
 static void test_pressure(void **state) {
     (void)state;
     struct fixture *f = fixture_new((struct scheduler_limits){0});
@@ -479,7 +496,6 @@ static void test_pressure(void **state) {
     fixture_free(f);
 }
 
-/* Where it was pressed it stops again. */
 static void test_pressure_is_replayed(void **state) {
     (void)state;
     struct fixture *f = fixture_new((struct scheduler_limits){.n_lanes = 1, .n_blocks = 4, .prefix_cache = true});
