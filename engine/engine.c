@@ -201,8 +201,8 @@ static void take_results(struct engine *engine, const struct plan *plan) {
 
 /* A prompt that is read and wants nothing more. */
 static bool is_finished_prompt(const struct plan_entry *entry) {
-    const struct request *request = entry->owner;
-    return request->max_new == 0 && entry->first_token + entry->n_rows == entry->n_tokens;
+    /* Of all that reach their last token it alone asks for no sample. The request itself is not looked at: an entry before may have ended it, and then it is the loop's. */
+    return entry->n_samples == 0 && entry->first_token + entry->n_rows == entry->n_tokens;
 }
 
 static void report_prompts(struct engine *engine, const struct plan *plan) {
