@@ -306,7 +306,7 @@ class EndToEnd(unittest.TestCase):
             self.assertEqual(script.returncode, 130, printed)
             self.assertFalse(self.result(name)["complete"])
             if program == "compare":
-                self.assertEqual(len(self.result(name)["results"]["decode-8"]["pairs"]), 2)
+                self.assertIn(len(self.result(name)["results"]["decode-8"]["pairs"]), (1, 2))  # a pair in which the machine moved took the second run
 
     def test_server_compare(self):
         peer = self.peer(llama_server=f"""
