@@ -127,7 +127,8 @@ static uint32_t row_of(const struct cpu *cpu, const struct tile *tile, uint32_t 
     return tile->sequence->first_row + (tile->first + q) / group;
 }
 
-static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *tile, struct worker_scratch *own, struct attend *attend) {
+/* keep: for the ring too. Several units may load the same queries, one of them keeps. */
+static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *tile, bool keep, struct worker_scratch *own, struct attend *attend) {
     const struct program *p = cpu->program;
     *attend = (struct attend){
         .shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, tile->sequence, tile->lane), .scratch = own->attend, .n_queries = tile->n};
@@ -135,7 +136,7 @@ static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *til
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
         float *query = own->queries + (size_t)q * cpu->kv.dims;
         prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, own, query);
-        keep_query(cpu, layer, tile->sequence, row, query_head, query);
+        if (keep) keep_query(cpu, layer, tile->sequence, row, query_head, query);
         for (uint32_t d = 0; d < p->head_dim; d++) query[d] *= p->attention_scale;
         attend->query[q] = query;
         attend->visible[q] = tile->sequence->lane_tokens[tile->lane] + (row - tile->sequence->first_row) + 1;
@@ -185,12 +186,12 @@ void stage_attend(void *context, const struct stage *stage, uint32_t first, uint
             for (uint32_t i = 0; i < tile.sequence->n_rows; i++) append_row(cpu, layer, tile.sequence, i, tile.head, own);
         if (cpu->n_splits) {
             if (split >= n_splits) continue;
-            load_queries(cpu, layer, &tile, own, &attend);
+            load_queries(cpu, layer, &tile, split == 0, own, &attend);
             float *states = partial_of(cpu, unit / pieces, split, 0);
             clear_states(states, tile.n, stride);
             cpu->isa->attend(&attend, split, split + 1, states, stride);
         } else {
-            load_queries(cpu, layer, &tile, own, &attend);
+            load_queries(cpu, layer, &tile, true, own, &attend);
             clear_states(own->states, tile.n, stride);
             if (tile.sequence->accumulate) keep_weights(own, &attend);
             cpu->isa->attend(&attend, 0, n_splits, own->states, stride);
@@ -207,7 +208,7 @@ void stage_merge(void *context, const struct stage *stage, uint32_t first, uint3
     for (uint32_t unit = first; unit < end; unit++) {
         struct tile tile = tile_of(cpu, stage->index, unit);
         struct attend attend;
-        load_queries(cpu, stage->index, &tile, own, &attend);
+        load_queries(cpu, stage->index, &tile, false, own, &attend);
         clear_states(own->states, tile.n, stride);
         for (uint32_t q = 0; q < tile.n; q++)
             for (uint32_t split = 0; split < splits_of(attend.visible[q]); split++)
