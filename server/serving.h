@@ -19,7 +19,7 @@ struct serving {
     struct exchange *exchange; /* NULL: nobody waits for the answer any more */
     struct buffer body;
     uv_work_t work;
-    bool working, parsed;
+    bool working;
     bool answered; /* a status has been decided */
     bool ended;    /* so has everything that follows it */
     bool failed, done_sent, heartbeat;
@@ -28,6 +28,7 @@ struct serving {
     struct completion_limits limits;
     struct completion completion;
     struct api_error error;
+    bool parsed; /* like completion and error the worker's while `working`: apart from the flags that the loop reads meanwhile */
     struct job *jobs;       /* [n_prompts] */
     struct choice *choices; /* [n_prompts * best_of] */
     struct piece *pieces; /* whole answers: [n_choices], rendered as tokens come, since a stop string must be seen at once; streams: [1], the chunk */
