@@ -424,7 +424,7 @@ class Drain(unittest.TestCase):
                 with daemon.connect() as connection:
                     connection.send(raw.request_bytes("GET", "/health"))
                     return connection.read_response().status == 503
-            except (ConnectionRefusedError, raw.Closed):
+            except (ConnectionError, raw.Closed):  # reset: it was in the queue of the listener when that was closed
                 return True
 
         harness.wait_until(refused, "new connections are refused")
@@ -468,7 +468,7 @@ class Drain(unittest.TestCase):
         try:
             daemon.connect().close()
             return False
-        except ConnectionRefusedError:
+        except ConnectionError:
             return True
 
     def test_idle(self):
