@@ -5,7 +5,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-_Noreturn void check_failed(const char *file, int line, const char *condition);
+void check_failed(const char *file, int line, const char *condition) __attribute__((noreturn));
 
 #define CHECK(condition) (__builtin_expect(!!(condition), 1) ? (void)0 : check_failed(__FILE__, __LINE__, #condition))
 

@@ -1,0 +1,244 @@
+/* What the files of the CUDA backend share. One stream, one device, the engine's thread; kernels find every size that changes from step to step in device memory, so that a captured
+ * graph of a step stays right.
+ *
+ *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs
+ *   weights.cu    tensors to the device; products.cu  their products
+ *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
+ *   attention.cu  attention over per-lane tables, accumulated attention
+ *   services.cu   copies, compaction, reading, sinks; score.cu  scores of cached slots
+ *   sample.cu     from logits to tokens
+ *
+ * Names: a row is one token of a sequence; group = query heads of a KV head; d = head_dim; lane = layer * n_kv_heads + KV head. */
+#pragma once
+
+extern "C" {
+#include "base/block.h"
+#include "base/check.h"
+#include "base/error.h"
+#include "kernels/backend.h"
+}
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+enum {
+    SPLIT_SLOTS = 256, /* attention cuts a lane at multiples of this (row contract); each split starts anew, splits merge in ascending order */
+    PIECE_SLOTS = 64,  /* within a split the softmax runs on from piece to piece */
+    TILE_QUERIES = 16, /* packed queries (row, head of the group) of one matrix tile */
+    SKINNY_ROWS = 16,  /* products of up to so many rows are ours, larger ones cuBLAS's */
+    HEAD_DIM_MAX = 128,
+};
+
+/* A weight matrix on the device: out[row] = W in[row]. f16 rows x cols, row-major; or, where `type` is a quantised one, as weights.cu lays it out. */
+struct matrix {
+    enum tensor_type type;
+    uint32_t rows, cols;
+    void *data;
+};
+
+struct device_layer {
+    struct matrix qkv;     /* rows: q, then k, then v */
+    struct matrix o;
+    struct matrix gate_up; /* rows: gate, then up */
+    struct matrix down;
+    float *attention_norm, *mlp_norm; /* [n_embd] */
+    float *qkv_bias;                  /* as qkv's rows; NULL: none */
+    float *q_norm, *k_norm;           /* [d]; NULL: none */
+};
+
+/* The KV pool: block b is K [BLOCK_TOKENS][d], then V the same, at kv + b * block_bytes. 16-bit elements, or int8 with a scale for each slot's K and V. */
+struct device_pool {
+    enum kv_dtype dtype; /* KV_F16, KV_BF16 or KV_Q8 */
+    uint32_t d, n_blocks;
+    size_t block_bytes;    /* K and V */
+    uint8_t *kv;
+    float *scales;         /* q8: [n_blocks][2][BLOCK_TOKENS], K's then V's; else NULL */
+    int32_t *positions;    /* [n_blocks][BLOCK_TOKENS] */
+    uint64_t *accumulated; /* [n_blocks][BLOCK_TOKENS] fixed point (kernels/score.h); NULL unless limits.accumulators */
+};
+
+/* ---- one step, as kernels read it: one buffer, filled in pinned memory and copied to the device in one go ---- */
+
+struct step_header {
+    uint32_t n_rows, n_sequences, n_decode, n_tiles, n_head_rows, n_samples, n_table_writes, any_accumulates;
+};
+struct step_sequence {
+    uint32_t first_row, n_rows;
+    uint32_t table;      /* of struct cuda's tables */
+    uint32_t ring;       /* 0: none, else 1.. */
+    uint32_t accumulate; /* bool */
+};
+/* 16 packed queries or more of a sequence that has more than fit into one tile: queries [first, first + count) of its n_rows * group, query i being row i / group, head i % group. */
+struct prefill_tile {
+    uint32_t sequence, first_query;
+};
+struct table_write {
+    uint32_t at, id; /* tables[at] = id */
+};
+
+/* The same places on both sides: view.host (pinned) and view.device. Sizes in brackets are capacities. */
+struct step_view {
+    struct step_header *header;
+    int32_t *tokens, *positions;      /* [max_rows] */
+    uint32_t *row_sequence;           /* [max_rows] */
+    struct step_sequence *sequences;  /* [max_sequences] */
+    uint32_t *lane_tokens;            /* [max_sequences][n_lanes] slots filled before this step */
+    uint32_t *decode;                 /* [max_sequences] sequences with n_rows * group <= TILE_QUERIES, by index */
+    struct prefill_tile *tiles;       /* [max_tiles] of the others; PREFILL_QUERIES queries each */
+    uint32_t *head_rows;              /* [max_samples] distinct rows whose logits are wanted */
+    uint32_t *sample_head_row;        /* [max_samples] index in head_rows */
+    struct table_write *table_writes; /* [max_table_writes] */
+};
+enum { PREFILL_QUERIES = 64 }; /* of one prefill_tile */
+
+/* What the host knows when it launches, rounded up where a graph is shared: grids are made from this, kernels then look at the header. */
+struct step_shape {
+    uint32_t rows, decode, tiles, head_rows, samples;
+    bool accumulates;
+};
+
+struct sampling_device; /* sample.cu */
+struct score_device;    /* score.cu and services.cu */
+struct product_device;  /* products.cu */
+struct attention_device; /* attention.cu */
+
+struct cuda {
+    struct backend backend;
+    const struct program *program;
+    struct backend_limits limits;
+    int device;
+    cudaDeviceProp properties;
+    cudaStream_t stream;
+    char description[160];
+    bool deterministic;
+
+    /* sizes */
+    uint32_t n_lanes, group, n_q, n_kv; /* n_q = n_heads * d, n_kv = n_kv_heads * d */
+    uint32_t n_tables, lane_blocks;     /* tables: [n_tables][n_lanes][lane_blocks] */
+    uint32_t max_tiles, max_table_writes;
+
+    /* weights */
+    struct device_layer *layers; /* host array */
+    struct matrix embedding;     /* rows n_vocab; the head's own where tied */
+    struct matrix head;
+    float *head_norm;
+    double *rope_frequency; /* [rope_dims / 2] on the device */
+
+    struct device_pool pool;
+    uint32_t *tables; /* block ids on the device */
+
+    /* rings; queries in the 16-bit type that attention computes with: bf16 for KV_BF16, else f16 */
+    uint16_t *ring_queries; /* [n_rings][n_layers][ring_rows][n_q], position p at p % ring_rows */
+    float *ring_sinks;      /* [n_rings][n_lanes][sink_slots][d] */
+
+    /* activations: [max_rows rounded up to 64][...] */
+    float *x;         /* n_embd: the residual stream */
+    __half *h;        /* n_embd: normed */
+    float *qkv;       /* n_q + 2 n_kv */
+    uint16_t *q;      /* n_q: rotated, f16 or bf16 as in rings */
+    __half *a;        /* n_q: attention's result */
+    __half *gate_up;  /* 2 n_ff */
+    __half *g;        /* n_ff */
+    float *row_max, *row_sum; /* n_heads: of the softmax of each query (max in units of log2 after scaling, as attention.cu has it); filled when header.any_accumulates */
+    __half *head_h;   /* [max head rows][n_embd] */
+    float *logits;    /* [max head rows][n_vocab] */
+    uint32_t max_head_rows;
+
+    struct step_view host, dev;
+    void *staging_host, *staging_device;
+    size_t staging_bytes;
+
+    struct sampling_device *sampling;
+    struct score_device *score;
+    struct product_device *products;
+    struct attention_device *attention;
+
+    float *tap;
+    const struct batch *batch; /* between submit and sync */
+};
+
+static inline struct cuda *cuda_of(struct backend *backend) { return (struct cuda *)(void *)backend; }
+
+/* A failed call becomes an error that names what was done; the first argument is a struct error * (may be NULL). Evaluates to enum status. */
+enum status cuda_status(struct error *error, cudaError_t result, const char *what);
+#define CUDA_TRY(error, call)                                            \
+    do {                                                                 \
+        enum status status_ = cuda_status((error), (call), #call);       \
+        if (status_ != STATUS_OK) return status_;                        \
+    } while (0)
+/* In services, which cannot fail: a device that stopped working ends the process with a message. */
+void cuda_check(cudaError_t result, const char *what, const char *file, int line);
+#define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
+
+/* Device memory, counted. An arena without a base only counts: lay out twice, as the cpu backend does. 256-byte aligned. */
+struct device_arena {
+    uint8_t *base;
+    size_t used;
+};
+static inline void *device_take(struct device_arena *arena, size_t count, size_t bytes_each) {
+    arena->used = (arena->used + 255) / 256 * 256;
+    void *at = arena->base ? arena->base + arena->used : NULL;
+    arena->used += count * bytes_each;
+    return at;
+}
+
+static inline bool kv_computes_bf16(enum kv_dtype dtype) { return dtype == KV_BF16; }
+static inline uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+/* ---- weights.cu ---- */
+/* Bytes on the device of all weights, with 16-bit and with native types; which of both `auto` takes. */
+size_t weights_bytes(const struct program *program, bool native);
+/* Lays out cuda->layers, embedding, head, norms in `arena` (counting or not), by cuda->limits. */
+void weights_lay_out(struct cuda *cuda, struct device_arena *arena);
+/* Copies or makes them. Progress as limits.progress. */
+enum status weights_load(struct cuda *cuda, struct error *error);
+/* x[row] = embedding[token] for rows < header.n_rows, widened to f32. */
+void weights_embed(struct cuda *cuda, const struct step_shape *shape);
+
+/* ---- products.cu ---- */
+enum product_out { PRODUCT_F32, PRODUCT_F16, PRODUCT_ADD_F32 /* out += */ };
+void products_lay_out(struct cuda *cuda, struct device_arena *arena); /* workspace */
+enum status products_open(struct cuda *cuda, struct error *error);
+void products_close(struct cuda *cuda);
+/* out[rows][w->rows] from in[rows][w->cols], launched on the stream. rows: host number, <= max_rows rounded up to 64; buffers have room for rows rounded up to 64. A row's result does
+ * not depend on `rows` up to SKINNY_ROWS, nor ever with cuda->deterministic. */
+void product(struct cuda *cuda, const struct matrix *w, const __half *in, uint32_t rows, void *out, enum product_out kind);
+
+/* ---- rows.cu ---- */
+/* out[i] = f16 of rmsnorm(in[map ? map[i] : i]) * norm, i < *n (device). */
+void rows_norm(struct cuda *cuda, const float *in, const uint32_t *map, const uint32_t *n, uint32_t n_max, const float *norm, __half *out);
+/* qkv (+ bias, q/k norms, rope) to q, pool and rings. */
+void rows_append(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);
+/* g = silu(gate) * up, saturating. */
+void rows_activate(struct cuda *cuda, const struct step_shape *shape);
+
+/* ---- attention.cu ---- */
+void attention_lay_out(struct cuda *cuda, struct device_arena *arena); /* partials, unit sums */
+enum status attention_open(struct cuda *cuda, struct error *error);
+void attention_close(struct cuda *cuda);
+void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the staging copy: cuts the work of all layers */
+void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);  /* q, pool -> a (and row_max, row_sum, accumulators) */
+
+/* ---- services.cu, score.cu: struct backend_ops entries ---- */
+void services_lay_out(struct cuda *cuda, struct device_arena *arena);
+enum status services_open(struct cuda *cuda, struct error *error);
+void services_close(struct cuda *cuda);
+void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
+void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items);
+void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
+void cuda_score(struct backend *backend, const struct score_request *request, float *scores);
+void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
+void cuda_shift_sinks(struct backend *backend, const struct shift_request *request);
+
+/* ---- sample.cu ---- */
+void sampling_lay_out(struct cuda *cuda, struct device_arena *arena);
+enum status sampling_open(struct cuda *cuda, struct error *error);
+void sampling_close(struct cuda *cuda);
+/* Host side of a step: parameters, biases, bans, histories into pinned memory. Before the launches. */
+void sampling_stage(struct cuda *cuda, const struct batch *batch);
+/* logits [head rows][n_vocab] -> results, on the stream, ending with a copy to pinned memory. Logits are left as they are. */
+void sampling_run(struct cuda *cuda, const struct step_shape *shape);
+/* After the stream was waited for. */
+void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results);
