@@ -22,8 +22,15 @@ enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
 const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
 bool kv_dtype_parse(const char *name, enum kv_dtype *dtype);
 
+/* How a device keeps weights: widened to f16, or in the file's types where it computes with them. AUTO: native when f16 would take more than 40 % of its memory. */
+enum weights_mode { WEIGHTS_AUTO, WEIGHTS_F16, WEIGHTS_NATIVE };
+
 struct backend_limits {
     enum kv_dtype kv_dtype;
+    enum weights_mode weights;
+    bool deterministic;      /* products too keep the row contract */
+    uint32_t device;         /* which of several */
+    uint32_t n_tables, table_blocks; /* block tables that the device holds: how many sequences, and blocks a lane of each */
     uint32_t n_blocks;       /* of the pool */
     uint32_t max_rows;       /* rows of one batch */
     uint32_t max_sequences;  /* sequences of one batch */
