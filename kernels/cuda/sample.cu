@@ -47,10 +47,7 @@ static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer)
 static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t), "marks take the place of the histograms");
 static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
 
-static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) {
-    extern __shared__ __align__(16) uint8_t memory[];
-    sample_all(&args, memory);
-}
+static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) { sample_all(&args); }
 
 /* ---- sizes ---- */
 

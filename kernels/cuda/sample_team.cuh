@@ -15,6 +15,7 @@
  * What it does not do: random numbers (u comes with the parameters), logarithms (the sum of exponentials goes back as it is). */
 #pragma once
 
+#include <cuda_runtime.h>
 #include <float.h>
 
 extern "C" {
@@ -86,10 +87,10 @@ struct crossing {
     uint32_t bin, count;
 };
 enum exchange { EXCHANGE_BEST, EXCHANGE_FINITE, EXCHANGE_ADJUSTED, EXCHANGE_MASS, EXCHANGE_TIES, EXCHANGES };
-enum { SELECTIONS = 3 /* top_k, top_p, the draw */ };
+enum selection { SELECT_TOP_K, SELECT_TOP_P, SELECT_DRAW, SELECTIONS };
 enum { LEVEL_STEPS, LEVEL_BITS, LEVELS };
 
-struct team_shared {
+struct __align__(16) team_shared {
     union {
         struct {
             uint64_t mass[LEVELS][BINS]; /* of the team: sums up to and including the bin */
@@ -112,7 +113,6 @@ struct team_shared {
 };
 
 struct team {
-    struct team_shared *s;
     uint32_t rank, ranks;
     uint32_t first, count; /* tokens [first, first + count) are this block's */
     const float *raw;      /* their logits */
@@ -126,6 +126,9 @@ struct team {
 };
 
 /* ---- teams ---- */
+
+extern __shared__ __align__(16) uint8_t shared_memory[];
+static __device__ __forceinline__ struct team_shared *block_memory(void) { return (struct team_shared *)shared_memory; }
 
 static __device__ __forceinline__ uint32_t lane_index(void) { return threadIdx.x % 32; }
 static __device__ __forceinline__ uint32_t warp_index(void) { return threadIdx.x / 32; }
@@ -188,18 +191,20 @@ static __device__ uint64_t block_sum(struct team_shared *s, uint64_t value) {
 
 /* The first warp tells all ranks; they know after the next team_sync. */
 static __device__ void offer(const struct team *t, enum exchange what, uint64_t value) {
-    if (threadIdx.x < t->ranks) *of_rank(&t->s->exchange[what][t->rank], threadIdx.x) = value;
+    if (threadIdx.x < t->ranks) *of_rank(&block_memory()->exchange[what][t->rank], threadIdx.x) = value;
 }
 
 static __device__ uint64_t offered_max(const struct team *t, enum exchange what) {
     uint64_t best = 0;
-    for (uint32_t rank = 0; rank < t->ranks; rank++) best = max(best, t->s->exchange[what][rank]);
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < t->ranks; rank++) best = max(best, block_memory()->exchange[what][rank]);
     return best;
 }
 
 static __device__ uint64_t offered_sum(const struct team *t, enum exchange what, uint32_t ranks) {
     uint64_t sum = 0;
-    for (uint32_t rank = 0; rank < ranks; rank++) sum += t->s->exchange[what][rank];
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < ranks; rank++) sum += block_memory()->exchange[what][rank];
     return sum;
 }
 
@@ -323,8 +328,8 @@ static __device__ uint64_t best_below(const struct team *t, uint64_t bound) {
 }
 
 /* Each rank gives its n best to rank 0, one after the other: who offered the best looks for its next. */
-static __device__ void offer_tops(const struct team *t, uint32_t n) {
-    struct team_shared *s = t->s;
+static __device__ __noinline__ void offer_tops(const struct team *t, uint32_t n) {
+    struct team_shared *s = block_memory();
     uint64_t mine = best_below(t, ~0ull);
     for (uint32_t i = 0; i < n; i++) {
         uint64_t best = block_max(s, i % 2, mine);
@@ -335,8 +340,8 @@ static __device__ void offer_tops(const struct team *t, uint32_t n) {
 }
 
 /* Rank 0, once all have offered. Returns how many there are. */
-static __device__ uint32_t report_tops(const struct team *t, uint32_t n, struct sample_place *tops) {
-    const uint64_t *offers = t->s->tops;
+static __device__ __noinline__ uint32_t report_tops(const struct team *t, uint32_t n, struct sample_place *tops) {
+    const uint64_t *offers = block_memory()->tops;
     const uint32_t all = t->ranks * SAMPLE_TOP_MAX;
     uint32_t reported = 0;
     for (uint32_t from = 0; from < all; from += THREADS) {
@@ -368,8 +373,8 @@ static __device__ void add_biases(const struct team *t, const uint32_t *bias, ui
 }
 
 static __device__ void penalize(const struct team *t, const uint32_t *history) {
-    const struct sample_params *p = &t->s->params;
-    uint32_t *marks = t->s->marks;
+    const struct sample_params *p = &block_memory()->params;
+    uint32_t *marks = block_memory()->marks;
     for (uint32_t low = 0; low < t->count; low += MARKS_MAX) {
         const uint32_t width = min((uint32_t)MARKS_MAX, t->count - low);
         for (uint32_t i = threadIdx.x; i < width; i += THREADS) marks[i] = 0;
@@ -397,8 +402,9 @@ static __device__ void penalize(const struct team *t, const uint32_t *history) {
     }
 }
 
-static __device__ void adjust(const struct team *t, const uint32_t *words) {
-    const struct sample_params *p = &t->s->params;
+static __device__ __noinline__ void adjust(const struct team *team, const uint32_t *words) {
+    const struct team copied = *team, *t = &copied; /* values are written below: not through a pointer that might be to itself */
+    const struct sample_params *p = &block_memory()->params;
     __syncthreads(); /* the copy is read by others than who made it */
     if (warp_index() == 0) add_biases(t, words + p->bias_at, p->n_bias);
     __syncthreads();
@@ -417,9 +423,13 @@ static __device__ __forceinline__ uint32_t bin_of(uint32_t key) { return min((ui
 /* Not above any key of the bin: the quotient is off by less than 64 units in the last place. Keys of a bin are less than 2^24 further (2^30 in the first), as distances at most double. */
 static __device__ __forceinline__ uint32_t bin_base(uint32_t bin) { return bin ? __float_as_uint(__fmul_rn((float)bin, 1.0f / BIN_SCALE)) - 64 : 0; }
 
-static __device__ void histogram_clear(struct team_shared *s) {
-    for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) s->own_count[i] = s->own_low[i] = s->own_high[i] = 0;
-    __syncthreads();
+/* What is left of the search: keys of `bin` whose offset from its base, without the last `shift` bits, is `prefix`. */
+struct interval {
+    uint32_t bin, base, shift, prefix;
+};
+
+static __device__ __forceinline__ bool is_within(const struct interval *in, uint32_t key) {
+    return key != NO_KEY && bin_of(key) == in->bin && (key - in->base) >> in->shift == in->prefix;
 }
 
 /* 64-bit sums from 32-bit additions: who makes the low word overflow carries. */
@@ -432,7 +442,7 @@ static __device__ __forceinline__ void histogram_add(struct team_shared *s, uint
 
 /* Every bin of the team's histogram is summed by one rank, a lane for each rank's part, and given to all; then sums up to each bin. */
 static __device__ void histogram_finish(const struct team *t, uint32_t level) {
-    struct team_shared *s = t->s;
+    struct team_shared *s = block_memory();
     team_sync();
     for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) {
         const uint32_t rank = i % t->ranks, bin = (t->rank * BINS + i) / t->ranks;
@@ -473,6 +483,23 @@ static __device__ void histogram_finish(const struct team *t, uint32_t level) {
     __syncthreads();
 }
 
+/* LEVEL_STEPS: of all candidates, by steps of distance. LEVEL_BITS: of those within `in`, by the next bits of their keys. first: the copy holds logits still, and keys from now on.
+ * Called from several places: one copy of it in the instruction cache is better than three. */
+static __device__ __noinline__ void histogram(const struct team *team, uint32_t level, struct interval in, bool first) {
+    const struct team t = *team;
+    struct team_shared *s = block_memory();
+    const uint32_t bits = min(in.shift, (uint32_t)BIN_BITS), shift = in.shift - bits;
+    for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) s->own_count[i] = s->own_low[i] = s->own_high[i] = 0;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < t.count; i += THREADS) {
+        const uint32_t key = first ? key_of(&t, value_at(&t, i)) : key_at(&t, i);
+        if (first && t.own) t.values[i] = __uint_as_float(key);
+        if (level == LEVEL_STEPS ? key == NO_KEY : !is_within(&in, key)) continue;
+        histogram_add(s, level == LEVEL_STEPS ? bin_of(key) : (key - in.base) >> shift & ((1u << bits) - 1), weight_of(&t, key));
+    }
+    histogram_finish(&t, level);
+}
+
 /* The bin in which the sum reaches `target`, which it does reach. */
 static __device__ struct crossing histogram_cross(struct team_shared *s, uint32_t level, bool by_mass, uint64_t target, uint64_t count_before, uint64_t mass_before) {
     __syncthreads(); /* the last crossing was read */
@@ -489,24 +516,16 @@ static __device__ struct crossing histogram_cross(struct team_shared *s, uint32_
 
 /* ---- prefixes ---- */
 
-/* What is left of the search: keys of `bin` whose offset from its base, without the last `shift` bits, is `prefix`. */
-struct interval {
-    uint32_t bin, base, shift, prefix;
-};
-
-static __device__ __forceinline__ bool is_within(const struct interval *in, uint32_t key) {
-    return key != NO_KEY && bin_of(key) == in->bin && (key - in->base) >> in->shift == in->prefix;
-}
-
 static __device__ struct position rank_list(struct team *t, bool by_mass, uint64_t target, const struct interval *in,
                                             const struct crossing *at) {
-    struct team_shared *s = t->s;
+    struct team_shared *s = block_memory();
     const uint32_t which = t->n_lists++;
     uint64_t *list = s->list[which % 2]; /* the one before may still be read by a rank that is late */
     for (uint32_t i = threadIdx.x; i < t->count; i += THREADS) {
         const uint32_t key = key_at(t, i);
         if (!is_within(in, key)) continue;
         const uint32_t place = atomicAdd(of_rank(&s->list_used[which], 0), 1);
+#pragma unroll 1
         for (uint32_t rank = 0; rank < t->ranks && place < LIST_MAX; rank++) *of_rank(&list[place], rank) = (uint64_t)key << 32 | (t->first + i);
     }
     team_sync();
@@ -532,19 +551,14 @@ static __device__ struct position rank_list(struct team *t, bool by_mass, uint64
 
 /* The end of the shortest prefix whose weight (mass or count) is at least `target`, which all tokens together reach. Needs the histogram by steps. */
 static __device__ struct position prefix_end(struct team *t, bool by_mass, uint64_t target) {
-    struct team_shared *s = t->s;
+    struct team_shared *s = block_memory();
     struct crossing at = histogram_cross(s, LEVEL_STEPS, by_mass, target, 0, 0);
     struct interval in = {at.bin, bin_base(at.bin), at.bin ? 24u : 30u, 0};
     while (at.count > LIST_MAX && in.shift > 0) {
-        const uint32_t bits = min(in.shift, (uint32_t)BIN_BITS), shift = in.shift - bits;
-        histogram_clear(s);
-        for (uint32_t i = threadIdx.x; i < t->count; i += THREADS) {
-            const uint32_t key = key_at(t, i);
-            if (is_within(&in, key)) histogram_add(s, (key - in.base) >> shift & ((1u << bits) - 1), weight_of(t, key));
-        }
-        histogram_finish(t, LEVEL_BITS);
+        const uint32_t bits = min(in.shift, (uint32_t)BIN_BITS);
+        histogram(t, LEVEL_BITS, in, false);
         at = histogram_cross(s, LEVEL_BITS, by_mass, target, at.count_before, at.mass_before);
-        in.shift = shift;
+        in.shift -= bits;
         in.prefix = in.prefix << bits | at.bin;
     }
     if (at.count <= LIST_MAX) return rank_list(t, by_mass, target, &in, &at);
@@ -554,8 +568,8 @@ static __device__ struct position prefix_end(struct team *t, bool by_mass, uint6
 }
 
 /* The token with `rank` - 1 tokens of the same key and lower ids. */
-static __device__ uint32_t token_of(const struct team *t, uint32_t key, uint32_t rank) {
-    struct team_shared *s = t->s;
+static __device__ __noinline__ uint32_t token_of(const struct team *t, uint32_t key, uint32_t rank) {
+    struct team_shared *s = block_memory();
     const uint32_t each = (t->count + WARPS - 1) / WARPS, first = min(warp_index() * each, t->count), end = min(first + each, t->count), lane = lane_index();
     uint32_t here = 0;
     for (uint32_t from = first; from < end; from += 32) here += (uint32_t)__popc(__ballot_sync(ALL_LANES, from + lane < end && key_at(t, from + lane) == key));
@@ -573,6 +587,7 @@ static __device__ uint32_t token_of(const struct team *t, uint32_t key, uint32_t
         const bool is = from + lane < end && key_at(t, from + lane) == key;
         const uint32_t found = __ballot_sync(ALL_LANES, is);
         if (is && before + (uint32_t)__popc(found & ((1u << lane) - 1)) + 1 == rank)
+#pragma unroll 1
             for (uint32_t other = 0; other < t->ranks; other++) *of_rank(&s->walked, other) = t->first + from + lane;
         before += (uint32_t)__popc(found);
     }
@@ -582,54 +597,47 @@ static __device__ uint32_t token_of(const struct team *t, uint32_t key, uint32_t
 
 /* ---- the draw ---- */
 
-/* first: the copy holds logits, and keys from then on. */
-static __device__ void histogram_of_steps(const struct team *t, bool first) {
-    histogram_clear(t->s);
-    for (uint32_t i = threadIdx.x; i < t->count; i += THREADS) {
-        uint32_t key = first ? key_of(t, value_at(t, i)) : key_at(t, i);
-        if (first && t->own) t->values[i] = __uint_as_float(key);
-        if (key != NO_KEY) histogram_add(t->s, bin_of(key), weight_of(t, key));
-    }
-    histogram_finish(t, LEVEL_STEPS);
-}
-
-static __device__ uint32_t draw(struct team *t, uint32_t token_of_best) {
-    struct team_shared *s = t->s;
+static __device__ __noinline__ uint32_t draw(struct team *t, uint32_t token_of_best) {
+    struct team_shared *s = block_memory();
     const float top_p = s->params.top_p, min_p = s->params.min_p;
     const uint32_t top_k = s->params.top_k > 0 ? (uint32_t)s->params.top_k : 0;
+    const struct interval everything = {};
     t->temperature = s->params.temperature;
     t->floor = top_k ? -87.0f : -27.8f; /* below, the mass is 0: only counts see it */
     t->min_e = top_p < 1 ? 0 : min_p;
-    t->cut = NO_KEY;
-    histogram_of_steps(t, true);
+    histogram(t, LEVEL_STEPS, everything, true);
     struct position end = {0, NO_KEY, 0, NO_TOKEN};
     uint64_t total = s->mass[LEVEL_STEPS][BINS - 1];
-    if (top_k && top_k < s->count[LEVEL_STEPS][BINS - 1]) {
-        end = prefix_end(t, false, top_k);
+    const uint32_t n = s->count[LEVEL_STEPS][BINS - 1];
+#pragma unroll 1
+    for (uint32_t which = SELECT_TOP_K; which < SELECTIONS; which++) {
+        uint64_t target = top_k;
+        if (which == SELECT_TOP_K && (top_k == 0 || top_k >= n)) continue;
+        if (which == SELECT_TOP_P && !(top_p < 1)) continue;
+        if (which == SELECT_TOP_P) target = (uint64_t)ceil(__dmul_rn((double)top_p, (double)total));
+        if (which == SELECT_DRAW) {
+            uint64_t before_end = total; /* mass that the histogram knows */
+            if (min_p > 0 && top_p < 1) { /* the mass is another one now: of the prefix alone, and without what min_p takes away */
+                t->min_e = min_p;
+                t->cut = end.key;
+                __syncthreads();
+                histogram(t, LEVEL_STEPS, everything, false);
+                before_end = s->mass[LEVEL_STEPS][BINS - 1];
+                total = before_end + end.rank * weight_of(t, end.key);
+            }
+            if (total == 0) return token_of_best; /* min_p above 1 */
+            target = (__umul64hi(total, s->params.u) << 40 | total * s->params.u >> 24) + 1;
+            if (target > before_end) { /* among those of the last key */
+                const uint64_t weight = weight_of(t, end.key);
+                end.rank = (uint32_t)((target - before_end + weight - 1) / weight);
+                end.token = NO_TOKEN;
+                t->cut = NO_KEY;
+                break;
+            }
+        }
+        end = prefix_end(t, which != SELECT_TOP_K, target);
         total = end.mass_before + end.rank * weight_of(t, end.key);
     }
-    if (top_p < 1) {
-        end = prefix_end(t, true, (uint64_t)ceil(__dmul_rn((double)top_p, (double)total)));
-        total = end.mass_before + end.rank * weight_of(t, end.key);
-    }
-    uint64_t before_last = total; /* the mass that the histogram knows */
-    if (min_p > 0 && top_p < 1) { /* the mass is another one: of the prefix alone, and without what min_p takes away */
-        t->min_e = min_p;
-        t->cut = end.key;
-        __syncthreads();
-        histogram_of_steps(t, false);
-        before_last = s->mass[LEVEL_STEPS][BINS - 1];
-        total = before_last + end.rank * weight_of(t, end.key);
-    }
-    if (total == 0) return token_of_best; /* min_p above 1 */
-    const uint64_t low = total * s->params.u, high = __umul64hi(total, s->params.u);
-    const uint64_t target = (high << 40 | low >> 24) + 1;
-    if (target > before_last) {
-        const uint64_t weight = weight_of(t, end.key);
-        t->cut = NO_KEY;
-        return token_of(t, end.key, (uint32_t)((target - before_last + weight - 1) / weight));
-    }
-    end = prefix_end(t, true, target);
     return end.token != NO_TOKEN ? end.token : token_of(t, end.key, end.rank);
 }
 
@@ -638,7 +646,7 @@ static __device__ uint32_t draw(struct team *t, uint32_t token_of_best) {
 static __device__ void answer(const struct team *t, enum answer_kind kind, uint32_t token, uint32_t n_top, struct sample_answer *out) {
     if (t->rank != 0 || threadIdx.x != 0) return;
     struct sample_answer a = {0, (int32_t)token, 0, 0, n_top, (uint32_t)kind, 0};
-    if (kind == ANSWER_TOKEN && (t->s->params.n_top >= 0 || t->s->params.target >= 0)) {
+    if (kind != ANSWER_NO_LOGITS && (block_memory()->params.n_top >= 0 || block_memory()->params.target >= 0)) {
         a.mass = offered_sum(t, EXCHANGE_MASS, t->ranks);
         a.best = ranked_value(offered_max(t, EXCHANGE_BEST));
         a.logit = clean(__ldg(t->raw + token)); /* rank 0 begins at token 0 */
@@ -649,7 +657,8 @@ static __device__ void answer(const struct team *t, enum answer_kind kind, uint3
 static __device__ void sample_row(const struct sampling_args *a, uint32_t sample, float *chunk, struct team_shared *s) {
     struct sample_params *p = &s->params;
     struct team t = {};
-    t.s = s;
+    t.cut = NO_KEY;
+    t.temperature = 1;
     t.ranks = a->ranks;
     t.rank = blockIdx.x % a->ranks;
     t.first = t.rank * a->chunk;
@@ -705,9 +714,9 @@ static __device__ void sample_row(const struct sampling_args *a, uint32_t sample
     answer(&t, ANSWER_TOKEN, token, n_top, out);
 }
 
-static __device__ void sample_all(const struct sampling_args *a, uint8_t *memory) {
-    struct team_shared *s = (struct team_shared *)memory;
-    float *chunk = (float *)(memory + sizeof(struct team_shared));
+static __device__ void sample_all(const struct sampling_args *a) {
+    struct team_shared *s = block_memory();
+    float *chunk = (float *)(s + 1);
     const uint32_t teams = gridDim.x / a->ranks, n = __ldg(a->n_samples);
     for (uint32_t sample = blockIdx.x / a->ranks; sample < n; sample += teams) {
         sample_row(a, sample, chunk, s);
