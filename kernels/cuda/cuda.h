@@ -1,7 +1,7 @@
 /* What the files of the CUDA backend share. One stream, one device, the engine's thread; kernels find every size that changes from step to step in device memory, so that a captured
  * graph of a step stays right.
  *
- *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs
+ *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs;  device.cu  which devices there are
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
  *   attention.cu  attention over per-lane tables, accumulated attention
@@ -188,6 +188,11 @@ static inline void *device_take(struct device_arena *arena, size_t count, size_t
 
 static inline bool kv_computes_bf16(enum kv_dtype dtype) { return dtype == KV_BF16; }
 static inline uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+/* ---- device.cu ---- */
+/* STATUS_UNSUPPORTED: there is none with this number, or it cannot do what is needed. */
+enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error);
+enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error); /* backend_ops.memory */
 
 /* ---- weights.cu ---- */
 /* Bytes on the device of all weights, with 16-bit and with native types; which of both `auto` takes. */
