@@ -106,6 +106,7 @@ enum status lab_open(const struct config *config, const struct model *model, con
         .ring_rows = POLICY_WINDOW_MAX,
         .sink_slots = blocks_for(config->sink_tokens) * BLOCK_TOKENS,
         .accumulators = size->accumulate,
+        .rank_slots = size->max_tokens,
         .progress = report,
         .progress_context = context,
     };
@@ -123,7 +124,8 @@ enum status lab_open(const struct config *config, const struct model *model, con
     lab->n_blocks = (uint32_t)total;
     lab->max_rows = config->max_rows;
     allocate(lab, size->max_tokens);
-    const struct compressor_limits compressor = {.slots_max = size->max_tokens, .slots_total = lanes * size->max_tokens, .classes = classes};
+    const struct compressor_limits compressor = {
+        .slots_max = size->max_tokens, .slots_total = lanes * size->max_tokens, .classes = classes, .lists = true};
     lab->compressor = compressor_new(lab->backend, program, &compressor);
     *result = lab;
     return STATUS_OK;
