@@ -7,8 +7,8 @@
 #include "kernels/cuda/services.h"
 
 enum {
-    UNIT = 16,         /* bytes that a thread moves at a time */
-    SLICE_UNITS = 8,   /* of a row, to one block of threads: 128 bytes */
+    DIM_UNIT = 8,      /* dims of a head are a multiple of it: rows of a block are whole units of 8 or 16 bytes, which a thread moves at a time */
+    SLICE_UNITS = 8,   /* of a row, to one block of threads */
     THREAD_PIECES = 4, /* in flight a thread */
     STAGE_BYTES = 4 << 20,
     BACK_BYTES = 4 << 20,
@@ -23,12 +23,12 @@ static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 /* Sizes alone. Whole layers fit at least: some scores are averaged over them. */
 static void measure(const struct cuda *cuda, struct score_device *score) {
-    const size_t blocks = cuda->lane_blocks, heads = cuda->program->n_kv_heads, layers = cuda->program->n_layers;
-    CHECK(blocks > 0 && blocks < UINT32_MAX / 2 / BLOCK_TOKENS);
+    const size_t blocks = cuda->lane_blocks ? cuda->lane_blocks : 1, heads = cuda->program->n_kv_heads, layers = cuda->program->n_layers;
+    CHECK(blocks < UINT32_MAX / 2 / BLOCK_TOKENS);
     *score = (struct score_device){};
     score->lane_slots = (uint32_t)blocks * BLOCK_TOKENS;
     score->rank_slots = cuda->limits.rank_slots;
-    size_t numbers, work, lists = (2 * blocks + score->lane_slots + 16) * sizeof(uint32_t),
+    size_t numbers, work, lists = (2 * blocks + score->lane_slots) * sizeof(uint32_t) + 64,
                           layer = heads * (blocks * sizeof(uint32_t) + sizeof(struct lane_job));
     size_t sinks = (size_t)cuda->n_lanes * blocks_of(cuda->limits.sink_slots) * sizeof(uint32_t),
            counts = (size_t)cuda->n_lanes * 4 * sizeof(uint32_t);
@@ -68,8 +68,8 @@ void services_lay_out(struct cuda *cuda, struct device_arena *arena) {
 enum status services_open(struct cuda *cuda, struct error *error) {
     struct score_device *score = cuda->score;
     CHECK(score && score->lane_slots > 0);
-    if (cuda->pool.d % UNIT != 0 || cuda->pool.d > HEAD_DIM_MAX)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda: heads of %u dims; multiples of %d up to %d are supported", cuda->pool.d, UNIT,
+    if (cuda->pool.d % DIM_UNIT != 0 || cuda->pool.d > HEAD_DIM_MAX)
+        return error_set(error, STATUS_UNSUPPORTED, "cuda: heads of %u dims; multiples of %d up to %d are supported", cuda->pool.d, DIM_UNIT,
                          HEAD_DIM_MAX);
     score->lane_at = (size_t *)check_calloc(cuda->n_lanes, sizeof *score->lane_at);
     score->lane_slots_ranked = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *score->lane_slots_ranked);
@@ -139,7 +139,7 @@ void read_back(struct cuda *cuda, void *host, const void *device, size_t bytes) 
 /* One pair a block of threads. */
 static __global__ void __launch_bounds__(THREADS) copy_kernel(struct device_pool pool, const uint2 *pairs) {
     const size_t from = pairs[blockIdx.x].x, to = pairs[blockIdx.x].y;
-    const uint32_t units = (uint32_t)(pool.block_bytes / UNIT);
+    const uint32_t units = (uint32_t)(pool.block_bytes / sizeof(uint4));
     const uint4 *in = (const uint4 *)(pool.kv + from * pool.block_bytes);
     uint4 *out = (uint4 *)(pool.kv + to * pool.block_bytes);
     for (uint32_t i = threadIdx.x; i < units; i += THREADS) out[i] = in[i];
@@ -168,31 +168,33 @@ void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *s
 
 /* ---- compaction ---- */
 
-/* Where the lists of an item begin, in words of the pass. */
 struct move_item {
-    uint32_t source, keep, destination, n_keep;
+    const uint32_t *source, *keep, *destination; /* on the device */
+    uint32_t n_keep;
 };
 struct move_pass {
     struct device_pool pool;
     const struct move_item *items;
-    const uint32_t *words;
     uint32_t row_bytes, slices; /* slices: of a row, up to SLICE_UNITS each */
 };
 
 /* Kept slots move forward in order, so a lane may be rewritten as it is read: slot i comes from slot keep[i] >= i. A block of threads takes the slots in tiles; of a tile it reads all,
  * waits for all its threads, writes all. What is written lies before the next tile, what is still to be read in it or after. A slice of the row is a stream of its own, for nothing that
  * one writes is read by another. */
+template <typename UNIT>
 static __device__ void move_rows(const struct move_pass &pass, const struct move_item &item, uint32_t which, uint32_t slice) {
-    const uint32_t *source = pass.words + item.source, *keep = pass.words + item.keep, *destination = pass.words + item.destination;
-    const uint32_t first = slice * SLICE_UNITS, left = pass.row_bytes / UNIT - first, width = left < SLICE_UNITS ? left : SLICE_UNITS;
+    const uint32_t *source = item.source, *keep = item.keep, *destination = item.destination;
+    const uint32_t first = slice * SLICE_UNITS, left = (uint32_t)(pass.row_bytes / sizeof(UNIT)) - first,
+                   width = left < SLICE_UNITS ? left : SLICE_UNITS;
     const uint32_t tile = THREADS * THREAD_PIECES / width;
-    uint8_t *base = pass.pool.kv + (size_t)which * BLOCK_TOKENS * pass.row_bytes + (size_t)first * UNIT;
+    uint8_t *base = pass.pool.kv + (size_t)which * BLOCK_TOKENS * pass.row_bytes + (size_t)first * sizeof(UNIT);
     for (uint32_t begin = 0; begin < item.n_keep; begin += tile) {
         uint8_t *to[THREAD_PIECES];
-        uint4 piece[THREAD_PIECES];
+        UNIT piece[THREAD_PIECES];
 #pragma unroll
         for (int i = 0; i < THREAD_PIECES; i++) {
-            const uint32_t p = threadIdx.x + (uint32_t)i * THREADS, row = p / width, slot = begin + row, offset = (p - row * width) * UNIT;
+            const uint32_t p = threadIdx.x + (uint32_t)i * THREADS, row = p / width, slot = begin + row,
+                           offset = (p - row * width) * (uint32_t)sizeof(UNIT);
             to[i] = NULL;
             if (row >= tile || slot >= item.n_keep) continue;
             const uint32_t old = keep[slot];
@@ -201,17 +203,17 @@ static __device__ void move_rows(const struct move_pass &pass, const struct move
             if (from == to[i])
                 to[i] = NULL; /* stays where it is */
             else
-                piece[i] = __ldcg((const uint4 *)from);
+                piece[i] = __ldcg((const UNIT *)from);
         }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < THREAD_PIECES; i++)
-            if (to[i]) *(uint4 *)to[i] = piece[i];
+            if (to[i]) *(UNIT *)to[i] = piece[i];
     }
 }
 
 static __device__ void move_metadata(const struct move_pass &pass, const struct move_item &item) {
-    const uint32_t *source = pass.words + item.source, *keep = pass.words + item.keep, *destination = pass.words + item.destination;
+    const uint32_t *source = item.source, *keep = item.keep, *destination = item.destination;
     const struct device_pool &pool = pass.pool;
     for (uint32_t begin = 0; begin < item.n_keep; begin += THREADS) {
         const uint32_t slot = begin + threadIdx.x;
@@ -244,26 +246,38 @@ static __device__ void move_metadata(const struct move_pass &pass, const struct 
 }
 
 /* Grid: items x (K's slices, V's slices, metadata). */
-static __global__ void __launch_bounds__(THREADS) compact_kernel(struct move_pass pass) {
+template <typename UNIT> static __global__ void __launch_bounds__(THREADS) compact_kernel(const struct move_pass pass) {
     const struct move_item item = pass.items[blockIdx.x];
     if (blockIdx.y == 2 * pass.slices)
         move_metadata(pass, item);
     else
-        move_rows(pass, item, blockIdx.y / pass.slices, blockIdx.y % pass.slices);
+        move_rows<UNIT>(pass, item, blockIdx.y / pass.slices, blockIdx.y % pass.slices);
 }
 
-static size_t item_words(const struct compaction *item) { return (size_t)blocks_of(item->n_slots) + item->n_keep + blocks_of(item->n_keep); }
+static uint32_t item_words(const struct compaction *item) {
+    return blocks_of(item->n_slots) + (item->keep ? item->n_keep : 0) + blocks_of(item->n_keep);
+}
 
-static void put_item(const struct cuda *cuda, const struct compaction *item, struct move_item *out, uint32_t *words, uint32_t *used) {
+/* Lists to `words`, which lie at `device` there; returns how many. */
+static uint32_t put_item(const struct cuda *cuda, const struct compaction *item, struct move_item *out, uint32_t *words, const uint32_t *device) {
+    const struct score_device *score = cuda->score;
     const uint32_t n_source = blocks_of(item->n_slots), n_destination = blocks_of(item->n_keep);
-    *out = (struct move_item){*used, *used + n_source, *used + n_source + item->n_keep, item->n_keep};
-    stage_ids(cuda, item->source, n_source, words + out->source);
+    *out = (struct move_item){device, NULL, device + n_source, item->n_keep};
+    stage_ids(cuda, item->source, n_source, words);
+    stage_ids(cuda, item->destination, n_destination, words + n_source);
+    if (!item->keep) { /* as cuda_keep left it */
+        CHECK(score->rank_slots > 0 && item->lane < cuda->n_lanes && item->n_slots == score->lane_slots_ranked[item->lane] &&
+              item->n_keep == score->n_kept[item->lane]);
+        out->keep = score->kept + score->lane_at[item->lane];
+        return n_source + n_destination;
+    }
+    uint32_t *keep = words + n_source + n_destination;
+    out->keep = device + n_source + n_destination;
     for (uint32_t i = 0; i < item->n_keep; i++) {
         CHECK(item->keep[i] < item->n_slots && (i == 0 || item->keep[i] > item->keep[i - 1]));
-        words[out->keep + i] = item->keep[i];
+        keep[i] = item->keep[i];
     }
-    stage_ids(cuda, item->destination, n_destination, words + out->destination);
-    *used += n_source + item->n_keep + n_destination;
+    return n_source + n_destination + item->n_keep;
 }
 
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
@@ -271,23 +285,27 @@ void cuda_compact(struct backend *backend, uint32_t count, const struct compacti
     struct move_pass pass = {};
     pass.pool = cuda->pool;
     pass.row_bytes = cuda->pool.d * element_bytes(cuda->pool.dtype);
-    pass.slices = div_up(pass.row_bytes / UNIT, SLICE_UNITS);
+    const uint32_t unit = pass.row_bytes % sizeof(uint4) ? sizeof(uint2) : sizeof(uint4);
+    pass.slices = div_up(pass.row_bytes / unit, SLICE_UNITS);
     for (uint32_t first = 0, end; first < count; first = end) {
-        size_t bytes = 0, n_words = 0;
+        size_t bytes = 0;
         for (end = first; end < count; end++) { /* as many as the staging takes */
             size_t more = sizeof(struct move_item) + item_words(&items[end]) * sizeof(uint32_t);
             if (end > first && bytes + more > cuda->score->stage_bytes) break;
             bytes += more;
-            n_words += item_words(&items[end]);
         }
+        const uint32_t n = end - first;
         struct move_item *device, *out = (struct move_item *)stage_take(cuda, bytes, &device);
-        uint32_t *words = (uint32_t *)(out + (end - first)), used = 0;
-        for (uint32_t i = first; i < end; i++) put_item(cuda, &items[i], &out[i - first], words, &used);
-        CHECK(used == n_words);
+        uint32_t *words = (uint32_t *)(void *)(out + n), used = 0;
+        for (uint32_t i = 0; i < n; i++)
+            used += put_item(cuda, &items[first + i], &out[i], words + used, (const uint32_t *)(const void *)(device + n) + used);
         stage_send(cuda, out, bytes);
         pass.items = device;
-        pass.words = (const uint32_t *)(device + (end - first));
-        compact_kernel<<<dim3(end - first, 2 * pass.slices + 1), THREADS, 0, cuda->stream>>>(pass);
+        const dim3 grid(n, 2 * pass.slices + 1);
+        if (unit == sizeof(uint4))
+            compact_kernel<uint4><<<grid, THREADS, 0, cuda->stream>>>(pass);
+        else
+            compact_kernel<uint2><<<grid, THREADS, 0, cuda->stream>>>(pass);
         CUDA_CHECK(cudaGetLastError());
     }
 }

@@ -459,7 +459,7 @@ static void check_shifts(struct world *world) {
 }
 
 static int check(void) {
-    static const struct { uint32_t d, group; } sizes[] = {{16, 2}, {32, 2}, {64, 3}, {80, 1}, {96, 5}, {128, 4}, {128, 8}};
+    static const struct { uint32_t d, group; } sizes[] = {{8, 2}, {32, 2}, {40, 2}, {64, 3}, {80, 1}, {96, 5}, {128, 4}, {128, 8}};
     static const enum kv_dtype dtypes[] = {KV_F16, KV_BF16, KV_Q8};
     static struct world world;
     for (const auto &size : sizes)
