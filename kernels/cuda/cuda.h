@@ -5,7 +5,7 @@
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
  *   attention.cu  attention over per-lane tables, accumulated attention
- *   services.cu   copies, compaction, reading, sinks; score.cu  scores of cached slots
+ *   services.cu   copies, compaction, reading, sinks; score.cu, score_window.cu  scores of cached slots; rank.cu  which of them stay
  *   sample.cu     from logits to tokens
  *
  * Names: a row is one token of a sequence; group = query heads of a KV head; d = head_dim; lane = layer * n_kv_heads + KV head. */
@@ -99,7 +99,7 @@ struct step_shape {
 };
 
 struct sampling_device; /* sample.cu */
-struct score_device;    /* score.cu and services.cu */
+struct score_device;    /* services.h */
 struct product_device;  /* products.cu */
 struct attention_device; /* attention.cu */
 
@@ -242,7 +242,7 @@ void attention_close(struct cuda *cuda);
 void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the staging copy: cuts the work of all layers */
 void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);  /* q, pool -> a (and row_max, row_sum, accumulators) */
 
-/* ---- services.cu, score.cu: struct backend_ops entries ---- */
+/* ---- services.cu, score.cu, rank.cu: struct backend_ops entries ---- */
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
@@ -250,6 +250,9 @@ void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *s
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
 void cuda_score(struct backend *backend, const struct score_request *request, float *scores);
+void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
+void cuda_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes);
+void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
 void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
 void cuda_shift_sinks(struct backend *backend, const struct shift_request *request);
 
