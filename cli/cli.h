@@ -32,6 +32,8 @@ int command_check_config(const struct config *config, const char *argument);
 int cli_fail(const struct error *error);
 /* STATUS_INVALID "model: ..." if config names none. */
 enum status cli_open_model(const struct config *config, struct model **model, struct error *error);
+/* Random weights of this shape in memory, if they fit; STATUS_INVALID where config names a model too. */
+enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error);
 void cli_warn_environment(void);
 
 /* The whole manual page (deploy/kvasir.1): names and exit codes from here, options from the table. */
@@ -41,7 +43,7 @@ void manual_print(FILE *out);
 struct progress {
     const char *what;
     bool terminal;
-    int shown;        /* percent; -1: nothing yet */
+    int shown; /* percent; -1: nothing yet */
     uint64_t begun_ns;
     uint64_t next_ns; /* when the next line is due */
 };

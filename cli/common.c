@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "engine/system_memory.h"
 
 const struct command commands[] = {
     {"serve", "[MODEL]", "serve a model over HTTP", true, command_serve},
@@ -33,6 +34,18 @@ int cli_fail(const struct error *error) {
 enum status cli_open_model(const struct config *config, struct model **model, struct error *error) {
     if (!config->model[0]) return error_set(error, STATUS_INVALID, "model: none given; -m FILE names a GGUF file");
     return model_open(config->model, model, error);
+}
+
+enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error) {
+    uint64_t bytes, available = system_memory_available("");
+    if (config->model[0]) return error_set(error, STATUS_INVALID, "--dummy: there is a model already, %.200s", config->model);
+    enum status status = model_dummy_bytes(shape, &bytes, error);
+    if (status != STATUS_OK) return status;
+    if (bytes > available / 2)
+        return error_set(error, STATUS_NO_MEMORY,
+                         "--dummy %s: %.1f MiB of random weights, and as much for the backend's copy, do not fit the %.1f MiB available", shape,
+                         (double)bytes / 0x1p20, (double)available / 0x1p20);
+    return model_dummy(shape, 1, model, error);
 }
 
 void cli_warn_environment(void) {

@@ -54,6 +54,10 @@ struct program {
     float rope_magnitude;          /* cos and sin are multiplied by it (yarn); 1 */
 
     bool tied_head;                /* HEAD's weight is EMBED's tensor */
+
+    /* 0: tensors hold data. Else there is none: the backend makes every weight itself, a pure function of this, the tensor and the index, such that activations stay finite. tensor.data
+     * is not NULL where there is a tensor, and must not be read. Backends that cannot (backend_ops.makes_weights) refuse in prepare. */
+    uint64_t random_seed;
 };
 
 /* lane = layer * n_kv_heads + kv_head: one KV head of one layer. */

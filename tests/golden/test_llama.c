@@ -18,6 +18,7 @@
 #include "base/check.h"
 #include "kernels/backend.h"
 #include "model/model.h"
+#include "tests/support/golden_path.h"
 
 #define TOP 32
 #define CHUNK 64 /* rows of one step; logits of all of them are compared */
@@ -48,7 +49,8 @@ static void read_exactly(FILE *file, void *bytes, size_t size) {
 }
 
 static void read_golden(void) {
-    FILE *file = fopen(KVASIR_SOURCE_DIR "/tests/golden/llama/llama.bin", "rb");
+    char path[GOLDEN_PATH_MAX];
+    FILE *file = fopen(golden_path("llama/llama.bin", path), "rb");
     assert_non_null(file);
     char magic[8];
     uint32_t counts[4], first = 0;
