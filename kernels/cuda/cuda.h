@@ -62,20 +62,18 @@ struct device_pool {
 /* ---- one step, as kernels read it: one buffer, filled in pinned memory and copied to the device in one go ---- */
 
 struct step_header {
-    uint32_t n_rows, n_sequences, n_decode, n_tiles, n_head_rows, n_samples, n_table_writes, any_accumulates;
+    uint32_t n_rows, n_sequences, n_decode, n_tiles, n_head_rows, n_samples, any_accumulates;
 };
 struct step_sequence {
     uint32_t first_row, n_rows;
     uint32_t table;      /* of struct cuda's tables */
     uint32_t ring;       /* 0: none, else 1.. */
     uint32_t accumulate; /* bool */
+    uint32_t advance;    /* rows that every lane grew by since its length was last sent */
 };
 /* 16 packed queries or more of a sequence that has more than fit into one tile: queries [first, first + count) of its n_rows * group, query i being row i / group, head i % group. */
 struct prefill_tile {
     uint32_t sequence, first_query;
-};
-struct table_write {
-    uint32_t at, id; /* tables[at] = id */
 };
 
 /* The same places on both sides: view.host (pinned) and view.device. Sizes in brackets are capacities. */
@@ -84,18 +82,18 @@ struct step_view {
     int32_t *tokens, *positions;      /* [max_rows] */
     uint32_t *row_sequence;           /* [max_rows] */
     struct step_sequence *sequences;  /* [max_sequences] */
-    uint32_t *lane_tokens;            /* [max_sequences][n_lanes] slots filled before this step */
+    uint32_t *lane_tokens;            /* device alone: [max_sequences][n_lanes] slots filled before this step */
     uint32_t *decode;                 /* [max_sequences] sequences with n_rows * group <= TILE_QUERIES, by index */
     struct prefill_tile *tiles;       /* [max_tiles] of the others; PREFILL_QUERIES queries each */
     uint32_t *head_rows;              /* [max_samples] distinct rows whose logits are wanted */
     uint32_t *sample_head_row;        /* [max_samples] index in head_rows */
-    struct table_write *table_writes; /* [max_table_writes] */
 };
 enum { PREFILL_QUERIES = 64 }; /* of one prefill_tile */
 
 /* What the host knows when it launches, rounded up where a graph is shared: grids are made from this, kernels then look at the header. */
 struct step_shape {
-    uint32_t rows, decode, tiles, head_rows, samples;
+    uint32_t rows, sequences, decode, tiles, head_rows, samples;
+    uint32_t first_head_row, first_sample; /* of a step with more head rows than `logits` holds, the part being run: head_rows and samples count from there. Else 0 */
     bool accumulates;
 };
 
@@ -117,7 +115,7 @@ struct cuda {
     /* sizes */
     uint32_t n_lanes, group, n_q, n_kv; /* n_q = n_heads * d, n_kv = n_kv_heads * d */
     uint32_t n_tables, lane_blocks;     /* tables: [n_tables][n_lanes][lane_blocks] */
-    uint32_t max_tiles, max_table_writes;
+    uint32_t max_tiles, rows_padded; /* rows_padded: max_rows rounded up to 64 */
 
     /* weights */
     struct device_layer *layers; /* host array */
@@ -128,6 +126,7 @@ struct cuda {
 
     struct device_pool pool;
     uint32_t *tables; /* block ids on the device */
+    struct tables_host *tables_host; /* backend.cu: what of them is already there */
 
     /* rings; queries in the 16-bit type that attention computes with: bf16 for KV_BF16, else f16 */
     uint16_t *ring_queries; /* [n_rings][n_layers][ring_rows][n_q], position p at p % ring_rows */
@@ -136,6 +135,7 @@ struct cuda {
     /* activations: [max_rows rounded up to 64][...] */
     float *x;         /* n_embd: the residual stream */
     __half *h;        /* n_embd: normed */
+    float2 *rope;     /* rope_dims / 2: cos and sin of the row's position, magnitude included */
     float *qkv;       /* n_q + 2 n_kv */
     uint16_t *q;      /* n_q: rotated, f16 or bf16 as in rings */
     __half *a;        /* n_q: attention's result */
@@ -202,13 +202,19 @@ enum product_out { PRODUCT_F32, PRODUCT_F16, PRODUCT_ADD_F32 /* out += */ };
 void products_lay_out(struct cuda *cuda, struct device_arena *arena); /* workspace */
 enum status products_open(struct cuda *cuda, struct error *error);
 void products_close(struct cuda *cuda);
+/* What product() with so many rows has to look up, for all matrices, outside of a capture. */
+void products_warm(struct cuda *cuda, uint32_t rows);
 /* out[rows][w->rows] from in[rows][w->cols], launched on the stream. rows: host number, <= max_rows rounded up to 64; buffers have room for rows rounded up to 64. A row's result does
  * not depend on `rows` up to SKINNY_ROWS, nor ever with cuda->deterministic. */
 void product(struct cuda *cuda, const struct matrix *w, const __half *in, uint32_t rows, void *out, enum product_out kind);
 
 /* ---- rows.cu ---- */
-/* out[i] = f16 of rmsnorm(in[map ? map[i] : i]) * norm, i < *n (device). */
-void rows_norm(struct cuda *cuda, const float *in, const uint32_t *map, const uint32_t *n, uint32_t n_max, const float *norm, __half *out);
+/* out[i] = f16 of rmsnorm(x[i]) * norm, for the step's rows. */
+void rows_norm(struct cuda *cuda, const struct step_shape *shape, const float *norm, __half *out);
+/* head_h[i] = that of row head_rows[first_head_row + i]. */
+void rows_norm_head(struct cuda *cuda, const struct step_shape *shape);
+/* Angles of the step's positions. */
+void rows_rope(struct cuda *cuda, const struct step_shape *shape);
 /* qkv (+ bias, q/k norms, rope) to q, pool and rings. */
 void rows_append(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);
 /* g = silu(gate) * up, saturating. */
@@ -238,7 +244,8 @@ enum status sampling_open(struct cuda *cuda, struct error *error);
 void sampling_close(struct cuda *cuda);
 /* Host side of a step: parameters, biases, bans, histories into pinned memory. Before the launches. */
 void sampling_stage(struct cuda *cuda, const struct batch *batch);
-/* logits [head rows][n_vocab] -> results, on the stream, ending with a copy to pinned memory. Logits are left as they are. */
+/* logits [head rows][n_vocab] -> results of samples [first_sample, first_sample + samples) (row of logits: sample_head_row[i] - first_head_row), on the stream, ending with a copy to
+ * pinned memory. Logits are left as they are. */
 void sampling_run(struct cuda *cuda, const struct step_shape *shape);
 /* After the stream was waited for. */
 void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results);
