@@ -242,22 +242,21 @@ static void print(const struct bench *bench) {
 static enum status serve_requests(struct bench *bench, struct error *error) {
     const struct config *config = bench->config;
     const struct program *program = model_program(bench->model);
-    const struct backend_ops *ops;
-    struct backend_limits limits;
-    enum status status = bench_choose_backend(config, &ops, &limits, error);
+    struct cli_backend chosen;
+    enum status status = cli_choose_backend(config, program, &chosen, error);
     if (status != STATUS_OK) return status;
-    double bandwidth = ops->copy_bandwidth(&limits), weight_bytes = (double)ops->weight_bytes(program, &limits);
+    double bandwidth = chosen.ops->copy_bandwidth(&chosen.limits), weight_bytes = (double)chosen.ops->weight_bytes(program, &chosen.limits);
     struct bench_report report = {.config = config,
                                   .model = bench->model,
                                   .backend = bench->runs.runs[0].engine,
-                                  .kv_dtype = limits.kv_dtype,
+                                  .kv_dtype = chosen.limits.kv_dtype,
                                   .copy_bandwidth = bandwidth,
                                   .weight_bytes = weight_bytes};
     struct bench_runs_printer *printer = NULL;
     for (uint32_t i = 0; i < bench->runs.count && status == STATUS_OK; i++) {
         status = bench_requests_run(config, bench->model, &bench->runs.runs[i], error);
         if (status != STATUS_OK) break;
-        bench_requests_compare(&bench->runs, i, bandwidth, weight_bytes, bench_slot_bytes(program, limits.kv_dtype));
+        bench_requests_compare(&bench->runs, i, bandwidth, weight_bytes, bench_slot_bytes(program, chosen.limits.kv_dtype));
         report.threads = bench_threads_of(report.backend);
         if (!printer) printer = bench_runs_begin(&report, stdout); /* what fails at once prints nothing */
         bench_runs_add(printer, &bench->runs.runs[i]);

@@ -49,8 +49,6 @@ struct bench_size {
     uint32_t max_tokens;    /* of one sequence */
     uint32_t max_rows;      /* of one step */
 };
-/* The backend that config names, and what of its limits config gives. */
-enum status bench_choose_backend(const struct config *config, const struct backend_ops **ops, struct backend_limits *limits, struct error *error);
 enum status bench_driver_open(const struct config *config, const struct model *model, const struct bench_size *size, struct progress *progress,
                               struct bench_driver **driver, struct error *error);
 void bench_driver_close(struct bench_driver *driver); /* NULL is fine */

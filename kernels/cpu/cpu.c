@@ -437,6 +437,7 @@ static double cpu_copy_bandwidth(const struct backend_limits *limits) { return b
 
 const struct backend_ops backend_cpu = {
     .name = "cpu",
+    .memory = backend_host_memory,
     .block_bytes = cpu_block_bytes,
     .memory_plan = cpu_memory_plan,
     .prepare = cpu_prepare,
