@@ -188,6 +188,18 @@ static uint32_t cuda_memory_plan(const struct program *program, const struct bac
     return n;
 }
 
+static uint64_t cuda_weight_bytes(const struct program *program, const struct backend_limits *limits) {
+    struct cuda_private *counted = (struct cuda_private *)check_calloc(1, sizeof *counted);
+    struct device_arena weights = {};
+    begin(&counted->cuda, program, limits);
+    counted->cuda.tables_host = &counted->tables_host;
+    weights_lay_out(&counted->cuda, &weights);
+    const uint64_t bytes = cuda_laid_out_weight_bytes(&counted->cuda);
+    free(counted->cuda.layers);
+    free(counted);
+    return bytes;
+}
+
 /* ---- life ---- */
 
 static void cuda_close(struct backend *backend) {
@@ -621,7 +633,9 @@ static enum status cuda_sync(struct backend *backend, struct sample_result *resu
     CHECK(batch);
     cuda->batch = NULL;
     cuda->tap = NULL;
+    const uint64_t begun = cuda->limits.wait_ns ? clock_now_ns() : 0;
     CUDA_TRY(error, cudaStreamSynchronize(cuda->stream));
+    if (cuda->limits.wait_ns) *cuda->limits.wait_ns += clock_now_ns() - begun;
     add_phase_times(cuda);
     sampling_collect(cuda, batch, results);
     return STATUS_OK;
@@ -649,4 +663,7 @@ extern "C" const struct backend_ops backend_cuda = {
     .read_positions = cuda_read_positions,
     .shift_sinks = cuda_shift_sinks,
     .tap_logits = cuda_tap_logits,
+    .makes_weights = true,
+    .weight_bytes = cuda_weight_bytes,
+    .copy_bandwidth = cuda_copy_bandwidth,
 };

@@ -267,3 +267,8 @@ void sampling_stage(struct cuda *cuda, const struct batch *batch);
 void sampling_run(struct cuda *cuda, const struct step_shape *shape);
 /* After the stream was waited for. */
 void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results);
+
+/* ---- measure.cu ---- */
+double cuda_copy_bandwidth(const struct backend_limits *limits); /* struct backend_ops entry */
+/* For the entry weight_bytes: once `cuda` has been laid out, if only to count. */
+uint64_t cuda_laid_out_weight_bytes(const struct cuda *cuda);
