@@ -22,15 +22,21 @@ extern "C" {
 
 enum {
     CHUNK_MIN = 4096, /* tokens of a rank: below, a cluster's barriers cost more than the reading they divide */
+    RANKS_PORTABLE = 8,
+    WIDE_SAMPLES = 8, /* up to so many, larger clusters leave no multiprocessor without work */
     SCRATCH_TEAMS = 64,
     LIST_WORDS_MIN = 1 << 16, /* lists of a step */
     LIST_WORDS_SEQUENCE = 1 << 14,
     LIST_WORDS_MAX = 1 << 22,
 };
 
-struct sampling_device {
+struct team_size {
     uint32_t ranks, chunk;
     size_t shared_bytes;
+};
+
+struct sampling_device {
+    struct team_size size, wide; /* of many samples; of up to WIDE_SAMPLES */
     uint32_t max_samples, n_vocab;
     uint32_t list_words;    /* capacity */
     uint32_t *stage_device; /* parameters of a step's samples, then its lists */
@@ -45,7 +51,7 @@ struct sampling_device {
 
 static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer) == 32 && sizeof(struct sample_place) == 8, "as kernels read and write them");
 static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t), "marks take the place of the histograms");
-static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
+static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && RANKS_MAX <= 32 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
 
 static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) { sample_all(&args); }
 
@@ -54,10 +60,15 @@ static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct 
 static uint32_t chunk_of(uint32_t n_vocab, uint32_t ranks) { return div_up(div_up(n_vocab, ranks), 4) * 4; }
 static size_t shared_bytes_of(uint32_t chunk) { return sizeof(struct team_shared) + (size_t)chunk * sizeof(float); }
 
-static uint32_t ranks_of(const struct cuda *cuda) {
+static struct team_size size_of(uint32_t n_vocab, uint32_t ranks) {
+    const uint32_t chunk = chunk_of(n_vocab, ranks);
+    return {ranks, chunk, shared_bytes_of(chunk)};
+}
+
+static uint32_t ranks_of(const struct cuda *cuda, uint32_t most) {
     uint32_t ranks = 1;
     if (cuda->properties.major < 9) return 1;
-    while (ranks < RANKS_MAX && cuda->program->n_vocab > ranks * CHUNK_MIN) ranks *= 2;
+    while (ranks < most && cuda->program->n_vocab > ranks * CHUNK_MIN) ranks *= 2;
     return ranks;
 }
 
@@ -77,7 +88,7 @@ static size_t stage_words(const struct cuda *cuda) { return (size_t)cuda->limits
 
 /* Reads program, limits and properties. Counting makes nothing; with a base, what it makes is sampling_close's to free. */
 void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
-    const uint32_t ranks = ranks_of(cuda);
+    const uint32_t ranks = ranks_of(cuda, RANKS_PORTABLE);
     const bool copied = is_copied_to_shared(cuda, ranks);
     uint32_t *stage = (uint32_t *)device_take(arena, stage_words(cuda), sizeof(uint32_t));
     float *scratch = copied ? NULL : (float *)device_take(arena, (size_t)scratch_teams_of(cuda) * cuda->program->n_vocab, sizeof(float));
@@ -85,9 +96,9 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     CHECK(cuda->program->n_vocab > 0 && cuda->program->n_vocab < 1u << 23);
     if (!cuda->sampling) cuda->sampling = (struct sampling_device *)check_calloc(1, sizeof *cuda->sampling);
     struct sampling_device *s = cuda->sampling;
-    s->ranks = copied ? ranks : 1;
-    s->chunk = chunk_of(cuda->program->n_vocab, s->ranks);
-    s->shared_bytes = copied ? shared_bytes_of(s->chunk) : sizeof(struct team_shared);
+    s->size = size_of(cuda->program->n_vocab, copied ? ranks : 1);
+    if (!copied) s->size.shared_bytes = sizeof(struct team_shared);
+    s->wide = copied ? size_of(cuda->program->n_vocab, ranks_of(cuda, RANKS_MAX)) : s->size;
     s->max_samples = cuda->limits.max_samples;
     s->n_vocab = cuda->program->n_vocab;
     s->list_words = list_words_of(cuda);
@@ -95,39 +106,43 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     s->scratch = scratch;
 }
 
-static void configure(struct cuda *cuda, uint32_t samples, cudaLaunchConfig_t *config, cudaLaunchAttribute *cluster) {
-    const struct sampling_device *s = cuda->sampling;
-    const uint32_t teams = s->scratch && samples > SCRATCH_TEAMS ? (uint32_t)SCRATCH_TEAMS : samples;
+static void configure(const struct cuda *cuda, const struct team_size *size, uint32_t teams, cudaLaunchConfig_t *config, cudaLaunchAttribute *cluster) {
     *config = {};
-    config->gridDim = dim3(teams * s->ranks);
+    config->gridDim = dim3(teams * size->ranks);
     config->blockDim = dim3(THREADS);
-    config->dynamicSmemBytes = s->shared_bytes;
+    config->dynamicSmemBytes = size->shared_bytes;
     config->stream = cuda->stream;
-    if (s->ranks == 1) return;
+    if (size->ranks == 1) return;
     cluster->id = cudaLaunchAttributeClusterDimension;
-    cluster->val.clusterDim = {s->ranks, 1, 1};
+    cluster->val.clusterDim = {size->ranks, 1, 1};
     config->attrs = cluster;
     config->numAttrs = 1;
 }
 
-/* Parts of a device may have no room for a cluster of 8. */
-static enum status fit_cluster(struct cuda *cuda, struct error *error) {
+static bool has_room(const struct cuda *cuda, const struct team_size *size) {
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    int clusters = 0;
+    if (size->ranks == 1) return true;
+    configure(cuda, size, 1, &config, &cluster);
+    if (cudaOccupancyMaxActiveClusters(&clusters, sample_kernel, &config) == cudaSuccess) return clusters > 0;
+    (void)cudaGetLastError(); /* a size that this device does not know is an answer too */
+    return false;
+}
+
+/* Parts of a device may have no room for a cluster of 16, or 8. */
+static enum status fit_clusters(struct cuda *cuda, struct error *error) {
     struct sampling_device *s = cuda->sampling;
-    for (;;) {
-        cudaLaunchConfig_t config;
-        cudaLaunchAttribute cluster;
-        int clusters = 0;
-        CUDA_TRY(error, cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)s->shared_bytes));
-        if (s->ranks == 1) return STATUS_OK;
-        configure(cuda, 1, &config, &cluster);
-        CUDA_TRY(error, cudaOccupancyMaxActiveClusters(&clusters, sample_kernel, &config));
-        if (clusters > 0) return STATUS_OK;
-        if (!is_copied_to_shared(cuda, s->ranks / 2))
-            return error_set(error, STATUS_DEVICE, "%s: no room for %u blocks that sample together from %u tokens", cuda->properties.name, s->ranks, s->n_vocab);
-        s->ranks /= 2;
-        s->chunk = chunk_of(s->n_vocab, s->ranks);
-        s->shared_bytes = shared_bytes_of(s->chunk);
+    const size_t bytes = s->scratch ? sizeof(struct team_shared) : cuda->properties.sharedMemPerBlockOptin;
+    CUDA_TRY(error, cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    if (s->wide.ranks > RANKS_PORTABLE) CUDA_TRY(error, cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    while (!has_room(cuda, &s->size)) {
+        if (!is_copied_to_shared(cuda, s->size.ranks / 2))
+            return error_set(error, STATUS_DEVICE, "%s: no room for %u blocks that sample together from %u tokens", cuda->properties.name, s->size.ranks, s->n_vocab);
+        s->size = size_of(s->n_vocab, s->size.ranks / 2);
     }
+    if (!has_room(cuda, &s->wide)) s->wide = s->size;
+    return STATUS_OK;
 }
 
 enum status sampling_open(struct cuda *cuda, struct error *error) {
@@ -136,7 +151,7 @@ enum status sampling_open(struct cuda *cuda, struct error *error) {
     CUDA_TRY(error, cudaHostAlloc((void **)&s->stage, words * sizeof(uint32_t), cudaHostAllocDefault));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->answers, s->max_samples * sizeof *s->answers, cudaHostAllocMapped));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, (size_t)s->max_samples * SAMPLE_TOP_MAX * sizeof *s->tops, cudaHostAllocMapped));
-    return fit_cluster(cuda, error);
+    return fit_clusters(cuda, error);
 }
 
 void sampling_close(struct cuda *cuda) {
@@ -258,6 +273,7 @@ void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
     struct sampling_device *s = cuda->sampling;
     CHECK(shape->samples <= s->max_samples);
     if (shape->samples == 0) return;
+    const struct team_size *size = shape->samples <= WIDE_SAMPLES ? &s->wide : &s->size;
     struct sampling_args args = {};
     args.n_samples = &cuda->dev.header->n_samples;
     args.sample_head_row = cuda->dev.sample_head_row;
@@ -267,11 +283,12 @@ void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
     args.answers = s->answers;
     args.tops = s->tops;
     args.n_vocab = s->n_vocab;
-    args.ranks = s->ranks;
-    args.chunk = s->chunk;
+    args.max_samples = s->max_samples;
+    args.ranks = size->ranks;
+    args.chunk = size->chunk;
     cudaLaunchConfig_t config;
     cudaLaunchAttribute cluster;
-    configure(cuda, shape->samples, &config, &cluster);
+    configure(cuda, size, s->scratch && shape->samples > SCRATCH_TEAMS ? (uint32_t)SCRATCH_TEAMS : shape->samples, &config, &cluster);
     CUDA_CHECK(cudaLaunchKernelEx(&config, sample_kernel, args));
 }
 

@@ -1,6 +1,6 @@
 /* How a team of blocks samples from one row of logits: the device half of sample.cu, which owns the memory and launches.
  *
- * A team is a cluster of `ranks` blocks (1, 2, 4, 8; a single block before compute capability 9.0). Rank r looks after the tokens [r * chunk, (r + 1) * chunk). It reads its part of the
+ * A team is a cluster of `ranks` blocks (1, 2, 4, 8, 16; a single block before compute capability 9.0). Rank r looks after the tokens [r * chunk, (r + 1) * chunk). It reads its part of the
  * row once, into shared memory; all further passes go over that copy, which is also where biases, bans and penalties are put in. Where no copy fits (no clusters, a large vocabulary),
  * a row that is adjusted gets one in global memory, any other is read again. Logits are never written.
  *
@@ -25,7 +25,7 @@ extern "C" {
 enum {
     THREADS = 512,
     WARPS = THREADS / 32,
-    RANKS_MAX = 8,
+    RANKS_MAX = 16,
     BINS = 1024,    /* of a histogram; a multiple of THREADS and RANKS_MAX */
     BIN_BITS = 10,
     LIST_MAX = 256, /* tokens that are ranked by comparing each with each */
@@ -33,6 +33,7 @@ enum {
 };
 #define ALL_LANES 0xffffffffu
 #define NO_KEY 0xffffffffu
+#define KEY_END 0x42ae0000u /* keys are below: the bits of 87 */
 #define NO_TOKEN 0xffffffffu
 #define BIN_SCALE 36.5f /* steps for a distance of 1: the last begins at 28.03, where mass (2^40 exp(-distance)) is 0 */
 
@@ -73,7 +74,7 @@ struct sampling_args {
     float *scratch;                  /* [teams][n_vocab]; NULL: copies are in shared memory */
     struct sample_answer *answers;   /* [n_samples], in the host's memory */
     struct sample_place *tops;       /* [n_samples][SAMPLE_TOP_MAX], in the host's memory */
-    uint32_t n_vocab, ranks, chunk;
+    uint32_t n_vocab, max_samples, ranks, chunk;
 };
 
 /* Where a prefix ends: within the tokens of `key`, after `rank` of them by id. */
@@ -253,8 +254,7 @@ static __device__ __forceinline__ uint32_t key_of(const struct team *t, float va
 }
 
 static __device__ __forceinline__ uint32_t key_at(const struct team *t, uint32_t i) {
-    uint32_t key = t->own ? __float_as_uint(t->values[i]) : key_of(t, value_at(t, i));
-    return key < t->cut ? key : NO_KEY;
+    return t->own ? __float_as_uint(t->values[i]) : key_of(t, value_at(t, i));
 }
 
 static __device__ __forceinline__ uint64_t weight_of(const struct team *t, uint32_t key) {
@@ -420,17 +420,21 @@ static __device__ __noinline__ void adjust(const struct team *team, const uint32
 
 static __device__ __forceinline__ uint32_t bin_of(uint32_t key) { return min((uint32_t)__fmul_rn(__uint_as_float(key), BIN_SCALE), (uint32_t)BINS - 1); }
 
-/* Not above any key of the bin: the quotient is off by less than 64 units in the last place. Keys of a bin are less than 2^24 further (2^30 in the first), as distances at most double. */
-static __device__ __forceinline__ uint32_t bin_base(uint32_t bin) { return bin ? __float_as_uint(__fmul_rn((float)bin, 1.0f / BIN_SCALE)) - 64 : 0; }
+/* The smallest key of the bin: near where the quotient says, found by halving, as only bin_of knows how products round. */
+static __device__ uint32_t bin_low(uint32_t bin) {
+    if (bin == 0 || bin == BINS) return bin ? KEY_END : 0;
+    uint32_t key = __float_as_uint(__fmul_rn((float)bin, 1.0f / BIN_SCALE)) - 64;
+    for (uint32_t step = 64; step > 0; step /= 2)
+        if (bin_of(key + step - 1) < bin) key += step;
+    return key;
+}
 
-/* What is left of the search: keys of `bin` whose offset from its base, without the last `shift` bits, is `prefix`. */
+/* Keys [low, low + width): where a search has come to. NO_KEY is in none. */
 struct interval {
-    uint32_t bin, base, shift, prefix;
+    uint32_t low, width;
 };
 
-static __device__ __forceinline__ bool is_within(const struct interval *in, uint32_t key) {
-    return key != NO_KEY && bin_of(key) == in->bin && (key - in->base) >> in->shift == in->prefix;
-}
+static __device__ __forceinline__ bool is_within(const struct interval *in, uint32_t key) { return key - in->low < in->width; }
 
 /* 64-bit sums from 32-bit additions: who makes the low word overflow carries. */
 static __device__ __forceinline__ void histogram_add(struct team_shared *s, uint32_t bin, uint64_t mass) {
@@ -483,19 +487,18 @@ static __device__ void histogram_finish(const struct team *t, uint32_t level) {
     __syncthreads();
 }
 
-/* LEVEL_STEPS: of all candidates, by steps of distance. LEVEL_BITS: of those within `in`, by the next bits of their keys. first: the copy holds logits still, and keys from now on.
- * Called from several places: one copy of it in the instruction cache is better than three. */
-static __device__ __noinline__ void histogram(const struct team *team, uint32_t level, struct interval in, bool first) {
+/* LEVEL_STEPS: of all candidates, by steps of distance. LEVEL_BITS: of those within `in`, by their offset without its last `shift` bits. first: the copy holds logits still, and keys from
+ * now on. Called from several places: one of it in the instruction cache is better than three. */
+static __device__ __noinline__ void histogram(const struct team *team, uint32_t level, struct interval in, uint32_t shift, bool first) {
     const struct team t = *team;
     struct team_shared *s = block_memory();
-    const uint32_t bits = min(in.shift, (uint32_t)BIN_BITS), shift = in.shift - bits;
     for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) s->own_count[i] = s->own_low[i] = s->own_high[i] = 0;
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < t.count; i += THREADS) {
         const uint32_t key = first ? key_of(&t, value_at(&t, i)) : key_at(&t, i);
         if (first && t.own) t.values[i] = __uint_as_float(key);
-        if (level == LEVEL_STEPS ? key == NO_KEY : !is_within(&in, key)) continue;
-        histogram_add(s, level == LEVEL_STEPS ? bin_of(key) : (key - in.base) >> shift & ((1u << bits) - 1), weight_of(&t, key));
+        if (level == LEVEL_STEPS ? key >= t.cut : !is_within(&in, key)) continue;
+        histogram_add(s, level == LEVEL_STEPS ? bin_of(key) : (key - in.low) >> shift, weight_of(&t, key));
     }
     histogram_finish(&t, level);
 }
@@ -553,16 +556,17 @@ static __device__ struct position rank_list(struct team *t, bool by_mass, uint64
 static __device__ struct position prefix_end(struct team *t, bool by_mass, uint64_t target) {
     struct team_shared *s = block_memory();
     struct crossing at = histogram_cross(s, LEVEL_STEPS, by_mass, target, 0, 0);
-    struct interval in = {at.bin, bin_base(at.bin), at.bin ? 24u : 30u, 0};
-    while (at.count > LIST_MAX && in.shift > 0) {
-        const uint32_t bits = min(in.shift, (uint32_t)BIN_BITS);
-        histogram(t, LEVEL_BITS, in, false);
+    struct interval in = {bin_low(at.bin), bin_low(at.bin + 1)};
+    in.width = min(in.width, t->cut) - in.low;
+    while (at.count > LIST_MAX && in.width > 1) {
+        const uint32_t bits = 32 - (uint32_t)__clz((int)(in.width - 1)), shift = bits > BIN_BITS ? bits - BIN_BITS : 0;
+        histogram(t, LEVEL_BITS, in, shift, false);
         at = histogram_cross(s, LEVEL_BITS, by_mass, target, at.count_before, at.mass_before);
-        in.shift -= bits;
-        in.prefix = in.prefix << bits | at.bin;
+        in.low += at.bin << shift;
+        in.width = min(1u << shift, in.width - (at.bin << shift));
     }
     if (at.count <= LIST_MAX) return rank_list(t, by_mass, target, &in, &at);
-    const uint32_t key = in.base + in.prefix;
+    const uint32_t key = in.low;
     const uint64_t weight = by_mass ? weight_of(t, key) : 1, before = by_mass ? at.mass_before : at.count_before;
     return {at.mass_before, key, (uint32_t)((target - before + weight - 1) / weight), NO_TOKEN};
 }
@@ -601,11 +605,10 @@ static __device__ __noinline__ uint32_t draw(struct team *t, uint32_t token_of_b
     struct team_shared *s = block_memory();
     const float top_p = s->params.top_p, min_p = s->params.min_p;
     const uint32_t top_k = s->params.top_k > 0 ? (uint32_t)s->params.top_k : 0;
-    const struct interval everything = {};
     t->temperature = s->params.temperature;
     t->floor = top_k ? -87.0f : -27.8f; /* below, the mass is 0: only counts see it */
     t->min_e = top_p < 1 ? 0 : min_p;
-    histogram(t, LEVEL_STEPS, everything, true);
+    histogram(t, LEVEL_STEPS, {0, KEY_END}, 0, true);
     struct position end = {0, NO_KEY, 0, NO_TOKEN};
     uint64_t total = s->mass[LEVEL_STEPS][BINS - 1];
     const uint32_t n = s->count[LEVEL_STEPS][BINS - 1];
@@ -621,7 +624,7 @@ static __device__ __noinline__ uint32_t draw(struct team *t, uint32_t token_of_b
                 t->min_e = min_p;
                 t->cut = end.key;
                 __syncthreads();
-                histogram(t, LEVEL_STEPS, everything, false);
+                histogram(t, LEVEL_STEPS, {0, KEY_END}, 0, false);
                 before_end = s->mass[LEVEL_STEPS][BINS - 1];
                 total = before_end + end.rank * weight_of(t, end.key);
             }
@@ -631,7 +634,6 @@ static __device__ __noinline__ uint32_t draw(struct team *t, uint32_t token_of_b
                 const uint64_t weight = weight_of(t, end.key);
                 end.rank = (uint32_t)((target - before_end + weight - 1) / weight);
                 end.token = NO_TOKEN;
-                t->cut = NO_KEY;
                 break;
             }
         }
@@ -654,7 +656,9 @@ static __device__ void answer(const struct team *t, enum answer_kind kind, uint3
     *out = a;
 }
 
-static __device__ void sample_row(const struct sampling_args *a, uint32_t sample, float *chunk, struct team_shared *s) {
+/* `word`: this thread's of the parameters. */
+static __device__ void sample_row(const struct sampling_args *a, uint32_t sample, uint32_t head_row, uint32_t word) {
+    struct team_shared *s = block_memory();
     struct sample_params *p = &s->params;
     struct team t = {};
     t.cut = NO_KEY;
@@ -663,15 +667,15 @@ static __device__ void sample_row(const struct sampling_args *a, uint32_t sample
     t.rank = blockIdx.x % a->ranks;
     t.first = t.rank * a->chunk;
     t.count = min(a->chunk, a->n_vocab - t.first);
-    t.raw = a->logits + (size_t)__ldg(a->sample_head_row + sample) * a->n_vocab + t.first;
-    if (threadIdx.x < PARAMS_WORDS) ((uint32_t *)p)[threadIdx.x] = __ldg(a->stage + sample * PARAMS_WORDS + threadIdx.x);
+    t.raw = a->logits + (size_t)head_row * a->n_vocab + t.first;
+    if (threadIdx.x < PARAMS_WORDS) ((uint32_t *)p)[threadIdx.x] = word;
     if (threadIdx.x < SELECTIONS) s->list_used[threadIdx.x] = 0;
     __syncthreads();
     if (p->on_host) return;
     team_arrive();
     const bool report = p->n_top >= 0 || p->target >= 0, draws = p->target < 0, adjusted = draws && (p->n_bias || p->n_banned || p->n_history);
     t.own = a->scratch ? adjusted : report || adjusted || (draws && p->temperature != 0);
-    t.values = !t.own ? (float *)t.raw : a->scratch ? a->scratch + (size_t)(blockIdx.x / a->ranks) * a->n_vocab : chunk;
+    t.values = !t.own ? (float *)t.raw : a->scratch ? a->scratch + (size_t)(blockIdx.x / a->ranks) * a->n_vocab : (float *)(s + 1);
     struct sample_answer *out = &a->answers[sample];
 
     bool finite = false;
@@ -715,11 +719,14 @@ static __device__ void sample_row(const struct sampling_args *a, uint32_t sample
 }
 
 static __device__ void sample_all(const struct sampling_args *a) {
-    struct team_shared *s = block_memory();
-    float *chunk = (float *)(s + 1);
-    const uint32_t teams = gridDim.x / a->ranks, n = __ldg(a->n_samples);
-    for (uint32_t sample = blockIdx.x / a->ranks; sample < n; sample += teams) {
-        sample_row(a, sample, chunk, s);
-        if (sample + teams < n) team_sync(); /* nobody reads this sample's exchange any more */
+    const uint32_t teams = gridDim.x / a->ranks;
+    for (uint32_t sample = blockIdx.x / a->ranks;; sample += teams) {
+        /* All of them in flight at once: there is room for as many samples as there are teams. */
+        const uint32_t n = __ldg(a->n_samples), at = min(sample, a->max_samples - 1), head_row = __ldg(a->sample_head_row + at);
+        const uint32_t word = threadIdx.x < PARAMS_WORDS ? __ldg(a->stage + at * PARAMS_WORDS + threadIdx.x) : 0;
+        if (sample >= n) return;
+        sample_row(a, sample, head_row, word);
+        if (sample + teams >= n) return;
+        team_sync(); /* nobody reads this sample's exchange any more */
     }
 }
