@@ -2,13 +2,11 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "base/check.h"
 #include "base/random.h"
 #include "cli/bench.h"
 #include "cli/cli.h"
-#include "engine/engine.h"
 
 #define EXTENT_BYTES 65536u
 
@@ -43,17 +41,6 @@ static void place_blocks(struct bench_driver *driver, uint32_t extent) {
     }
 }
 
-static enum status choose_backend(const struct config *config, const struct model *model, const struct backend_ops **ops, enum kv_dtype *dtype,
-                                  struct error *error) {
-    *ops = backend_find(config->backend);
-    if (!*ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
-    if (kv_dtype_parse(config->kv_dtype, dtype)) return STATUS_OK;
-    struct memory_plan plan; /* "auto" is the engine's to decide */
-    enum status status = engine_plan_memory(config, model, &plan, error);
-    if (status == STATUS_OK) *dtype = plan.kv_dtype;
-    return status;
-}
-
 static void allocate(struct bench_driver *driver) {
     uint32_t sequences = driver->size.max_sequences, lanes = sequences * driver->n_lanes;
     driver->block_ids = check_calloc((size_t)lanes * driver->lane_blocks, sizeof *driver->block_ids);
@@ -72,35 +59,31 @@ static void allocate(struct bench_driver *driver) {
 enum status bench_driver_open(const struct config *config, const struct model *model, const struct bench_size *size, struct progress *progress,
                               struct bench_driver **result, struct error *error) {
     const struct program *program = model_program(model);
-    const struct backend_ops *ops = NULL;
-    enum kv_dtype dtype = KV_F16;
-    enum status status = choose_backend(config, model, &ops, &dtype, error);
+    struct cli_backend chosen;
+    enum status status = cli_choose_backend(config, program, &chosen, error);
     if (status != STATUS_OK) return status;
-    size_t block_bytes = ops->block_bytes(program, dtype);
+    size_t block_bytes = chosen.block_bytes;
     uint32_t extent = block_bytes < EXTENT_BYTES ? (uint32_t)(EXTENT_BYTES / block_bytes) : 1;
     uint64_t blocks = ((uint64_t)size->max_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     blocks = (blocks + extent - 1) / extent * extent;
     uint64_t total = blocks * size->max_sequences * program_lanes(program);
-    uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    if (total > UINT32_MAX / 2 || total * block_bytes > memory)
-        return error_set(error, STATUS_NO_MEMORY, "bench: %" PRIu32 " sequences of %" PRIu32 " tokens do not fit this machine's memory",
-                         size->max_sequences, size->max_tokens);
-    struct backend_limits limits = {
-        .kv_dtype = dtype,
-        .n_blocks = (uint32_t)total,
-        .max_rows = size->max_rows,
-        .max_sequences = size->max_sequences,
-        .max_samples = size->max_sequences,
-        .threads = config->threads,
-        .instruction_set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set,
-        .drop_source_pages = true,
-        .progress = progress_report,
-        .progress_context = progress,
-    };
+    if (total > UINT32_MAX / 2 || total * block_bytes > chosen.memory_bytes)
+        return error_set(error, STATUS_NO_MEMORY,
+                         "bench: %" PRIu32 " sequences of %" PRIu32 " tokens do not fit into the memory there is: %.1f of %.1f MiB",
+                         size->max_sequences, size->max_tokens, (double)(total * block_bytes) / 0x1p20, (double)chosen.memory_bytes / 0x1p20);
+    struct backend_limits limits = chosen.limits;
+    limits.n_blocks = (uint32_t)total;
+    limits.n_tables = size->max_sequences;
+    limits.table_blocks = (uint32_t)blocks;
+    limits.max_rows = size->max_rows;
+    limits.max_sequences = size->max_sequences;
+    limits.max_samples = size->max_sequences;
+    limits.progress = progress_report;
+    limits.progress_context = progress;
     struct bench_driver *driver = check_calloc(1, sizeof *driver);
-    *driver = (struct bench_driver){.program = program, .size = *size, .kv_dtype = dtype};
+    *driver = (struct bench_driver){.program = program, .size = *size, .kv_dtype = limits.kv_dtype};
     if (config->bench.phases) limits.phase_ns = driver->phase_ns;
-    status = ops->prepare(program, &limits, &driver->backend, error);
+    status = chosen.ops->prepare(program, &limits, &driver->backend, error);
     if (status != STATUS_OK) {
         free(driver);
         return status;
@@ -162,8 +145,12 @@ static uint32_t add_rows(struct bench_driver *driver, struct batch *batch, uint3
     CHECK(driver->length[sequence] + n_rows <= driver->size.max_tokens && first + n_rows <= driver->size.max_rows);
     for (uint32_t lane = 0; lane < driver->n_lanes; lane++) lane_tokens[lane] = driver->length[sequence];
     for (uint32_t i = 0; i < n_rows; i++) driver->positions[first + i] = (int32_t)(driver->length[sequence] + i);
-    driver->sequences[batch->n_sequences++] = (struct batch_sequence){
-        .first_row = first, .n_rows = n_rows, .lane_first = driver->lane_first + sequence * driver->n_lanes, .lane_tokens = lane_tokens};
+    driver->sequences[batch->n_sequences++] = (struct batch_sequence){.first_row = first,
+                                                                      .n_rows = n_rows,
+                                                                      .table = sequence,
+                                                                      .table_changes = 1, /* never one */
+                                                                      .lane_first = driver->lane_first + sequence * driver->n_lanes,
+                                                                      .lane_tokens = lane_tokens};
     batch->n_rows += n_rows;
     if (sampled) driver->samples[batch->n_samples++] = (struct sample){.row = batch->n_rows - 1, .sampling = &driver->greedy, .target = -1};
     driver->length[sequence] += n_rows;

@@ -35,6 +35,32 @@ enum status cli_open_model(const struct config *config, struct model **model, st
     return model_open(config->model, model, error);
 }
 
+enum status cli_choose_backend(const struct config *config, const struct program *program, struct cli_backend *chosen, struct error *error) {
+    const struct backend_ops *ops = backend_find(config->backend);
+    const char *set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set;
+    uint64_t available_bytes;
+    if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
+    *chosen = (struct cli_backend){.ops = ops,
+                                   .limits = {.kv_dtype = backend_kv_dtype(ops, set),
+                                              .device = config->device,
+                                              .deterministic = config->deterministic,
+                                              .threads = config->threads,
+                                              .instruction_set = set,
+                                              .drop_source_pages = true}};
+    (void)kv_dtype_parse(config->kv_dtype, &chosen->limits.kv_dtype);   /* "auto": as it is */
+    (void)weights_mode_parse(config->weights, &chosen->limits.weights); /* one of the option's choices */
+    enum status status = ops->memory(config->device, &available_bytes, &chosen->memory_bytes, error);
+    if (status != STATUS_OK) {
+        (void)error_prefix(error, "engine.backend: %s", ops->name);
+        return status;
+    }
+    if (chosen->memory_bytes == 0) chosen->memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    chosen->block_bytes = ops->block_bytes(program, chosen->limits.kv_dtype);
+    if (chosen->block_bytes > 0) return STATUS_OK;
+    return error_set(error, STATUS_UNSUPPORTED, "engine.kv_dtype: the %s backend does not store %s", ops->name,
+                     kv_dtype_name(chosen->limits.kv_dtype));
+}
+
 void cli_warn_environment(void) {
     char names[256];
     if (config_unknown_environment(names, sizeof names) > 0) log_warn("environment: no such option: %s", names);

@@ -44,8 +44,10 @@ struct config {
     bool vllm_names;                                           /* metrics.vllm_names */
 
     /* [engine] */
-    char backend[32]; /* auto, cpu, reference, mock */
+    char backend[32]; /* auto, cuda, cpu, reference, mock */
     uint32_t device;
+    char weights[16]; /* auto, f16, native: cuda alone */
+    bool deterministic;
     uint32_t threads;           /* 0: auto */
     char instruction_set[32];   /* auto */
     uint32_t max_model_len;     /* 0: what the model was trained for */

@@ -101,7 +101,7 @@ struct engine_stats {
     uint32_t n_layers;
 };
 
-/* What everything large will take, from config, model, free memory and the cgroup limit. Printed at start; each line count x bytes. */
+/* What everything large will take, from config, model, free memory (the host's, within the cgroup limit, and the device's). Printed at start; each line count x bytes. */
 struct memory_plan {
     uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows, max_choices;
     uint32_t n_rings, ring_rows, sink_slots; /* for compression */
@@ -110,10 +110,16 @@ struct memory_plan {
     size_t block_bytes;
     enum kv_dtype kv_dtype;
     uint32_t n_lines;
-    struct memory_line lines[24];
-    uint64_t total_bytes, available_bytes;
-    uint64_t kv_tokens; /* slots of the pool / lanes */
-    char lowered[160];  /* what was lowered to make it fit; empty: nothing */
+    struct memory_line lines[32];
+    uint64_t total_bytes, available_bytes; /* of the host: all lines, unless the backend has memory of its own; then those marked `host` */
+    bool has_device;                       /* it has: */
+    uint64_t device_bytes, device_available_bytes;
+    enum weights_mode weights; /* never AUTO where has_device */
+    struct weights_plan {
+        uint64_t bytes, kv_tokens; /* of weights; slots that they leave / lanes */
+    } weights_plans[3];            /* by enum weights_mode; has_device alone */
+    uint64_t kv_tokens;            /* slots of the pool / lanes */
+    char lowered[160];             /* what was lowered to make it fit; empty: nothing */
 };
 enum status engine_plan_memory(const struct config *config, const struct model *model, struct memory_plan *plan, struct error *error);
 void memory_plan_print(const struct memory_plan *plan, FILE *out);

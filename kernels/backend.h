@@ -23,9 +23,16 @@ enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
 const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
 bool kv_dtype_parse(const char *name, enum kv_dtype *dtype);
 
+/* How a backend with memory of its own keeps the weights: dequantised to f16, or in the types of the file. AUTO: f16 unless that takes too much of its memory (weights_choice). */
+enum weights_mode { WEIGHTS_AUTO, WEIGHTS_F16, WEIGHTS_NATIVE };
+
 struct backend_limits {
     enum kv_dtype kv_dtype;
+    uint32_t device;         /* of backends that have several */
+    enum weights_mode weights; /* of backends with memory of their own */
+    bool deterministic;      /* the row contract holds at any cost; the others hold it always */
     uint32_t n_blocks;       /* of the pool */
+    uint32_t n_tables, table_blocks; /* what the sequences of batches name: batch_sequence.table < n_tables, table_blocks ids a lane at most. n_tables 0: max_sequences, n_blocks */
     uint32_t max_rows;       /* rows of one batch */
     uint32_t max_sequences;  /* sequences of one batch */
     uint32_t max_samples;    /* samples of one batch */
@@ -47,6 +54,10 @@ struct backend_limits {
 /* One sequence's part of a batch. Its rows are contiguous, positions ascending. */
 struct batch_sequence {
     uint32_t first_row, n_rows;
+    /* Whose block ids these are, so that a backend with memory of its own need not take all of them at every step. No two sequences of a batch have the same table. */
+    uint32_t table;
+    uint32_t table_changes; /* differs from that of an earlier step with the same table, unless the ids listed then are still the first ones listed, lane by lane, and lane_tokens of all
+                               lanes differ from those of then by the same number. 0: unknown, everything is taken anew, by the next step with this table too */
     const uint32_t *lane_first;   /* [n_lanes]: index in batch.block_ids of the lane's first block id */
     const uint32_t *lane_tokens;  /* [n_lanes]: slots filled BEFORE this step; this step appends n_rows more to every lane. Blocks for them are in the table */
     uint32_t ring;   /* 0: none. 1..n_rings: ATTN leaves the queries (post-RoPE, as attention used them, widened exactly from the type they are kept in) of the last
@@ -73,8 +84,9 @@ struct shift_request {
 };
 
 struct memory_line {
-    const char *what; /* "weights", "KV block", "scratch" */
+    const char *what; /* "weights" (all of them and nothing else), "KV block", "scratch" */
     uint64_t count, bytes_each;
+    bool host; /* in the host's memory, whatever the backend's own is */
 };
 
 /* Compaction of one lane: the slots `keep` names move forward, in order, with K, V and position. Slot keep[i] of the source becomes slot i of the destination.
@@ -93,11 +105,15 @@ struct backend; /* each backend's own struct begins with this: */
 
 /* Every entry is present in every backend. */
 struct backend_ops {
-    const char *name; /* "cpu", "reference", "mock" */
+    const char *name; /* "cuda", "cpu", "reference", "mock" */
 
-    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included. */
+    /* The memory that pool, weights and scratch on `device` take from. *total_bytes 0: the host's, of which nothing more is said. Both may be NULL: is there such a device at all?
+     * STATUS_UNSUPPORTED: there is not, and why. Any thread. */
+    enum status (*memory)(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error);
+
+    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included. 0: this backend does not keep KV in this type. */
     size_t (*block_bytes)(const struct program *program, enum kv_dtype dtype);
-    /* What prepare will allocate beside the pool, line by line; returns the number of lines (<= max). limits->n_blocks is not read. */
+    /* What prepare will allocate beside the pool, line by line; returns the number of lines (<= max). limits->n_blocks is not read, nor is a device asked, but for WEIGHTS_AUTO. */
     uint32_t (*memory_plan)(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max);
 
     enum status (*prepare)(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error);
@@ -143,8 +159,15 @@ struct backend {
 
 /* NULL-terminated. A build without CUDA is a full build. */
 extern const struct backend_ops *const backends[];
-const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best present on this machine */
+const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best one that has a device on this machine */
 /* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
+/* backend_ops.memory of those that compute where this program runs: there is device 0 alone. */
+enum status backend_host_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error);
+/* What WEIGHTS_AUTO stands for on a device with `total_bytes`, of which f16 weights would take `f16_bytes`. */
+enum weights_mode weights_choice(uint64_t f16_bytes, uint64_t total_bytes);
+bool weights_mode_parse(const char *name, enum weights_mode *mode); /* "auto", "f16", "native" */
+const char *weights_mode_name(enum weights_mode mode);
 
+extern const struct backend_ops backend_cuda; /* in a build with CUDA (KVASIR_HAVE_CUDA) */
 extern const struct backend_ops backend_cpu, backend_reference, backend_mock;

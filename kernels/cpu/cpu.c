@@ -424,6 +424,7 @@ static void cpu_tap_logits(struct backend *backend, float *destination) { ((stru
 
 const struct backend_ops backend_cpu = {
     .name = "cpu",
+    .memory = backend_host_memory,
     .block_bytes = cpu_block_bytes,
     .memory_plan = cpu_memory_plan,
     .prepare = cpu_prepare,

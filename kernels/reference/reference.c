@@ -31,11 +31,11 @@ static size_t reference_block_bytes(const struct program *program, enum kv_dtype
 
 static uint32_t reference_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
     const struct memory_line all[] = {
-        {"scratch rows", limits->max_rows, sizeof(float) * floats_a_row(program)},
-        {"scratch", 1, sizeof(float) * floats_once(program)},
-        {"scratch samples", limits->max_samples, sizeof(struct sample_result)},
-        {"query rings", limits->n_rings, sizeof(float) * (ring_query_floats(program, limits) + ring_sink_floats(program, limits))},
-        {"ranking", 1, ranking_bytes(program, limits->rank_slots)},
+        {"scratch rows", limits->max_rows, sizeof(float) * floats_a_row(program), false},
+        {"scratch", 1, sizeof(float) * floats_once(program), false},
+        {"scratch samples", limits->max_samples, sizeof(struct sample_result), false},
+        {"query rings", limits->n_rings, sizeof(float) * (ring_query_floats(program, limits) + ring_sink_floats(program, limits)), false},
+        {"ranking", 1, ranking_bytes(program, limits->rank_slots), false},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -343,6 +343,7 @@ static void reference_tap_logits(struct backend *backend, float *destination) { 
 
 const struct backend_ops backend_reference = {
     .name = "reference",
+    .memory = backend_host_memory,
     .block_bytes = reference_block_bytes,
     .memory_plan = reference_memory_plan,
     .prepare = reference_prepare,

@@ -92,9 +92,10 @@ static enum status run_prepare(const struct program *program, const struct backe
 static inline void run_config(const struct run_setting *setting, struct config *config) {
     config_defaults(config);
     (void)snprintf(config->backend, sizeof config->backend, "%s", setting->backend);
-    (void)snprintf(config->kv_dtype, sizeof config->kv_dtype, "%s", strcmp(setting->backend, "cpu") == 0 ? "f16" : "f32");
     const struct backend_ops *ops = backend_find(setting->backend);
-    enum kv_dtype dtype = strcmp(setting->backend, "cpu") == 0 ? KV_F16 : KV_F32;
+    enum kv_dtype dtype = strcmp(setting->backend, "reference") == 0 ? KV_F32 : KV_F16;
+    (void)snprintf(config->kv_dtype, sizeof config->kv_dtype, "%s", kv_dtype_name(dtype));
+    config->deterministic = true;
     config->threads = setting->threads;
     config->max_model_len = setting->model_len ? setting->model_len : RUN_MODEL_LEN;
     config->max_sequences = setting->max_sequences;
