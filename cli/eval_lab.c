@@ -91,6 +91,7 @@ enum status lab_open(const struct config *config, const struct model *model, con
     limits.ring_rows = POLICY_WINDOW_MAX;
     limits.sink_slots = blocks_for(config->sink_tokens) * BLOCK_TOKENS;
     limits.accumulators = size->accumulate;
+    limits.rank_slots = size->max_tokens;
     limits.progress = report;
     limits.progress_context = context;
     struct lab *lab = check_calloc(1, sizeof *lab);
@@ -107,7 +108,8 @@ enum status lab_open(const struct config *config, const struct model *model, con
     lab->n_blocks = (uint32_t)total;
     lab->max_rows = config->max_rows;
     allocate(lab, size->max_tokens);
-    const struct compressor_limits compressor = {.slots_max = size->max_tokens, .slots_total = lanes * size->max_tokens, .classes = classes};
+    const struct compressor_limits compressor = {
+        .slots_max = size->max_tokens, .slots_total = lanes * size->max_tokens, .classes = classes, .lists = true};
     lab->compressor = compressor_new(lab->backend, program, &compressor);
     *result = lab;
     return STATUS_OK;

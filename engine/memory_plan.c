@@ -90,6 +90,7 @@ void engine_backend_limits(const struct memory_plan *plan, const struct config *
         .ring_rows = plan->ring_rows,
         .sink_slots = plan->sink_slots,
         .accumulators = plan->accumulators,
+        .rank_slots = plan->max_model_len,
         .mock_tokens_per_second = config->mock_tokens_per_second,
     };
 }

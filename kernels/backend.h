@@ -17,6 +17,7 @@
 #include "kernels/program.h"
 #include "kernels/sample.h"
 #include "kernels/score.h"
+#include "kernels/select.h"
 
 enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
 const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
@@ -42,6 +43,7 @@ struct backend_limits {
     uint32_t ring_rows;      /* query rows a ring holds */
     uint32_t sink_slots;     /* slots a lane whose keys shift_sinks may move, a multiple of BLOCK_TOKENS; 0: none. Each ring holds their unrotated copy */
     bool accumulators;       /* slots carry accumulated attention */
+    uint32_t rank_slots;     /* slots a lane of which rank() may be asked; 0: it is not */
     double mock_tokens_per_second; /* mock only: rate of each step's rows; 0: as fast as it goes */
     void (*progress)(void *context, double fraction); /* during prepare; may be NULL */
     void *progress_context;
@@ -95,9 +97,10 @@ struct memory_line {
 struct compaction {
     const uint32_t *source; /* [blocks of n_slots] the lane's block ids, in order */
     uint32_t n_slots;
-    const uint32_t *keep;   /* [n_keep] ascending, < n_slots */
+    const uint32_t *keep;   /* [n_keep] ascending, < n_slots; NULL: what the backend's last keep() left of `lane`, of which n_slots and n_keep are those numbers */
     uint32_t n_keep;
     const uint32_t *destination; /* [blocks of n_keep] */
+    uint32_t lane;               /* where keep is NULL */
 };
 
 struct backend; /* each backend's own struct begins with this: */
@@ -134,6 +137,13 @@ struct backend_ops {
     void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
     /* Scores of cached slots (kernels/score.h). Bit-identical whatever the chunks and batches in which the rows ran. */
     void (*score)(struct backend *backend, const struct score_request *request, float *scores);
+    /* Which slots of one sequence stay (kernels/select.h). rank makes a key of every slot of every lane: n_protected [n_lanes] of them always stay; scores (NULL: not wanted) lane after lane, as they
+     * are before protection. */
+    void (*rank)(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
+    void (*cut)(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes); /* lanes [n_lanes] */
+    /* Of each lane the `evict` lowest go, or all that may. lanes [n_lanes]; keep (NULL: the lists stay in the backend): the list of lane l begins where its slots would if lanes lay one after
+     * another. */
+    void (*keep)(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
     /* positions [count * BLOCK_TOKENS]: what the slots of these blocks hold; undefined past a lane's length. */
     void (*read_positions)(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
     /* The keys of the first request->n_slots slots of every lane are rotated to position + shift, from an unrotated copy in the ring. first: the copy is made now, from the
@@ -154,6 +164,7 @@ struct backend_ops {
 
 struct backend {
     const struct backend_ops *ops;
+    struct ranking *ranking; /* of backends that compute on the host (kernels/select.h); NULL: limits.rank_slots is 0 */
 };
 
 /* NULL-terminated. A build without CUDA is a full build. */

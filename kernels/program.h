@@ -54,10 +54,9 @@ struct program {
     float rope_magnitude;          /* cos and sin are multiplied by it (yarn); 1 */
 
     bool tied_head;                /* HEAD's weight is EMBED's tensor */
-
-    /* 0: tensors hold data. Else there is none: the backend makes every weight itself, a pure function of this, the tensor and the index, such that activations stay finite. tensor.data
-     * is not NULL where there is a tensor, and must not be read. Backends that cannot (backend_ops.makes_weights) refuse in prepare. */
-    uint64_t random_seed;
+    uint64_t random_seed;          /* 0: tensors hold data. Else there is none, and the backend makes every weight itself: matrices uniform with a standard deviation of 1/sqrt(cols),
+                                      norms 1, biases 0; a pure function of (seed, matrix, index). tensor.data is not NULL where there is a tensor, and must not be read.
+                                      Backends that cannot (backend_ops.makes_weights) refuse in prepare */
 };
 
 /* lane = layer * n_kv_heads + kv_head: one KV head of one layer. */

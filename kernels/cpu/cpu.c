@@ -239,6 +239,7 @@ static uint32_t cpu_memory_plan(const struct program *program, const struct back
     if (n < max) lines[n++] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = weights.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "scratch", .count = 1, .bytes_each = scratch.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "query rings", .count = 1, .bytes_each = rings.used};
+    if (n < max) lines[n++] = (struct memory_line){.what = "ranking", .count = 1, .bytes_each = ranking_bytes(program, limits->rank_slots)};
     return n;
 }
 
@@ -297,6 +298,7 @@ static void cpu_close(struct backend *backend) {
     struct cpu *cpu = (struct cpu *)backend;
     if (!cpu) return;
     workers_stop(cpu->workers);
+    ranking_free(cpu->backend.ranking);
     arena_close(&cpu->weights);
     arena_close(&cpu->pool_arena);
     arena_close(&cpu->rings);
@@ -354,6 +356,7 @@ static enum status cpu_prepare(const struct program *program, const struct backe
         return status;
     }
     (void)snprintf(cpu->description, sizeof cpu->description, "cpu %s, %u thread%s", isa->name, n_workers, n_workers == 1 ? "" : "s");
+    if (limits->rank_slots > 0) cpu->backend.ranking = ranking_new(program, limits->rank_slots);
     for (uint32_t i = 0; i < program->n_phases; i++) {
         pack_phase(cpu, &program->phases[i]);
         if (limits->progress) limits->progress(limits->progress_context, (double)(i + 1) / program->n_phases);
@@ -449,6 +452,9 @@ const struct backend_ops backend_cpu = {
     .compact = cpu_compact,
     .read_f32 = cpu_read_f32,
     .score = cpu_score,
+    .rank = host_rank,
+    .cut = host_cut,
+    .keep = host_keep,
     .read_positions = cpu_read_positions,
     .shift_sinks = cpu_shift_sinks,
     .tap_logits = cpu_tap_logits,

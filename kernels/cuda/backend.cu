@@ -75,6 +75,7 @@ void cuda_check(cudaError_t result, const char *what, const char *file, int line
 static size_t kv_bytes(uint32_t d, enum kv_dtype dtype) { return 2 * (size_t)BLOCK_TOKENS * d * (dtype == KV_Q8 ? 1 : dtype == KV_F32 ? 4 : 2); }
 
 static size_t cuda_block_bytes(const struct program *program, enum kv_dtype dtype) {
+    if (dtype == KV_F32) return 0;
     const size_t scales = dtype == KV_Q8 ? 2 * BLOCK_TOKENS * sizeof(float) : 0;
     return kv_bytes(program->head_dim, dtype) + scales + BLOCK_TOKENS * (sizeof(int32_t) + sizeof(uint64_t));
 }
@@ -243,17 +244,10 @@ static enum status check_program(const struct cuda *cuda, struct error *error) {
 }
 
 static enum status open_device(struct cuda *cuda, struct error *error) {
-    int count = 0;
-    const cudaError_t found = cudaGetDeviceCount(&count);
-    if (found != cudaSuccess || count == 0)
-        return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: %s", found != cudaSuccess ? cudaGetErrorString(found) : "the driver lists none");
-    if (cuda->limits.device >= (uint32_t)count) return error_set(error, STATUS_INVALID, "CUDA device %u: there are %d, the first is 0", cuda->limits.device, count);
+    const enum status status = cuda_find_device(cuda->limits.device, &cuda->properties, error);
+    if (status != STATUS_OK) return status;
     cuda->device = (int)cuda->limits.device;
     CUDA_TRY(error, cudaSetDevice(cuda->device));
-    CUDA_TRY(error, cudaGetDeviceProperties(&cuda->properties, cuda->device));
-    const cudaDeviceProp *device = &cuda->properties;
-    if (device->major < 8)
-        return error_set(error, STATUS_UNSUPPORTED, "CUDA device %d, %s: compute capability %d.%d; 8.0 is needed", cuda->device, device->name, device->major, device->minor);
     CUDA_TRY(error, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
     return STATUS_OK;
 }
@@ -651,6 +645,7 @@ static void cuda_tap_logits(struct backend *backend, float *destination) { cuda_
 
 extern "C" const struct backend_ops backend_cuda = {
     .name = "cuda",
+    .memory = cuda_memory,
     .block_bytes = cuda_block_bytes,
     .memory_plan = cuda_memory_plan,
     .prepare = cuda_prepare,
@@ -662,6 +657,9 @@ extern "C" const struct backend_ops backend_cuda = {
     .compact = cuda_compact,
     .read_f32 = cuda_read_f32,
     .score = cuda_score,
+    .rank = cuda_rank,
+    .cut = cuda_cut,
+    .keep = cuda_keep,
     .read_positions = cuda_read_positions,
     .shift_sinks = cuda_shift_sinks,
     .tap_logits = cuda_tap_logits,

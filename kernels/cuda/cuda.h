@@ -1,11 +1,11 @@
 /* What the files of the CUDA backend share. One stream, one device, the engine's thread; kernels find every size that changes from step to step in device memory, so that a captured
  * graph of a step stays right.
  *
- *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs
+ *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs;  device.cu  which devices there are
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
  *   attention.cu  attention over per-lane tables, accumulated attention
- *   services.cu   copies, compaction, reading, sinks; score.cu  scores of cached slots
+ *   services.cu   copies, compaction, reading, sinks; score.cu, score_window.cu  scores of cached slots; rank.cu  which of them stay
  *   sample.cu     from logits to tokens
  *
  * Names: a row is one token of a sequence; group = query heads of a KV head; d = head_dim; lane = layer * n_kv_heads + KV head. */
@@ -29,6 +29,7 @@ enum {
     TILE_QUERIES = 16, /* packed queries (row, head of the group) of one matrix tile */
     SKINNY_ROWS = 16,  /* products of up to so many rows are ours, larger ones cuBLAS's */
     HEAD_DIM_MAX = 128,
+    WORKSPACE_BYTES = 32 << 20, /* struct cuda's workspace */
 };
 
 /* A weight matrix on the device: out[row] = W in[row]. f16 rows x cols, row-major; or, where `type` is a quantised one, as weights.cu lays it out. */
@@ -98,7 +99,7 @@ struct step_shape {
 };
 
 struct sampling_device; /* sample.cu */
-struct score_device;    /* score.cu and services.cu */
+struct score_device;    /* services.h */
 struct product_device;  /* products.cu */
 struct attention_device; /* attention.cu */
 
@@ -123,6 +124,7 @@ struct cuda {
     struct matrix head;
     float *head_norm;
     double *rope_frequency; /* [rope_dims / 2] on the device */
+    uint8_t *workspace;     /* [WORKSPACE_BYTES] of the products; before the first step, weights pass through it */
 
     struct device_pool pool;
     uint32_t *tables; /* block ids on the device */
@@ -187,18 +189,28 @@ static inline void *device_take(struct device_arena *arena, size_t count, size_t
 static inline bool kv_computes_bf16(enum kv_dtype dtype) { return dtype == KV_BF16; }
 static inline uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
+/* ---- device.cu ---- */
+/* STATUS_UNSUPPORTED: there is none with this number, or it cannot do what is needed. */
+enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error);
+enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error); /* backend_ops.memory */
+
 /* ---- weights.cu ---- */
 /* Bytes on the device of all weights, with 16-bit and with native types; which of both `auto` takes. */
 size_t weights_bytes(const struct program *program, bool native);
-/* Lays out cuda->layers, embedding, head, norms in `arena` (counting or not), by cuda->limits. */
+/* Lays out cuda->layers, embedding, head, norms, rope_frequency in `arena` (counting or not), by cuda->limits. cuda->layers (the host's array, if still NULL) is
+ * allocated and is then the caller's to free. */
 void weights_lay_out(struct cuda *cuda, struct device_arena *arena);
-/* Copies or makes them. Progress as limits.progress. */
+/* Copies or makes them, and rope_frequency. Progress as limits.progress. */
 enum status weights_load(struct cuda *cuda, struct error *error);
 /* x[row] = embedding[token] for rows < header.n_rows, widened to f32. */
 void weights_embed(struct cuda *cuda, const struct step_shape *shape);
 
 /* ---- products.cu ---- */
-enum product_out { PRODUCT_F32, PRODUCT_F16, PRODUCT_ADD_F32 /* out += */ };
+enum product_out {
+    PRODUCT_F32,
+    PRODUCT_F16,    /* beyond +-65504: that where the product is ours, infinite where it is cuBLAS's. Who reads it clamps */
+    PRODUCT_ADD_F32 /* out += */
+};
 void products_lay_out(struct cuda *cuda, struct device_arena *arena); /* workspace */
 enum status products_open(struct cuda *cuda, struct error *error);
 void products_close(struct cuda *cuda);
@@ -207,6 +219,9 @@ void products_warm(struct cuda *cuda, uint32_t rows);
 /* out[rows][w->rows] from in[rows][w->cols], launched on the stream. rows: host number, <= max_rows rounded up to 64; buffers have room for rows rounded up to 64. A row's result does
  * not depend on `rows` up to SKINNY_ROWS, nor ever with cuda->deterministic. */
 void product(struct cuda *cuda, const struct matrix *w, const __half *in, uint32_t rows, void *out, enum product_out kind);
+/* Runs each product of a step with so many rows once, on whatever the activations hold, which are written: so that cuBLAS has chosen and loaded what a capture will
+ * need. Not while capturing. */
+void products_warm(struct cuda *cuda, uint32_t rows);
 
 /* ---- rows.cu ---- */
 /* out[i] = f16 of rmsnorm(x[i]) * norm, for the step's rows. */
@@ -227,7 +242,7 @@ void attention_close(struct cuda *cuda);
 void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the staging copy: cuts the work of all layers */
 void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);  /* q, pool -> a (and row_max, row_sum, accumulators) */
 
-/* ---- services.cu, score.cu: struct backend_ops entries ---- */
+/* ---- services.cu, score.cu, rank.cu: struct backend_ops entries ---- */
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
@@ -235,6 +250,9 @@ void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *s
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
 void cuda_score(struct backend *backend, const struct score_request *request, float *scores);
+void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
+void cuda_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes);
+void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
 void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
 void cuda_shift_sinks(struct backend *backend, const struct shift_request *request);
 

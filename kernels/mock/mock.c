@@ -113,6 +113,7 @@ static uint32_t mock_memory_plan(const struct program *program, const struct bac
         {"scratch samples", limits->max_samples, sizeof(struct sample_result), false},
         {"query rings", limits->n_rings, sizeof(struct ring), false},
         {"tables", limits->n_tables, sizeof(struct table) + table_id_count(program_lanes(program), limits) * sizeof(uint32_t), false},
+        {"ranking", 1, ranking_bytes(program, limits->rank_slots), false},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -122,6 +123,7 @@ static uint32_t mock_memory_plan(const struct program *program, const struct bac
 static void mock_close(struct backend *backend) {
     struct mock *mock = (struct mock *)(void *)backend;
     if (!mock) return;
+    ranking_free(mock->backend.ranking);
     free(mock->blocks);
     free(mock->witnesses);
     free(mock->rings);
@@ -152,6 +154,7 @@ static enum status mock_prepare(const struct program *program, const struct back
         mock_close(&mock->backend);
         return error_set(error, STATUS_NO_MEMORY, "mock backend: no memory for %u blocks", (unsigned)limits->n_blocks);
     }
+    if (limits->rank_slots > 0) mock->backend.ranking = ranking_new(program, limits->rank_slots);
     mock->rings = check_calloc((size_t)limits->n_rings + 1, sizeof *mock->rings);
     mock->tables = check_calloc((size_t)limits->n_tables + 1, sizeof *mock->tables);
     mock->table_ids = check_calloc(limits->n_tables * table_id_count(mock->n_lanes, limits) + 1, sizeof *mock->table_ids);
@@ -385,9 +388,10 @@ static void mock_compact(struct backend *backend, uint32_t count, const struct c
                   (block->writer == n && j * BLOCK_TOKENS < item->n_keep && item->destination[j] == item->source[j]));
             if (j > 0) check_order(&mock->blocks[item->source[j - 1]].slots[BLOCK_TOKENS - 1], &block->slots[0]);
         }
+        const uint32_t *keep = host_kept(backend, item);
         for (uint32_t i = 0; i < item->n_keep; i++) {
-            uint32_t from = item->keep[i];
-            CHECK(from < item->n_slots && (i == 0 || from > item->keep[i - 1]));
+            uint32_t from = keep[i];
+            CHECK(from < item->n_slots && (i == 0 || from > keep[i - 1]));
             struct block *to = &mock->blocks[item->destination[i / BLOCK_TOKENS]];
             to->slots[i % BLOCK_TOKENS] = mock->blocks[item->source[from / BLOCK_TOKENS]].slots[from % BLOCK_TOKENS];
         }
@@ -494,6 +498,9 @@ const struct backend_ops backend_mock = {
     .compact = mock_compact,
     .read_f32 = mock_read_f32,
     .score = mock_score,
+    .rank = host_rank,
+    .cut = host_cut,
+    .keep = host_keep,
     .read_positions = mock_read_positions,
     .shift_sinks = mock_shift_sinks,
     .tap_logits = mock_tap_logits,

@@ -35,6 +35,7 @@ static uint32_t reference_memory_plan(const struct program *program, const struc
         {"scratch", 1, sizeof(float) * floats_once(program), false},
         {"scratch samples", limits->max_samples, sizeof(struct sample_result), false},
         {"query rings", limits->n_rings, sizeof(float) * (ring_query_floats(program, limits) + ring_sink_floats(program, limits)), false},
+        {"ranking", 1, ranking_bytes(program, limits->rank_slots), false},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -45,6 +46,7 @@ static void reference_close(struct backend *backend) {
     struct reference *r = (struct reference *)(void *)backend;
     if (!r) return;
     kv_pool_done(&r->pool);
+    ranking_free(r->backend.ranking);
     free(r->ring_queries);
     free(r->ring_sinks);
     free(r->results);
@@ -113,6 +115,7 @@ static enum status reference_prepare(const struct program *program, const struct
         reference_close(&r->backend);
         return status;
     }
+    if (limits->rank_slots > 0) r->backend.ranking = ranking_new(program, limits->rank_slots);
     if (limits->progress) limits->progress(limits->progress_context, 1);
     *backend = &r->backend;
     return STATUS_OK;
@@ -375,6 +378,9 @@ const struct backend_ops backend_reference = {
     .compact = reference_compact,
     .read_f32 = reference_read_f32,
     .score = reference_score,
+    .rank = host_rank,
+    .cut = host_cut,
+    .keep = host_keep,
     .read_positions = reference_read_positions,
     .shift_sinks = reference_shift_sinks,
     .tap_logits = reference_tap_logits,
