@@ -88,7 +88,7 @@ static enum status take_events(struct client *client, struct error *error) {
     return STATUS_OK;
 }
 
-/* All at once, to the last token; *wall_ns from the first letter to the last event. What the engine counted is complete when this returns. */
+/* All at once; *wall_ns from the first letter until the engine has nothing left to do, and has counted it. */
 static enum status run_all(struct client *client, uint64_t *wall_ns, struct error *error) {
     enum status status = STATUS_OK;
     uint64_t begun = clock_now_ns();
@@ -97,10 +97,10 @@ static enum status run_all(struct client *client, uint64_t *wall_ns, struct erro
         status = wait_for_engine(client, error);
         if (status != STATUS_OK) break;
     }
-    *wall_ns = clock_now_ns() - begun;
     struct engine_stats stats;
     while (status == STATUS_OK && (engine_stats(client->engine, &stats), stats.running + stats.waiting > 0 || stats.blocks_used > 0))
         status = wait_for_engine(client, error);
+    *wall_ns = clock_now_ns() - begun;
     return status;
 }
 

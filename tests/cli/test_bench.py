@@ -100,25 +100,26 @@ class Bench(Case):
         return result
 
     def test_requests_through_the_engine(self):
-        result = self.requests("--backend", "cpu", "--requests", "12", "-p", "200", "-n", "40", "--policies", "none,kv_compress", "--keep", "0.5,0.25", "--kv-memory", "400KiB", "--max-rows", "64")
+        result = self.requests("--backend", "cpu", "--requests", "24", "-p", "200", "-n", "200", "--policies", "none,kv_compress", "--keep", "0.5,0.25", "--kv-memory", "800KiB", "--max-rows", "64")
         self.assertGreater(result["copy_gb_s"], 0)
         none, half, quarter = result["runs"]
         self.assertEqual([(run["policy"], run["keep"]) for run in result["runs"]], [("none", 1), ("kv_compress", 0.5), ("kv_compress", 0.25)])
         for run in result["runs"]:
-            self.assertEqual((run["requests"], run["n_prompt"], run["n_gen"], run["max_sequences"], run["kv_limit_bytes"]), (12, 200, 40, 12, 400 << 10))
+            self.assertEqual((run["requests"], run["n_prompt"], run["n_gen"], run["max_sequences"], run["kv_limit_bytes"]), (24, 200, 200, 24, 800 << 10))
             self.assertTrue(0.98 * run["kv_limit_bytes"] < run["pool_bytes"] + run["ring_bytes"] <= run["kv_limit_bytes"], run)
-        # Memory is what limits the batch: of whole sequences there fit five, of those that have been cut more.
+        # Memory is what limits the batch: 336 blocks, of which a prompt takes 28 and a whole sequence 52.
         self.assertEqual((none["ring_bytes"], none["compressions"], none["slots_kept"], none["ratio"]), (0, 0, 1, 0))
-        self.assertLessEqual(none["batch_max"], 5)
+        self.assertLessEqual(none["batch_max"], 12)
+        self.assertLess(none["batch_mean"], 9)
         for run, keep in ((half, 0.5), (quarter, 0.25)):
-            self.assertEqual(run["ring_bytes"], 12 * 2 * 32 * 64 * 2)  # sequences, layers, window, queries' width, f16
-            self.assertGreaterEqual(run["compressions"], 12)
-            self.assertTrue(keep <= run["slots_kept"] < keep + 0.25, run)  # and what came since, and whole blocks
+            self.assertEqual(run["ring_bytes"], 24 * 2 * 32 * 64 * 2)  # sequences, layers, window, queries' width, f16
+            self.assertGreaterEqual(run["compressions"], 24)
+            self.assertTrue(keep <= run["slots_kept"] < keep + 0.15, run)  # and what came since, and whole blocks
             self.assertTrue(0 < run["compression_s"] and 0 < run["compression_share"] < 1)
             self.assertAlmostEqual(run["ratio"], run["output_tok_s"] / none["output_tok_s"])
             self.assertAlmostEqual(run["ratio_of_steps"], (none["reading_s"] + none["decode_s"]) / (run["reading_s"] + run["decode_s"]))
             self.assertAlmostEqual(run["of_steps"], run["ratio"] / run["ratio_of_steps"])
-        self.assertGreater(quarter["batch_max"], none["batch_max"])
+        self.assertGreater(quarter["batch_mean"], none["batch_mean"])
 
     def test_requests_with_several_prompts(self):
         result = self.requests("--backend", "mock", "--requests", "3", "-p", "5,70", "-n", "4", "--max-sequences", "2")
