@@ -74,62 +74,60 @@ static __device__ void answer(const struct team<COPIED> *t, enum answer_kind kin
 template <bool COPIED> static __device__ void sample_row(const struct sampling_args *a, uint32_t sample, uint32_t head_row, uint32_t word) {
     struct team_shared *s = block_memory();
     struct sample_params *p = &s->params;
-    struct team<COPIED> t = {};
-    t.cut = NO_KEY;
-    t.temperature = 1;
-    t.ranks = a->ranks;
-    t.rank = blockIdx.x % a->ranks;
-    t.first = t.rank * a->chunk;
-    t.count = min(a->chunk, a->n_vocab - t.first);
-    t.raw = a->logits + (size_t)head_row * a->n_vocab + t.first;
+    struct team<COPIED> *t = (struct team<COPIED> *)&s->team, own = {};
+    own.cut = NO_KEY;
+    own.ranks = a->ranks;
+    own.rank = blockIdx.x % a->ranks;
+    own.first = own.rank * a->chunk;
+    own.count = min(a->chunk, a->n_vocab - own.first);
+    own.raw = a->logits + (size_t)head_row * a->n_vocab + own.first;
     if (threadIdx.x < PARAMS_WORDS) ((uint32_t *)p)[threadIdx.x] = word;
     if (threadIdx.x < SELECTIONS) s->list_used[threadIdx.x] = 0;
     __syncthreads();
     if (p->on_host) return;
     team_arrive();
     const bool report = p->n_top >= 0 || p->target >= 0, draws = p->target < 0, adjusted = draws && (p->n_bias || p->n_banned || p->n_history);
-    t.own = adjusted || (COPIED && (report || (draws && p->temperature != 0))); /* else reading once, or again, is cheaper */
-    t.values = t.own && !COPIED ? a->scratch + (size_t)(blockIdx.x / a->ranks) * a->n_vocab : (float *)t.raw;
+    own.own = adjusted || (COPIED && (report || (draws && p->temperature != 0))); /* else reading once, or again, is cheaper */
+    own.values = own.own && !COPIED ? a->scratch + (size_t)(blockIdx.x / a->ranks) * a->n_vocab : (float *)own.raw;
+    if (threadIdx.x == 0) *t = own;
     struct sample_answer *out = &a->answers[sample];
 
-    const struct seen seen = read_row(&t, a->n_vocab % 4 == 0);
+    const struct seen seen = read_row(&own, a->n_vocab % 4 == 0);
     uint64_t best = block_max(s, 0, ranked(seen.best, seen.token));
     const bool finite = __syncthreads_or(seen.finite);
     team_wait(); /* all ranks are there */
-    offer(&t, EXCHANGE_BEST, best);
-    offer(&t, EXCHANGE_FINITE, finite);
+    offer(t, EXCHANGE_BEST, best);
+    offer(t, EXCHANGE_FINITE, finite);
     team_sync();
-    best = offered_max(&t, EXCHANGE_BEST);
-    t.best = ranked_value(best);
-    if (offered_max(&t, EXCHANGE_FINITE) == 0) {
-        answer(&t, ANSWER_NO_LOGITS, 0, 0, out);
+    best = offered_max(t, EXCHANGE_BEST);
+    if (offered_max(t, EXCHANGE_FINITE) == 0) {
+        answer(t, ANSWER_NO_LOGITS, 0, 0, out);
         return;
     }
     uint32_t n_top = 0;
     if (report) {
-        offer(&t, EXCHANGE_MASS, block_sum(s, sum_of_exponentials(&t)));
-        if (p->n_top > 0) offer_tops(&t, (uint32_t)p->n_top);
+        offer(t, EXCHANGE_MASS, block_sum(s, sum_of_exponentials(t, ranked_value(best))));
+        if (p->n_top > 0) offer_tops(t, (uint32_t)p->n_top);
         team_sync();
-        if (p->n_top > 0 && t.rank == 0) n_top = report_tops(&t, (uint32_t)p->n_top, a->tops + (size_t)sample * SAMPLE_TOP_MAX);
+        if (p->n_top > 0 && t->rank == 0) n_top = report_tops(t, (uint32_t)p->n_top, a->tops + (size_t)sample * SAMPLE_TOP_MAX);
     }
     if (!draws) {
-        answer(&t, ANSWER_TOKEN, (uint32_t)p->target, n_top, out);
+        answer(t, ANSWER_TOKEN, (uint32_t)p->target, n_top, out);
         return;
     }
     if (adjusted) {
-        adjust(&t, a->stage);
-        best = block_max(s, 1, best_value(&t));
-        offer(&t, EXCHANGE_ADJUSTED, best);
+        adjust(t, a->stage);
+        best = block_max(s, 1, best_value(t));
+        offer(t, EXCHANGE_ADJUSTED, best);
         team_sync();
-        best = offered_max(&t, EXCHANGE_ADJUSTED);
-        t.best = ranked_value(best);
-        if (t.best == -INFINITY) {
-            answer(&t, ANSWER_NO_TOKEN, 0, n_top, out);
+        best = offered_max(t, EXCHANGE_ADJUSTED);
+        if (ranked_value(best) == -INFINITY) {
+            answer(t, ANSWER_NO_TOKEN, 0, n_top, out);
             return;
         }
     }
-    const uint32_t token = p->temperature == 0 ? ranked_token(best) : draw(&t, ranked_token(best));
-    answer(&t, ANSWER_TOKEN, token, n_top, out);
+    const uint32_t token = p->temperature == 0 ? ranked_token(best) : draw(t, best);
+    answer(t, ANSWER_TOKEN, token, n_top, out);
 }
 
 template <bool COPIED> static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) {
