@@ -1,11 +1,11 @@
 /* What the files of the CUDA backend share. One stream, one device, the engine's thread; kernels find every size that changes from step to step in device memory, so that a captured
  * graph of a step stays right.
  *
- *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs
+ *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs;  device.cu  which devices there are
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
  *   attention.cu  attention over per-lane tables, accumulated attention
- *   services.cu   copies, compaction, reading, sinks; score.cu  scores of cached slots
+ *   services.cu   copies, compaction, reading, sinks; score.cu, score_window.cu  scores of cached slots; rank.cu  which of them stay
  *   sample.cu     from logits to tokens
  *
  * Names: a row is one token of a sequence; group = query heads of a KV head; d = head_dim; lane = layer * n_kv_heads + KV head. */
@@ -29,6 +29,7 @@ enum {
     TILE_QUERIES = 16, /* packed queries (row, head of the group) of one matrix tile */
     SKINNY_ROWS = 16,  /* products of up to so many rows are ours, larger ones cuBLAS's */
     HEAD_DIM_MAX = 128,
+    WORKSPACE_BYTES = 32 << 20, /* struct cuda's workspace */
 };
 
 /* A weight matrix on the device: out[row] = W in[row]. f16 rows x cols, row-major; or, where `type` is a quantised one, as weights.cu lays it out. */
@@ -62,20 +63,18 @@ struct device_pool {
 /* ---- one step, as kernels read it: one buffer, filled in pinned memory and copied to the device in one go ---- */
 
 struct step_header {
-    uint32_t n_rows, n_sequences, n_decode, n_tiles, n_head_rows, n_samples, n_table_writes, any_accumulates;
+    uint32_t n_rows, n_sequences, n_decode, n_tiles, n_head_rows, n_samples, any_accumulates;
 };
 struct step_sequence {
     uint32_t first_row, n_rows;
     uint32_t table;      /* of struct cuda's tables */
     uint32_t ring;       /* 0: none, else 1.. */
     uint32_t accumulate; /* bool */
+    uint32_t advance;    /* rows that every lane grew by since its length was last sent */
 };
 /* 16 packed queries or more of a sequence that has more than fit into one tile: queries [first, first + count) of its n_rows * group, query i being row i / group, head i % group. */
 struct prefill_tile {
     uint32_t sequence, first_query;
-};
-struct table_write {
-    uint32_t at, id; /* tables[at] = id */
 };
 
 /* The same places on both sides: view.host (pinned) and view.device. Sizes in brackets are capacities. */
@@ -84,23 +83,23 @@ struct step_view {
     int32_t *tokens, *positions;      /* [max_rows] */
     uint32_t *row_sequence;           /* [max_rows] */
     struct step_sequence *sequences;  /* [max_sequences] */
-    uint32_t *lane_tokens;            /* [max_sequences][n_lanes] slots filled before this step */
+    uint32_t *lane_tokens;            /* device alone: [max_sequences][n_lanes] slots filled before this step */
     uint32_t *decode;                 /* [max_sequences] sequences with n_rows * group <= TILE_QUERIES, by index */
     struct prefill_tile *tiles;       /* [max_tiles] of the others; PREFILL_QUERIES queries each */
     uint32_t *head_rows;              /* [max_samples] distinct rows whose logits are wanted */
     uint32_t *sample_head_row;        /* [max_samples] index in head_rows */
-    struct table_write *table_writes; /* [max_table_writes] */
 };
 enum { PREFILL_QUERIES = 64 }; /* of one prefill_tile */
 
 /* What the host knows when it launches, rounded up where a graph is shared: grids are made from this, kernels then look at the header. */
 struct step_shape {
-    uint32_t rows, decode, tiles, head_rows, samples;
+    uint32_t rows, sequences, decode, tiles, head_rows, samples;
+    uint32_t first_head_row, first_sample; /* of a step with more head rows than `logits` holds, the part being run: head_rows and samples count from there. Else 0 */
     bool accumulates;
 };
 
 struct sampling_device; /* sample.cu */
-struct score_device;    /* score.cu and services.cu */
+struct score_device;    /* services.h */
 struct product_device;  /* products.cu */
 struct attention_device; /* attention.cu */
 
@@ -117,7 +116,7 @@ struct cuda {
     /* sizes */
     uint32_t n_lanes, group, n_q, n_kv; /* n_q = n_heads * d, n_kv = n_kv_heads * d */
     uint32_t n_tables, lane_blocks;     /* tables: [n_tables][n_lanes][lane_blocks] */
-    uint32_t max_tiles, max_table_writes;
+    uint32_t max_tiles, rows_padded; /* rows_padded: max_rows rounded up to 64 */
 
     /* weights */
     struct device_layer *layers; /* host array */
@@ -125,9 +124,11 @@ struct cuda {
     struct matrix head;
     float *head_norm;
     double *rope_frequency; /* [rope_dims / 2] on the device */
+    uint8_t *workspace;     /* [WORKSPACE_BYTES] of the products; before the first step, weights pass through it */
 
     struct device_pool pool;
     uint32_t *tables; /* block ids on the device */
+    struct tables_host *tables_host; /* backend.cu: what of them is already there */
 
     /* rings; queries in the 16-bit type that attention computes with: bf16 for KV_BF16, else f16 */
     uint16_t *ring_queries; /* [n_rings][n_layers][ring_rows][n_q], position p at p % ring_rows */
@@ -136,6 +137,7 @@ struct cuda {
     /* activations: [max_rows rounded up to 64][...] */
     float *x;         /* n_embd: the residual stream */
     __half *h;        /* n_embd: normed */
+    float2 *rope;     /* rope_dims / 2: cos and sin of the row's position, magnitude included */
     float *qkv;       /* n_q + 2 n_kv */
     uint16_t *q;      /* n_q: rotated, f16 or bf16 as in rings */
     __half *a;        /* n_q: attention's result */
@@ -187,28 +189,47 @@ static inline void *device_take(struct device_arena *arena, size_t count, size_t
 static inline bool kv_computes_bf16(enum kv_dtype dtype) { return dtype == KV_BF16; }
 static inline uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
+/* ---- device.cu ---- */
+/* STATUS_UNSUPPORTED: there is none with this number, or it cannot do what is needed. */
+enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error);
+enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error); /* backend_ops.memory */
+
 /* ---- weights.cu ---- */
 /* Bytes on the device of all weights, with 16-bit and with native types; which of both `auto` takes. */
 size_t weights_bytes(const struct program *program, bool native);
-/* Lays out cuda->layers, embedding, head, norms in `arena` (counting or not), by cuda->limits. */
+/* Lays out cuda->layers, embedding, head, norms, rope_frequency in `arena` (counting or not), by cuda->limits. cuda->layers (the host's array, if still NULL) is
+ * allocated and is then the caller's to free. */
 void weights_lay_out(struct cuda *cuda, struct device_arena *arena);
-/* Copies or makes them. Progress as limits.progress. */
+/* Copies or makes them, and rope_frequency. Progress as limits.progress. */
 enum status weights_load(struct cuda *cuda, struct error *error);
 /* x[row] = embedding[token] for rows < header.n_rows, widened to f32. */
 void weights_embed(struct cuda *cuda, const struct step_shape *shape);
 
 /* ---- products.cu ---- */
-enum product_out { PRODUCT_F32, PRODUCT_F16, PRODUCT_ADD_F32 /* out += */ };
+enum product_out {
+    PRODUCT_F32,
+    PRODUCT_F16,    /* beyond +-65504: that where the product is ours, infinite where it is cuBLAS's. Who reads it clamps */
+    PRODUCT_ADD_F32 /* out += */
+};
 void products_lay_out(struct cuda *cuda, struct device_arena *arena); /* workspace */
 enum status products_open(struct cuda *cuda, struct error *error);
 void products_close(struct cuda *cuda);
+/* What product() with so many rows has to look up, for all matrices, outside of a capture. */
+void products_warm(struct cuda *cuda, uint32_t rows);
 /* out[rows][w->rows] from in[rows][w->cols], launched on the stream. rows: host number, <= max_rows rounded up to 64; buffers have room for rows rounded up to 64. A row's result does
  * not depend on `rows` up to SKINNY_ROWS, nor ever with cuda->deterministic. */
 void product(struct cuda *cuda, const struct matrix *w, const __half *in, uint32_t rows, void *out, enum product_out kind);
+/* Runs each product of a step with so many rows once, on whatever the activations hold, which are written: so that cuBLAS has chosen and loaded what a capture will
+ * need. Not while capturing. */
+void products_warm(struct cuda *cuda, uint32_t rows);
 
 /* ---- rows.cu ---- */
-/* out[i] = f16 of rmsnorm(in[map ? map[i] : i]) * norm, i < *n (device). */
-void rows_norm(struct cuda *cuda, const float *in, const uint32_t *map, const uint32_t *n, uint32_t n_max, const float *norm, __half *out);
+/* out[i] = f16 of rmsnorm(x[i]) * norm, for the step's rows. */
+void rows_norm(struct cuda *cuda, const struct step_shape *shape, const float *norm, __half *out);
+/* head_h[i] = that of row head_rows[first_head_row + i]. */
+void rows_norm_head(struct cuda *cuda, const struct step_shape *shape);
+/* Angles of the step's positions. */
+void rows_rope(struct cuda *cuda, const struct step_shape *shape);
 /* qkv (+ bias, q/k norms, rope) to q, pool and rings. */
 void rows_append(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);
 /* g = silu(gate) * up, saturating. */
@@ -221,7 +242,7 @@ void attention_close(struct cuda *cuda);
 void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the staging copy: cuts the work of all layers */
 void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);  /* q, pool -> a (and row_max, row_sum, accumulators) */
 
-/* ---- services.cu, score.cu: struct backend_ops entries ---- */
+/* ---- services.cu, score.cu, rank.cu: struct backend_ops entries ---- */
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
@@ -229,6 +250,9 @@ void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *s
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
 void cuda_score(struct backend *backend, const struct score_request *request, float *scores);
+void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
+void cuda_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes);
+void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
 void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
 void cuda_shift_sinks(struct backend *backend, const struct shift_request *request);
 
@@ -238,7 +262,13 @@ enum status sampling_open(struct cuda *cuda, struct error *error);
 void sampling_close(struct cuda *cuda);
 /* Host side of a step: parameters, biases, bans, histories into pinned memory. Before the launches. */
 void sampling_stage(struct cuda *cuda, const struct batch *batch);
-/* logits [head rows][n_vocab] -> results, on the stream, ending with a copy to pinned memory. Logits are left as they are. */
+/* logits [head rows][n_vocab] -> results of samples [first_sample, first_sample + samples) (row of logits: sample_head_row[i] - first_head_row), on the stream, ending with a copy to
+ * pinned memory. Logits are left as they are. */
 void sampling_run(struct cuda *cuda, const struct step_shape *shape);
 /* After the stream was waited for. */
 void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results);
+
+/* ---- measure.cu ---- */
+double cuda_copy_bandwidth(const struct backend_limits *limits); /* struct backend_ops entry */
+/* For the entry weight_bytes: once `cuda` has been laid out, if only to count. */
+uint64_t cuda_laid_out_weight_bytes(const struct cuda *cuda);
