@@ -85,8 +85,8 @@ static __device__ void histogram_clear(void) {
 
 /* Of all candidates, by steps of distance; keys take the place of logits. */
 template <bool COPIED> static __device__ void histogram_first(const struct team<COPIED> *given) {
-    const struct team<COPIED> t = *given;
     histogram_clear();
+    const struct team<COPIED> t = *given;
     for (uint32_t i = threadIdx.x; i < t.count; i += THREADS) {
         const uint32_t key = key_of(&t, value_at(&t, i));
         if (t.own) put_value(&t, i, __uint_as_float(key));
@@ -98,8 +98,8 @@ template <bool COPIED> static __device__ void histogram_first(const struct team<
 /* LEVEL_STEPS: as before, of what is below the cut. LEVEL_BITS: of keys within `in`, by their offset without its last `shift` bits. */
 template <bool COPIED>
 static __device__ __noinline__ void histogram_again(const struct team<COPIED> *given, uint32_t level, struct interval in, uint32_t shift) {
-    const struct team<COPIED> t = *given;
     histogram_clear();
+    const struct team<COPIED> t = *given;
     for (uint32_t i = threadIdx.x; i < t.count; i += THREADS) {
         const uint32_t key = key_at(&t, i);
         if (is_within(&in, key)) histogram_add(block_memory(), level == LEVEL_STEPS ? bin_of(key) : (key - in.low) >> shift, weight_of(&t, key));
@@ -125,11 +125,11 @@ static __device__ struct crossing histogram_cross(struct team_shared *s, uint32_
 /* ---- prefixes ---- */
 
 template <bool COPIED>
-static __device__ struct position rank_list(struct team<COPIED> *t, bool by_mass, uint64_t target, const struct interval *in,
-                                            const struct crossing *at) {
+static __device__ struct position rank_list(const struct team<COPIED> *given, uint32_t which, bool by_mass, uint64_t target,
+                                            const struct interval *in, const struct crossing *at) {
+    const struct team<COPIED> copied = *given, *t = &copied;
     struct team_shared *s = block_memory();
-    const uint32_t which = t->n_lists++;
-    uint64_t *list = s->list[which % 2]; /* the one before may still be read by a rank that is late */
+    uint64_t *list = s->list[which];
     for (uint32_t i = threadIdx.x; i < t->count; i += THREADS) {
         const uint32_t key = key_at(t, i);
         if (!is_within(in, key)) continue;
@@ -159,8 +159,9 @@ static __device__ struct position rank_list(struct team<COPIED> *t, bool by_mass
 }
 
 /* The end of the shortest prefix whose weight (mass or count) is at least `target`, which all tokens together reach. Needs the histogram by steps. */
-template <bool COPIED> static __device__ struct position prefix_end(struct team<COPIED> *t, bool by_mass, uint64_t target) {
+template <bool COPIED> static __device__ struct position prefix_end(const struct team<COPIED> *t, uint32_t which, uint64_t target) {
     struct team_shared *s = block_memory();
+    const bool by_mass = which != SELECT_TOP_K;
     struct crossing at = histogram_cross(s, LEVEL_STEPS, by_mass, target, 0, 0);
     struct interval in = {bin_low(at.bin), bin_low(at.bin + 1)};
     in.width = min(in.width, t->cut) - in.low;
@@ -171,7 +172,7 @@ template <bool COPIED> static __device__ struct position prefix_end(struct team<
         in.low += at.bin << shift;
         in.width = min(1u << shift, in.width - (at.bin << shift));
     }
-    if (at.count <= LIST_MAX) return rank_list(t, by_mass, target, &in, &at);
+    if (at.count <= LIST_MAX) return rank_list(t, which, by_mass, target, &in, &at);
     const uint32_t key = in.low;
     const uint64_t weight = by_mass ? weight_of(t, key) : 1, before = by_mass ? at.mass_before : at.count_before;
     return {at.mass_before, key, (uint32_t)((target - before + weight - 1) / weight), NO_TOKEN};
@@ -209,13 +210,16 @@ template <bool COPIED> static __device__ __noinline__ uint32_t token_of(const st
 
 /* ---- the draw ---- */
 
-template <bool COPIED> static __device__ __noinline__ uint32_t draw(struct team<COPIED> *t, uint32_t token_of_best) {
+template <bool COPIED> static __device__ __noinline__ uint32_t draw(struct team<COPIED> *t, uint64_t best) {
     struct team_shared *s = block_memory();
     const float top_p = s->params.top_p, min_p = s->params.min_p;
     const uint32_t top_k = s->params.top_k > 0 ? (uint32_t)s->params.top_k : 0;
-    t->temperature = s->params.temperature;
-    t->floor = top_k ? -87.0f : -27.8f; /* below, the mass is 0: only counts see it */
-    t->min_e = top_p < 1 ? 0 : min_p;
+    if (threadIdx.x == 0) {
+        t->best = ranked_value(best);
+        t->temperature = s->params.temperature;
+        t->floor = top_k ? -87.0f : -27.8f; /* below, the mass is 0: only counts see it */
+        t->min_e = top_p < 1 ? 0 : min_p;
+    }
     histogram_first(t);
     struct position end = {0, NO_KEY, 0, NO_TOKEN};
     uint64_t total = s->mass[LEVEL_STEPS][BINS - 1];
@@ -229,14 +233,13 @@ template <bool COPIED> static __device__ __noinline__ uint32_t draw(struct team<
         if (which == SELECT_DRAW) {
             uint64_t before_end = total;  /* mass that the histogram knows */
             if (min_p > 0 && top_p < 1) { /* the mass is another one now: of the prefix alone, and without what min_p takes away */
-                t->min_e = min_p;
-                t->cut = end.key;
                 __syncthreads();
+                if (threadIdx.x == 0) t->min_e = min_p, t->cut = end.key;
                 histogram_again(t, LEVEL_STEPS, {0, end.key}, 0);
                 before_end = s->mass[LEVEL_STEPS][BINS - 1];
                 total = before_end + end.rank * weight_of(t, end.key);
             }
-            if (total == 0) return token_of_best; /* min_p above 1 */
+            if (total == 0) return ranked_token(best); /* min_p above 1 */
             target = (__umul64hi(total, s->params.u) << 40 | total * s->params.u >> 24) + 1;
             if (target > before_end) { /* among those of the last key */
                 const uint64_t weight = weight_of(t, end.key);
@@ -245,7 +248,7 @@ template <bool COPIED> static __device__ __noinline__ uint32_t draw(struct team<
                 break;
             }
         }
-        end = prefix_end(t, which != SELECT_TOP_K, target);
+        end = prefix_end(t, which, target);
         total = end.mass_before + end.rank * weight_of(t, end.key);
     }
     return end.token != NO_TOKEN ? end.token : token_of(t, end.key, end.rank);

@@ -59,9 +59,9 @@ template <bool COPIED> static __device__ uint64_t best_value(const struct team<C
     return ranked(best, token);
 }
 
-template <bool COPIED> static __device__ uint64_t sum_of_exponentials(const struct team<COPIED> *t) {
+template <bool COPIED> static __device__ uint64_t sum_of_exponentials(const struct team<COPIED> *t, float best) {
     uint64_t mass = 0;
-    for (uint32_t i = threadIdx.x; i < t->count; i += THREADS) mass += mass_of(exp_negative(__fsub_rn(value_at(t, i), t->best)));
+    for (uint32_t i = threadIdx.x; i < t->count; i += THREADS) mass += mass_of(exp_negative(__fsub_rn(value_at(t, i), best)));
     return mass;
 }
 

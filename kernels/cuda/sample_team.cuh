@@ -67,13 +67,14 @@ struct sample_place {
 };
 
 struct sampling_args {
-    const uint32_t *n_samples;       /* in device memory */
-    const uint32_t *sample_head_row; /* [n_samples] */
-    const float *logits;             /* [head rows][n_vocab] */
-    const uint32_t *stage;           /* parameters of all samples, then lists */
-    float *scratch;                  /* [teams][n_vocab]; NULL: copies are in shared memory */
-    struct sample_answer *answers;   /* [n_samples], in the host's memory */
-    struct sample_place *tops;       /* [n_samples][SAMPLE_TOP_MAX], in the host's memory */
+    const uint32_t *n_samples;                         /* in device memory */
+    const uint32_t *sample_head_row;                   /* [n_samples] */
+    const float *logits;                               /* [head rows][n_vocab], of head rows from first_head_row on */
+    const uint32_t *stage;                             /* parameters of all samples, then lists */
+    float *scratch;                                    /* [teams][n_vocab]; NULL: copies are in shared memory */
+    struct sample_answer *answers;                     /* [n_samples], in the host's memory */
+    struct sample_place *tops;                         /* [n_samples][SAMPLE_TOP_MAX], in the host's memory */
+    uint32_t first_sample, end_sample, first_head_row; /* what is run of the n_samples */
     uint32_t n_vocab, max_samples, ranks, chunk;
 };
 
@@ -91,30 +92,9 @@ enum exchange { EXCHANGE_BEST, EXCHANGE_FINITE, EXCHANGE_ADJUSTED, EXCHANGE_MASS
 enum selection { SELECT_TOP_K, SELECT_TOP_P, SELECT_DRAW, SELECTIONS };
 enum { LEVEL_STEPS, LEVEL_BITS, LEVELS };
 
-struct __align__(16) team_shared {
-    union {
-        struct {
-            uint64_t mass[LEVELS][BINS]; /* of the team: sums up to and including the bin */
-            uint32_t count[LEVELS][BINS];
-            uint32_t own_count[BINS], own_low[BINS], own_high[BINS]; /* of this block; mass in two words */
-        };
-        uint32_t marks[MARKS_MAX]; /* before any histogram: 2 * generated occurrences + occurs in the prompt */
-    };
-    uint64_t list[2][LIST_MAX]; /* key << 32 | token */
-    uint64_t weight[LIST_MAX];
-    uint64_t tops[RANKS_MAX * SAMPLE_TOP_MAX]; /* rank 0's: each rank's best, descending; 0: none */
-    uint64_t exchange[EXCHANGES][RANKS_MAX];
-    uint64_t warp_best[2][WARPS], warp_mass[WARPS];
-    uint32_t warp_count[WARPS];
-    uint32_t list_used[SELECTIONS]; /* rank 0's */
-    uint32_t walked;
-    struct crossing crossing;
-    struct position position;
-    struct sample_params params;
-};
-
 /* COPIED: the block has its tokens' logits in shared memory, behind team_shared; made numbers (clean), adjusted, later keys. Else they are in global memory: a copy of its own, or raw itself.
- * What is the block's alone is the same in all of its threads. */
+ * Lies in shared memory: registers are few, and a cluster's
+ * barrier empties the first-level cache that a stack would be in. The first thread writes, between two barriers. */
 template <bool COPIED> struct team {
     uint32_t rank, ranks;
     uint32_t first, count; /* tokens [first, first + count) are this block's */
@@ -125,7 +105,29 @@ template <bool COPIED> struct team {
     float floor;  /* distances beyond it are no candidates */
     float min_e;  /* of less there is no mass */
     uint32_t cut; /* keys from here on are no candidates */
-    uint32_t n_lists;
+};
+
+struct __align__(16) team_shared {
+    union {
+        struct {
+            uint64_t mass[LEVELS][BINS]; /* of the team: sums up to and including the bin */
+            uint32_t count[LEVELS][BINS];
+            uint32_t own_count[BINS], own_low[BINS], own_high[BINS]; /* of this block; mass in two words */
+        };
+        uint32_t marks[MARKS_MAX]; /* before any histogram: 2 * generated occurrences + occurs in the prompt */
+    };
+    uint64_t list[SELECTIONS][LIST_MAX]; /* key << 32 | token; a rank that is late still reads the one before */
+    uint64_t weight[LIST_MAX];
+    uint64_t tops[RANKS_MAX * SAMPLE_TOP_MAX]; /* rank 0's: each rank's best, descending; 0: none */
+    uint64_t exchange[EXCHANGES][RANKS_MAX];
+    uint64_t warp_best[2][WARPS], warp_mass[WARPS];
+    uint32_t warp_count[WARPS];
+    uint32_t list_used[SELECTIONS]; /* rank 0's */
+    uint32_t walked;
+    struct crossing crossing;
+    struct position position;
+    struct sample_params params;
+    struct team<true> team; /* or team<false>, which has the same fields */
 };
 
 /* ---- teams ---- */
