@@ -8,7 +8,8 @@
  * Only penalties need histories; without a repetition penalty, of a history only what was generated. Samples of one request share its lists. The buffer is bounded (LIST_WORDS_...), requests are not: a
  * sample whose lists do not fit any more is sampled by the host after the step, from its row, by the function that the device follows to the bit. That takes a millisecond instead of
  * microseconds, and is needed only where penalised histories of a step exceed millions of tokens. */
-#include "kernels/cuda/sample_team.cuh"
+#include "kernels/cuda/sample_draw.cuh"
+#include "kernels/cuda/sample_row.cuh"
 
 #include "kernels/cuda/cuda.h"
 
@@ -22,15 +23,21 @@ extern "C" {
 
 enum {
     CHUNK_MIN = 4096, /* tokens of a rank: below, a cluster's barriers cost more than the reading they divide */
+    RANKS_PORTABLE = 8,
+    WIDE_SAMPLES = 8, /* up to so many, larger clusters leave no multiprocessor without work */
     SCRATCH_TEAMS = 64,
     LIST_WORDS_MIN = 1 << 16, /* lists of a step */
     LIST_WORDS_SEQUENCE = 1 << 14,
     LIST_WORDS_MAX = 1 << 22,
 };
 
-struct sampling_device {
+struct team_size {
     uint32_t ranks, chunk;
     size_t shared_bytes;
+};
+
+struct sampling_device {
+    struct team_size size, wide; /* of many samples; of up to WIDE_SAMPLES */
     uint32_t max_samples, n_vocab;
     uint32_t list_words;    /* capacity */
     uint32_t *stage_device; /* parameters of a step's samples, then its lists */
@@ -43,21 +50,116 @@ struct sampling_device {
     float *host_row, *host_scratch;
 };
 
-static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer) == 32 && sizeof(struct sample_place) == 8, "as kernels read and write them");
-static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t), "marks take the place of the histograms");
-static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
+static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer) == 32 && sizeof(struct sample_place) == 8,
+              "as kernels read and write them");
+static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t),
+              "marks take the place of the histograms");
+static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && RANKS_MAX <= 32 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
 
-static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) { sample_all(&args); }
+/* ---- one sample ---- */
+
+template <bool COPIED>
+static __device__ void answer(const struct team<COPIED> *t, enum answer_kind kind, uint32_t token, uint32_t n_top, struct sample_answer *out) {
+    if (t->rank != 0 || threadIdx.x != 0) return;
+    struct sample_answer a = {0, (int32_t)token, 0, 0, n_top, (uint32_t)kind, 0};
+    if (kind != ANSWER_NO_LOGITS && (block_memory()->params.n_top >= 0 || block_memory()->params.target >= 0)) {
+        a.mass = offered_sum(t, EXCHANGE_MASS, t->ranks);
+        a.best = ranked_value(offered_max(t, EXCHANGE_BEST));
+        a.logit = clean(__ldg(t->raw + token)); /* rank 0 begins at token 0 */
+    }
+    *out = a;
+}
+
+/* `word`: this thread's of the parameters. */
+template <bool COPIED> static __device__ void sample_row(const struct sampling_args *a, uint32_t sample, uint32_t head_row, uint32_t word) {
+    struct team_shared *s = block_memory();
+    struct sample_params *p = &s->params;
+    struct team<COPIED> t = {};
+    t.cut = NO_KEY;
+    t.temperature = 1;
+    t.ranks = a->ranks;
+    t.rank = blockIdx.x % a->ranks;
+    t.first = t.rank * a->chunk;
+    t.count = min(a->chunk, a->n_vocab - t.first);
+    t.raw = a->logits + (size_t)head_row * a->n_vocab + t.first;
+    if (threadIdx.x < PARAMS_WORDS) ((uint32_t *)p)[threadIdx.x] = word;
+    if (threadIdx.x < SELECTIONS) s->list_used[threadIdx.x] = 0;
+    __syncthreads();
+    if (p->on_host) return;
+    team_arrive();
+    const bool report = p->n_top >= 0 || p->target >= 0, draws = p->target < 0, adjusted = draws && (p->n_bias || p->n_banned || p->n_history);
+    t.own = adjusted || (COPIED && (report || (draws && p->temperature != 0))); /* else reading once, or again, is cheaper */
+    t.values = t.own && !COPIED ? a->scratch + (size_t)(blockIdx.x / a->ranks) * a->n_vocab : (float *)t.raw;
+    struct sample_answer *out = &a->answers[sample];
+
+    const struct seen seen = read_row(&t, a->n_vocab % 4 == 0);
+    uint64_t best = block_max(s, 0, ranked(seen.best, seen.token));
+    const bool finite = __syncthreads_or(seen.finite);
+    team_wait(); /* all ranks are there */
+    offer(&t, EXCHANGE_BEST, best);
+    offer(&t, EXCHANGE_FINITE, finite);
+    team_sync();
+    best = offered_max(&t, EXCHANGE_BEST);
+    t.best = ranked_value(best);
+    if (offered_max(&t, EXCHANGE_FINITE) == 0) {
+        answer(&t, ANSWER_NO_LOGITS, 0, 0, out);
+        return;
+    }
+    uint32_t n_top = 0;
+    if (report) {
+        offer(&t, EXCHANGE_MASS, block_sum(s, sum_of_exponentials(&t)));
+        if (p->n_top > 0) offer_tops(&t, (uint32_t)p->n_top);
+        team_sync();
+        if (p->n_top > 0 && t.rank == 0) n_top = report_tops(&t, (uint32_t)p->n_top, a->tops + (size_t)sample * SAMPLE_TOP_MAX);
+    }
+    if (!draws) {
+        answer(&t, ANSWER_TOKEN, (uint32_t)p->target, n_top, out);
+        return;
+    }
+    if (adjusted) {
+        adjust(&t, a->stage);
+        best = block_max(s, 1, best_value(&t));
+        offer(&t, EXCHANGE_ADJUSTED, best);
+        team_sync();
+        best = offered_max(&t, EXCHANGE_ADJUSTED);
+        t.best = ranked_value(best);
+        if (t.best == -INFINITY) {
+            answer(&t, ANSWER_NO_TOKEN, 0, n_top, out);
+            return;
+        }
+    }
+    const uint32_t token = p->temperature == 0 ? ranked_token(best) : draw(&t, ranked_token(best));
+    answer(&t, ANSWER_TOKEN, token, n_top, out);
+}
+
+template <bool COPIED> static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) {
+    const struct sampling_args *a = &args;
+    const uint32_t teams = gridDim.x / a->ranks;
+    for (uint32_t sample = blockIdx.x / a->ranks;; sample += teams) {
+        /* All of them in flight at once: there is room for as many samples as there are teams. */
+        const uint32_t n = __ldg(a->n_samples), at = min(sample, a->max_samples - 1), head_row = __ldg(a->sample_head_row + at);
+        const uint32_t word = threadIdx.x < PARAMS_WORDS ? __ldg(a->stage + at * PARAMS_WORDS + threadIdx.x) : 0;
+        if (sample >= n) return;
+        sample_row<COPIED>(a, sample, head_row, word);
+        if (sample + teams >= n) return;
+        team_sync(); /* nobody reads this sample's exchange any more */
+    }
+}
 
 /* ---- sizes ---- */
 
 static uint32_t chunk_of(uint32_t n_vocab, uint32_t ranks) { return div_up(div_up(n_vocab, ranks), 4) * 4; }
 static size_t shared_bytes_of(uint32_t chunk) { return sizeof(struct team_shared) + (size_t)chunk * sizeof(float); }
 
-static uint32_t ranks_of(const struct cuda *cuda) {
+static struct team_size size_of(uint32_t n_vocab, uint32_t ranks) {
+    const uint32_t chunk = chunk_of(n_vocab, ranks);
+    return {ranks, chunk, shared_bytes_of(chunk)};
+}
+
+static uint32_t ranks_of(const struct cuda *cuda, uint32_t most) {
     uint32_t ranks = 1;
     if (cuda->properties.major < 9) return 1;
-    while (ranks < RANKS_MAX && cuda->program->n_vocab > ranks * CHUNK_MIN) ranks *= 2;
+    while (ranks < most && cuda->program->n_vocab > ranks * CHUNK_MIN) ranks *= 2;
     return ranks;
 }
 
@@ -71,13 +173,15 @@ static uint32_t list_words_of(const struct cuda *cuda) {
     return words > LIST_WORDS_MAX ? (uint32_t)LIST_WORDS_MAX : (uint32_t)words;
 }
 
-static uint32_t scratch_teams_of(const struct cuda *cuda) { return cuda->limits.max_samples < SCRATCH_TEAMS ? cuda->limits.max_samples : (uint32_t)SCRATCH_TEAMS; }
+static uint32_t scratch_teams_of(const struct cuda *cuda) {
+    return cuda->limits.max_samples < SCRATCH_TEAMS ? cuda->limits.max_samples : (uint32_t)SCRATCH_TEAMS;
+}
 
 static size_t stage_words(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * PARAMS_WORDS + list_words_of(cuda); }
 
 /* Reads program, limits and properties. Counting makes nothing; with a base, what it makes is sampling_close's to free. */
 void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
-    const uint32_t ranks = ranks_of(cuda);
+    const uint32_t ranks = ranks_of(cuda, RANKS_PORTABLE);
     const bool copied = is_copied_to_shared(cuda, ranks);
     uint32_t *stage = (uint32_t *)device_take(arena, stage_words(cuda), sizeof(uint32_t));
     float *scratch = copied ? NULL : (float *)device_take(arena, (size_t)scratch_teams_of(cuda) * cuda->program->n_vocab, sizeof(float));
@@ -85,9 +189,9 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     CHECK(cuda->program->n_vocab > 0 && cuda->program->n_vocab < 1u << 23);
     if (!cuda->sampling) cuda->sampling = (struct sampling_device *)check_calloc(1, sizeof *cuda->sampling);
     struct sampling_device *s = cuda->sampling;
-    s->ranks = copied ? ranks : 1;
-    s->chunk = chunk_of(cuda->program->n_vocab, s->ranks);
-    s->shared_bytes = copied ? shared_bytes_of(s->chunk) : sizeof(struct team_shared);
+    s->size = size_of(cuda->program->n_vocab, copied ? ranks : 1);
+    if (!copied) s->size.shared_bytes = sizeof(struct team_shared);
+    s->wide = copied ? size_of(cuda->program->n_vocab, ranks_of(cuda, RANKS_MAX)) : s->size;
     s->max_samples = cuda->limits.max_samples;
     s->n_vocab = cuda->program->n_vocab;
     s->list_words = list_words_of(cuda);
@@ -95,39 +199,46 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     s->scratch = scratch;
 }
 
-static void configure(struct cuda *cuda, uint32_t samples, cudaLaunchConfig_t *config, cudaLaunchAttribute *cluster) {
-    const struct sampling_device *s = cuda->sampling;
-    const uint32_t teams = s->scratch && samples > SCRATCH_TEAMS ? (uint32_t)SCRATCH_TEAMS : samples;
+static void configure(const struct cuda *cuda, const struct team_size *size, uint32_t teams, cudaLaunchConfig_t *config,
+                      cudaLaunchAttribute *cluster) {
     *config = {};
-    config->gridDim = dim3(teams * s->ranks);
+    config->gridDim = dim3(teams * size->ranks);
     config->blockDim = dim3(THREADS);
-    config->dynamicSmemBytes = s->shared_bytes;
+    config->dynamicSmemBytes = size->shared_bytes;
     config->stream = cuda->stream;
-    if (s->ranks == 1) return;
+    if (size->ranks == 1) return;
     cluster->id = cudaLaunchAttributeClusterDimension;
-    cluster->val.clusterDim = {s->ranks, 1, 1};
+    cluster->val.clusterDim = {size->ranks, 1, 1};
     config->attrs = cluster;
     config->numAttrs = 1;
 }
 
-/* Parts of a device may have no room for a cluster of 8. */
-static enum status fit_cluster(struct cuda *cuda, struct error *error) {
+static bool has_room(const struct cuda *cuda, const struct team_size *size) {
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    int clusters = 0;
+    if (size->ranks == 1) return true;
+    configure(cuda, size, 1, &config, &cluster);
+    if (cudaOccupancyMaxActiveClusters(&clusters, sample_kernel<true>, &config) == cudaSuccess) return clusters > 0;
+    (void)cudaGetLastError(); /* a size that this device does not know is an answer too */
+    return false;
+}
+
+/* Parts of a device may have no room for a cluster of 16, or 8. */
+static enum status fit_clusters(struct cuda *cuda, struct error *error) {
     struct sampling_device *s = cuda->sampling;
-    for (;;) {
-        cudaLaunchConfig_t config;
-        cudaLaunchAttribute cluster;
-        int clusters = 0;
-        CUDA_TRY(error, cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)s->shared_bytes));
-        if (s->ranks == 1) return STATUS_OK;
-        configure(cuda, 1, &config, &cluster);
-        CUDA_TRY(error, cudaOccupancyMaxActiveClusters(&clusters, sample_kernel, &config));
-        if (clusters > 0) return STATUS_OK;
-        if (!is_copied_to_shared(cuda, s->ranks / 2))
-            return error_set(error, STATUS_DEVICE, "%s: no room for %u blocks that sample together from %u tokens", cuda->properties.name, s->ranks, s->n_vocab);
-        s->ranks /= 2;
-        s->chunk = chunk_of(s->n_vocab, s->ranks);
-        s->shared_bytes = shared_bytes_of(s->chunk);
+    if (s->scratch) return STATUS_OK;
+    CUDA_TRY(error,
+             cudaFuncSetAttribute(sample_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)cuda->properties.sharedMemPerBlockOptin));
+    if (s->wide.ranks > RANKS_PORTABLE) CUDA_TRY(error, cudaFuncSetAttribute(sample_kernel<true>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    while (!has_room(cuda, &s->size)) {
+        if (!is_copied_to_shared(cuda, s->size.ranks / 2))
+            return error_set(error, STATUS_DEVICE, "%s: no room for %u blocks that sample together from %u tokens", cuda->properties.name,
+                             s->size.ranks, s->n_vocab);
+        s->size = size_of(s->n_vocab, s->size.ranks / 2);
     }
+    if (!has_room(cuda, &s->wide)) s->wide = s->size;
+    return STATUS_OK;
 }
 
 enum status sampling_open(struct cuda *cuda, struct error *error) {
@@ -136,7 +247,7 @@ enum status sampling_open(struct cuda *cuda, struct error *error) {
     CUDA_TRY(error, cudaHostAlloc((void **)&s->stage, words * sizeof(uint32_t), cudaHostAllocDefault));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->answers, s->max_samples * sizeof *s->answers, cudaHostAllocMapped));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, (size_t)s->max_samples * SAMPLE_TOP_MAX * sizeof *s->tops, cudaHostAllocMapped));
-    return fit_cluster(cuda, error);
+    return fit_clusters(cuda, error);
 }
 
 void sampling_close(struct cuda *cuda) {
@@ -197,7 +308,8 @@ static bool stage_history(struct lists *lists, const struct sample *sample, stru
 }
 
 /* `before`: the sample before, whose lists may serve again; NULL: there is none. Returns false if there is no room. */
-static bool stage_lists(struct lists *lists, const struct sample *sample, const struct sample *before, const struct sample_params *before_p, struct sample_params *p) {
+static bool stage_lists(struct lists *lists, const struct sample *sample, const struct sample *before, const struct sample_params *before_p,
+                        struct sample_params *p) {
     const struct sampling *s = sample->sampling;
     const bool same = before && before->sampling == s && before->target < 0 && !before_p->on_host;
     if (same) {
@@ -258,6 +370,7 @@ void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
     struct sampling_device *s = cuda->sampling;
     CHECK(shape->samples <= s->max_samples);
     if (shape->samples == 0) return;
+    const struct team_size *size = shape->samples <= WIDE_SAMPLES ? &s->wide : &s->size;
     struct sampling_args args = {};
     args.n_samples = &cuda->dev.header->n_samples;
     args.sample_head_row = cuda->dev.sample_head_row;
@@ -267,12 +380,13 @@ void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
     args.answers = s->answers;
     args.tops = s->tops;
     args.n_vocab = s->n_vocab;
-    args.ranks = s->ranks;
-    args.chunk = s->chunk;
+    args.max_samples = s->max_samples;
+    args.ranks = size->ranks;
+    args.chunk = size->chunk;
     cudaLaunchConfig_t config;
     cudaLaunchAttribute cluster;
-    configure(cuda, shape->samples, &config, &cluster);
-    CUDA_CHECK(cudaLaunchKernelEx(&config, sample_kernel, args));
+    configure(cuda, size, s->scratch && shape->samples > SCRATCH_TEAMS ? (uint32_t)SCRATCH_TEAMS : shape->samples, &config, &cluster);
+    CUDA_CHECK(cudaLaunchKernelEx(&config, s->scratch ? sample_kernel<false> : sample_kernel<true>, args));
 }
 
 /* ---- results ---- */
@@ -283,7 +397,8 @@ static void sample_on_host(struct cuda *cuda, const struct sample *sample, uint3
         s->host_row = (float *)check_calloc(s->n_vocab, sizeof(float));
         s->host_scratch = (float *)check_calloc(sampler_scratch_floats(s->n_vocab), sizeof(float));
     }
-    CUDA_CHECK(cudaMemcpyAsync(s->host_row, cuda->logits + (size_t)head_row * s->n_vocab, s->n_vocab * sizeof(float), cudaMemcpyDeviceToHost, cuda->stream));
+    CUDA_CHECK(
+        cudaMemcpyAsync(s->host_row, cuda->logits + (size_t)head_row * s->n_vocab, s->n_vocab * sizeof(float), cudaMemcpyDeviceToHost, cuda->stream));
     CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
     sampler_sample(sample, s->host_row, s->n_vocab, s->host_scratch, result);
 }

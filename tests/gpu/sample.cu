@@ -87,7 +87,8 @@ static void send_step(struct fixture *f, const struct batch *batch) {
     header.n_samples = batch->n_samples;
     for (uint32_t i = 0; i < batch->n_samples; i++) cuda->host.sample_head_row[i] = batch->samples[i].row;
     CUDA_CHECK(cudaMemcpyAsync(cuda->dev.header, &header, sizeof header, cudaMemcpyHostToDevice, cuda->stream));
-    CUDA_CHECK(cudaMemcpyAsync(cuda->dev.sample_head_row, cuda->host.sample_head_row, batch->n_samples * sizeof(uint32_t), cudaMemcpyHostToDevice, cuda->stream));
+    CUDA_CHECK(cudaMemcpyAsync(cuda->dev.sample_head_row, cuda->host.sample_head_row, batch->n_samples * sizeof(uint32_t), cudaMemcpyHostToDevice,
+                               cuda->stream));
     sampling_stage(cuda, batch);
     CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
 }
@@ -130,7 +131,9 @@ struct request_case {
     int32_t banned[BANNED];
 };
 
-static int32_t some_token(uint32_t n_vocab) { return random_below(&source, 20) == 0 ? (int32_t)random_next(&source) : (int32_t)random_below(&source, n_vocab); }
+static int32_t some_token(uint32_t n_vocab) {
+    return random_below(&source, 20) == 0 ? (int32_t)random_next(&source) : (int32_t)random_below(&source, n_vocab);
+}
 
 static void make_request(struct request_case *r, uint32_t n_vocab) {
     struct sampling *s = &r->sampling;
@@ -150,14 +153,17 @@ static void make_request(struct request_case *r, uint32_t n_vocab) {
     s->n_banned = (uint32_t)PICK(0, 2, BANNED);
     for (uint32_t i = 0; i < BIASES; i++) r->bias[i] = {some_token(i < 3 ? n_vocab : n_vocab < 9 ? n_vocab : 9), 8 * unit() - 4};
     if (random_below(&source, 8) == 0) r->bias[0].bias = PICK(-INFINITY, 100, -100, FLT_MAX);
-    for (uint32_t i = 0; i < BANNED; i++) r->banned[i] = i < n_vocab && n_vocab < BANNED ? (int32_t)i : some_token(n_vocab); /* all of a small vocabulary */
+    for (uint32_t i = 0; i < BANNED; i++)
+        r->banned[i] = i < n_vocab && n_vocab < BANNED ? (int32_t)i : some_token(n_vocab); /* all of a small vocabulary */
 }
 
 static void print_sample(const struct sample *sample, uint32_t n_vocab, uint32_t index) {
     const struct sampling *s = sample->sampling;
-    printf("  sample %u of row %u, %u tokens: temperature %g top_k %d top_p %g min_p %g repetition %g presence %g frequency %g biases %u banned %u (%s) n_top %d target %d history %u + %u\n",
-           index, sample->row, n_vocab, (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p, (double)s->repetition_penalty, (double)s->presence_penalty,
-           (double)s->frequency_penalty, s->n_bias, s->n_banned, sample->ban ? "on" : "off", s->n_top, sample->target, sample->n_prompt, sample->n_history - sample->n_prompt);
+    printf("  sample %u of row %u, %u tokens: temperature %g top_k %d top_p %g min_p %g repetition %g presence %g frequency %g biases %u banned %u "
+           "(%s) n_top %d target %d history %u + %u\n",
+           index, sample->row, n_vocab, (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p, (double)s->repetition_penalty,
+           (double)s->presence_penalty, (double)s->frequency_penalty, s->n_bias, s->n_banned, sample->ban ? "on" : "off", s->n_top, sample->target,
+           sample->n_prompt, sample->n_history - sample->n_prompt);
 }
 
 static bool is_near(float a, float b) { return a == b || fabs((double)a - (double)b) <= 1e-4 * fmax(1, fabs((double)b)); }
@@ -170,13 +176,15 @@ static bool is_same(const struct sample_result *got, const struct sample_result 
     return true;
 }
 
-static void report(const char *how, const struct sample *sample, uint32_t index, uint32_t n_vocab, const struct sample_result *got, const struct sample_result *expected) {
+static void report(const char *how, const struct sample *sample, uint32_t index, uint32_t n_vocab, const struct sample_result *got,
+                   const struct sample_result *expected) {
     if (failures++ >= REPORTED) return;
-    printf("DIFFERS (%s): token %d, expected %d; logprob %g, expected %g; n_top %d, expected %d\n", how, got->token, expected->token, (double)got->logprob,
-           (double)expected->logprob, got->n_top, expected->n_top);
+    printf("DIFFERS (%s): token %d, expected %d; logprob %g, expected %g; n_top %d, expected %d\n", how, got->token, expected->token,
+           (double)got->logprob, (double)expected->logprob, got->n_top, expected->n_top);
     for (int32_t i = 0; i < expected->n_top && i < got->n_top; i++)
         if (got->top[i].token != expected->top[i].token || !is_near(got->top[i].logprob, expected->top[i].logprob)) {
-            printf("  top %d: token %d (%g), expected %d (%g)\n", i, got->top[i].token, (double)got->top[i].logprob, expected->top[i].token, (double)expected->top[i].logprob);
+            printf("  top %d: token %d (%g), expected %d (%g)\n", i, got->top[i].token, (double)got->top[i].logprob, expected->top[i].token,
+                   (double)expected->top[i].logprob);
             break;
         }
     print_sample(sample, n_vocab, index);
@@ -186,9 +194,11 @@ static void report(const char *how, const struct sample *sample, uint32_t index,
 static void check_step(struct fixture *f, uint32_t number, bool long_histories, const char *how) {
     static struct request_case requests[SAMPLES];
     static int32_t history[LONG_HISTORY];
-    const uint32_t n_vocab = f->program.n_vocab, n = 1 + random_below(&source, SAMPLES), n_rows = 1 + random_below(&source, n < ROWS ? n : (uint32_t)ROWS);
+    const uint32_t n_vocab = f->program.n_vocab, n = 1 + random_below(&source, SAMPLES),
+                   n_rows = 1 + random_below(&source, n < ROWS ? n : (uint32_t)ROWS);
     const size_t logits_bytes = (size_t)n_rows * n_vocab * sizeof(float);
-    float *logits = (float *)check_calloc((size_t)n_rows * n_vocab, sizeof *logits), *copy = (float *)check_calloc((size_t)n_rows * n_vocab, sizeof *copy);
+    float *logits = (float *)check_calloc((size_t)n_rows * n_vocab, sizeof *logits),
+          *copy = (float *)check_calloc((size_t)n_rows * n_vocab, sizeof *copy);
     float *scratch = (float *)check_calloc(sampler_scratch_floats(n_vocab), sizeof *scratch);
     struct sample samples[SAMPLES];
     struct sample_result results[SAMPLES], expected;
@@ -208,7 +218,8 @@ static void check_step(struct fixture *f, uint32_t number, bool long_histories, 
         sample->target = random_below(&source, 6) == 0 ? (int32_t)random_below(&source, n_vocab) : -1;
         sample->history = history;
         sample->n_history = again && random_below(&source, 2) ? samples[i - 1].n_history : n_history;
-        sample->n_prompt = again && sample->n_history == samples[i - 1].n_history ? samples[i - 1].n_prompt : random_below(&source, sample->n_history + 1);
+        sample->n_prompt =
+            again && sample->n_history == samples[i - 1].n_history ? samples[i - 1].n_prompt : random_below(&source, sample->n_history + 1);
     }
     struct batch batch = {};
     batch.n_samples = n;
@@ -335,8 +346,8 @@ static void bench_case(struct fixture *f, const char *name, const struct samplin
     CUDA_CHECK(cudaStreamEndCapture(f->cuda.stream, &graph));
     CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
     const double us = (double)time_graph(exec, f->cuda.stream), bytes = (double)n * (double)BENCH_VOCAB * sizeof(float);
-    printf("%-13s %-22s %3u samples of %u: %8.1f us  %6.1f MB  %7.1f GB/s  %5.1f %% of copy\n", clusters ? "clusters" : "single blocks", name, n, (uint32_t)BENCH_VOCAB, us,
-           bytes / 1e6, bytes / us / 1e3, 100 * bytes / us / 1e3 / copy);
+    printf("%-13s %-22s %3u samples of %u: %8.1f us  %6.1f MB  %7.1f GB/s  %5.1f %% of copy\n", clusters ? "clusters" : "single blocks", name, n,
+           (uint32_t)BENCH_VOCAB, us, bytes / 1e6, bytes / us / 1e3, 100 * bytes / us / 1e3 / copy);
     CUDA_CHECK(cudaGraphExecDestroy(exec));
     CUDA_CHECK(cudaGraphDestroy(graph));
 }
@@ -358,7 +369,8 @@ static int bench(void) {
     const struct {
         const char *name;
         const struct sampling *sampling;
-    } cases[] = {{"greedy", &greedy}, {"temperature 1", &plain}, {"top-p 0.9", &top_p}, {"top-k 40, top-p 0.9", &top_k}, {"greedy, 5 logprobs", &top_5}};
+    } cases[] = {
+        {"greedy", &greedy}, {"temperature 1", &plain}, {"top-p 0.9", &top_p}, {"top-k 40, top-p 0.9", &top_k}, {"greedy, 5 logprobs", &top_5}};
     float *logits = (float *)check_calloc((size_t)BENCH_ROWS * BENCH_VOCAB, sizeof *logits);
     source = {7};
     for (size_t i = 0; i < (size_t)BENCH_ROWS * BENCH_VOCAB; i++) { /* a bell of width 2 and a tail, as models have */

@@ -1,6 +1,7 @@
-/* The services of the cuda backend between steps (services.cu, score.cu), alone on a device, over a pool, rings and tables made here.
+/* The services of the cuda backend between steps (services.cu, score.cu, rank.cu), alone on a device, over a pool, rings and tables made here.
  *
- *   gpu_services --check   every service against plain host loops, every dtype and many shapes; scores against the oracle (kernels/score.c). The first differences are printed; exit 1.
+ *   gpu_services --check   every service against plain host loops, every dtype and many shapes; scores against the oracle (kernels/score.c), the choice
+ *                           against the host's (kernels/select.c). The first differences are printed; exit 1.
  *   gpu_services --bench   one line a case: median time, bytes moved, GB/s, percent of what copies on the device reach in this run
  *
  * Inputs are random, what is written was poisoned before. */
@@ -13,6 +14,7 @@
 extern "C" {
 #include "base/half.h"
 #include "base/random.h"
+#include "tests/support/array_backend.h"
 }
 #include "kernels/cuda/services.h"
 
@@ -107,6 +109,7 @@ static void world_open(struct world *world, const struct shape *shape) {
     cuda->program = program;
     cuda->limits.n_blocks = shape->n_blocks, cuda->limits.n_rings = 2, cuda->limits.ring_rows = shape->ring_rows;
     cuda->limits.sink_slots = 2 * BLOCK_TOKENS, cuda->limits.accumulators = true, cuda->limits.kv_dtype = shape->dtype;
+    cuda->limits.rank_slots = shape->lane_blocks * BLOCK_TOKENS;
     cuda->n_lanes = shape->n_layers * shape->n_kv_heads, cuda->group = shape->group;
     cuda->n_q = program->n_heads * shape->d, cuda->n_kv = program->n_kv_heads * shape->d, cuda->lane_blocks = shape->lane_blocks;
     CUDA_CHECK(cudaStreamCreate(&cuda->stream));
@@ -283,7 +286,7 @@ struct tables {
     int32_t last_position;
 };
 
-static const uint32_t lengths[] = {0, 1, 31, 33, 255, 256, 257, 700, 32, 512};
+static const uint32_t lengths[] = {0, 1, 31, 33, 255, 256, 257, 1500, 512, 512};
 enum { LENGTHS = sizeof lengths / sizeof *lengths };
 
 static void make_tables(struct world *world, struct tables *tables) {
@@ -386,7 +389,7 @@ static void check_scores(struct world *world) {
     for (uint32_t lane = 0; lane < world->cuda.n_lanes; lane++) most += (size_t)tables.lane_tokens[lane] * world->shape.group;
     float *scores = (float *)malloc(most * sizeof(float)), *again = (float *)malloc(most * sizeof(float)),
           *truth = (float *)malloc(most * sizeof(float));
-    const uint32_t windows[] = {1, 8, 33, world->shape.ring_rows};
+    const uint32_t windows[] = {1, 33, world->shape.ring_rows};
     for (uint32_t window : windows)
         for (int kind = 0; kind < SCORE_KINDS; kind++) {
             struct score_request request = {};
@@ -398,6 +401,117 @@ static void check_scores(struct world *world) {
         }
     free(scores), free(again), free(truth);
     free_tables(&tables);
+}
+
+/* Lists of the same choice on both sides, then a compaction by those that stayed on the device. */
+static void check_choice(struct world *world, const struct tables *tables, struct array_backend *array, const char *what) {
+    const uint32_t n_lanes = world->cuda.n_lanes, each[] = {1, world->shape.n_kv_heads, n_lanes}, units[] = {1, BLOCK_TOKENS};
+    struct cut_lane *cut = (struct cut_lane *)check_calloc(2 * n_lanes, sizeof *cut), *host_cut_lanes = cut + n_lanes;
+    struct kept_lane *kept = (struct kept_lane *)check_calloc(2 * n_lanes, sizeof *kept), *host_kept_lanes = kept + n_lanes;
+    uint32_t *numbers = (uint32_t *)check_calloc(n_lanes, sizeof *numbers);
+    size_t slots = 0;
+    for (uint32_t lane = 0; lane < n_lanes; lane++) slots += tables->lane_tokens[lane];
+    uint32_t *lists = (uint32_t *)check_calloc(2 * slots, sizeof *lists), *host_lists = lists + slots;
+    for (uint32_t lanes_each : each)
+        for (uint32_t unit : units) {
+            const struct cut_request request = {.lanes_each = lanes_each, .unit = unit, .needed = numbers};
+            for (uint32_t g = 0; g < n_lanes / lanes_each; g++) numbers[g] = random_below(&world->random, 800 * lanes_each / unit + 2);
+            cuda_cut(&world->cuda.backend, &request, cut);
+            host_cut(&array->backend, &request, host_cut_lanes);
+            for (uint32_t lane = 0; lane < n_lanes; lane++)
+                if (cut[lane].below != host_cut_lanes[lane].below || cut[lane].equal != host_cut_lanes[lane].equal) {
+                    WRONG("%s: cut of %u lanes by %u: lane %u has %u below, %u equal; expected %u, %u", what, lanes_each, unit, lane, cut[lane].below,
+                          cut[lane].equal, host_cut_lanes[lane].below, host_cut_lanes[lane].equal);
+                    break;
+                }
+        }
+    for (uint32_t lane = 0; lane < n_lanes; lane++) numbers[lane] = random_below(&world->random, tables->lane_tokens[lane] + 2);
+    cuda_keep(&world->cuda.backend, numbers, kept, lists);
+    host_keep(&array->backend, numbers, host_kept_lanes, host_lists);
+    struct compaction *items = (struct compaction *)check_calloc(n_lanes, sizeof *items);
+    size_t at = 0;
+    for (uint32_t lane = 0; lane < n_lanes; at += tables->lane_tokens[lane++]) {
+        if (kept[lane].n_keep != host_kept_lanes[lane].n_keep || kept[lane].first_moved != host_kept_lanes[lane].first_moved ||
+            memcmp(lists + at, host_lists + at, kept[lane].n_keep * sizeof *lists) != 0)
+            WRONG("%s: lane %u keeps %u, first moved %u; expected %u, %u", what, lane, kept[lane].n_keep, kept[lane].first_moved,
+                  host_kept_lanes[lane].n_keep, host_kept_lanes[lane].first_moved);
+        uint32_t *ids = world->ids + tables->lane_first[lane];
+        items[lane] = (struct compaction){
+            .source = ids, .n_slots = tables->lane_tokens[lane], .keep = NULL, .n_keep = kept[lane].n_keep, .destination = ids, .lane = lane};
+    }
+    cuda_compact(&world->cuda.backend, n_lanes, items);
+    at = 0;
+    for (uint32_t lane = 0; lane < n_lanes; at += tables->lane_tokens[lane++])
+        for (uint32_t slot = 0; slot < kept[lane].n_keep; slot++) {
+            const uint32_t old = host_lists[at + slot], *ids = items[lane].source;
+            move_slot(world, ids[old / BLOCK_TOKENS], old % BLOCK_TOKENS, ids[slot / BLOCK_TOKENS], slot % BLOCK_TOKENS);
+        }
+    compare_pool(world, what);
+    free(cut), free(kept), free(numbers), free(lists), free(items);
+}
+
+static void check_ranking(struct world *world) {
+    static const enum score_kind kinds[] = {SCORE_SQUARES, SCORE_ATTENTION, SCORE_EXPECTED, SCORE_KEYDIFF, SCORE_ACCUMULATED};
+    const uint32_t n_lanes = world->cuda.n_lanes, group = world->shape.group;
+    for (uint32_t round = 0; round < 7; round++) {
+        struct tables tables;
+        make_tables(world, &tables);
+        struct rank_request request = {};
+        request.source = round < 5 ? RANK_SCORES : round == 5 ? RANK_POSITIONS : RANK_RANDOM, request.seed = round;
+        request.fold = round == 0 ? RANK_FOLD_SUM_OF_POOLED : round == 1 ? RANK_FOLD_MEAN_POOLED : RANK_FOLD_MEAN;
+        request.pooling = round % 2 ? RANK_POOL_AVERAGE : RANK_POOL_MAX, request.pooling_kernel = 7, request.value_power = round < 3 ? 2 - round : 0;
+        request.layer_mean = round == 2, request.protect_below = 4, request.protect_above = tables.last_position - 80;
+        struct score_request *score = &request.score;
+        score->kind = kinds[round < 5 ? round : 0], score->ring = 2, score->last_position = tables.last_position, score->n_window = 32,
+        score->ahead = 64;
+        score->block_ids = world->ids, score->lane_first = tables.lane_first, score->lane_tokens = tables.lane_tokens;
+        /* What the device scores, and where it lies, for the host to choose by. */
+        struct array_lane *lanes = (struct array_lane *)check_calloc(n_lanes, sizeof *lanes);
+        size_t slots = 0;
+        for (uint32_t lane = 0; lane < n_lanes; lane++) slots += tables.lane_tokens[lane];
+        float *raw = (float *)check_calloc(slots * (group + 3), sizeof *raw), *norms = raw + slots * group, *mine = norms + slots,
+              *host = mine + slots;
+        int32_t *positions = (int32_t *)check_calloc(slots, sizeof *positions);
+        for (int values = 0; values < 2; values++) {
+            struct score_request plain = *score;
+            plain.kind = values ? SCORE_VALUE_NORM : score->kind, plain.n_lanes = n_lanes, plain.offset = tables.offset;
+            size_t at = 0;
+            for (uint32_t lane = 0; lane < n_lanes; lane++) {
+                tables.offset[lane] = at;
+                if (values)
+                    lanes[lane].norms = norms + at;
+                else
+                    lanes[lane].raw = raw + at;
+                at += (size_t)tables.lane_tokens[lane] * (score_per_query_head(plain.kind) ? group : 1);
+            }
+            cuda_score(&world->cuda.backend, &plain, values ? norms : raw);
+        }
+        size_t at = 0;
+        for (uint32_t lane = 0; lane < n_lanes; lane++) {
+            lanes[lane].n_slots = tables.lane_tokens[lane], lanes[lane].positions = positions + at;
+            for (uint32_t slot = 0; slot < tables.lane_tokens[lane]; slot++)
+                positions[at++] =
+                    world->positions[(size_t)world->ids[tables.lane_first[lane] + slot / BLOCK_TOKENS] * BLOCK_TOKENS + slot % BLOCK_TOKENS];
+        }
+        struct array_backend *array = array_backend_new(world->shape.n_layers, world->shape.n_kv_heads, group, lanes);
+        struct rank_request plain = request;
+        plain.score.block_ids = array->block_ids, plain.score.lane_first = array->lane_first, plain.score.lane_tokens = array->lane_tokens;
+        uint32_t *protected_slots = (uint32_t *)check_calloc(2 * n_lanes, sizeof *protected_slots);
+        char what[96];
+        (void)snprintf(what, sizeof what, "choice %u, %s d %u group %u", round, kv_dtype_name(world->shape.dtype), world->shape.d, group);
+        cuda_rank(&world->cuda.backend, &request, protected_slots, round % 2 ? mine : NULL);
+        host_rank(&array->backend, &plain, protected_slots + n_lanes, host);
+        if (memcmp(protected_slots, protected_slots + n_lanes, n_lanes * sizeof *protected_slots) != 0) WRONG("%s: other slots are protected", what);
+        for (size_t i = 0; round % 2 && i < slots; i++)
+            if (memcmp(&mine[i], &host[i], sizeof *mine) != 0) {
+                WRONG("%s: slot %zu of all: %.9g, expected %.9g", what, i, (double)mine[i], (double)host[i]);
+                break;
+            }
+        check_choice(world, &tables, array, what);
+        array_backend_free(array);
+        free(lanes), free(raw), free(positions), free(protected_slots);
+        free_tables(&tables);
+    }
 }
 
 static double rotated(const struct world *world, double positions, uint32_t i, const float *x) {
@@ -465,8 +579,8 @@ static int check(void) {
     for (const auto &size : sizes)
         for (enum kv_dtype dtype : dtypes) {
             struct shape shape = {};
-            shape.dtype = dtype, shape.d = size.d, shape.group = size.group, shape.n_layers = 5, shape.n_kv_heads = 2, shape.n_blocks = 340,
-            shape.lane_blocks = 30;
+            shape.dtype = dtype, shape.d = size.d, shape.group = size.group, shape.n_layers = 5, shape.n_kv_heads = 2, shape.n_blocks = 520,
+            shape.lane_blocks = 50;
             shape.ring_rows = 40, shape.halves = size.d % 64 == 0, shape.rope_dims = size.d == 64 ? 32 : size.d;
             world_open(&world, &shape);
             const uint32_t before = n_wrong;
@@ -474,6 +588,7 @@ static int check(void) {
             check_copies(&world);
             check_compaction(&world, 64);
             check_scores(&world);
+            check_ranking(&world);
             check_shifts(&world);
             printf("%-4s d %3u group %u: %s\n", kv_dtype_name(dtype), size.d, size.group, n_wrong == before ? "ok" : "WRONG");
             world_close(&world);
@@ -544,6 +659,38 @@ static double copy_rate(cudaStream_t stream) {
     return best;
 }
 
+/* All that kv_compress asks of a sequence whose lanes hold `slots` each and shall hold `kept` on average. */
+static void bench_choice(struct world *world, const uint32_t *lane_first, const uint32_t *lane_tokens, uint32_t slots, uint32_t kept, double rate) {
+    struct cuda *cuda = &world->cuda;
+    const uint32_t n_lanes = cuda->n_lanes, needed = n_lanes * (blocks_of(slots) - kept / BLOCK_TOKENS);
+    struct rank_request rank = {};
+    rank.fold = RANK_FOLD_SUM_OF_POOLED, rank.pooling = RANK_POOL_MAX, rank.pooling_kernel = 7, rank.protect_below = 4,
+    rank.protect_above = (int64_t)slots - 33;
+    rank.score.kind = SCORE_SQUARES, rank.score.ring = 1, rank.score.last_position = (int32_t)slots - 1, rank.score.n_window = 32;
+    rank.score.block_ids = world->ids, rank.score.lane_first = lane_first, rank.score.lane_tokens = lane_tokens;
+    uint32_t *protected_slots = (uint32_t *)check_calloc(n_lanes, 4), *evict = (uint32_t *)check_calloc(n_lanes, 4);
+    struct cut_lane *cut = (struct cut_lane *)check_calloc(n_lanes, sizeof *cut);
+    struct kept_lane *lanes = (struct kept_lane *)check_calloc(n_lanes, sizeof *lanes);
+    struct compaction *items = (struct compaction *)check_calloc(n_lanes, sizeof *items);
+    const struct cut_request request = {.lanes_each = n_lanes, .unit = BLOCK_TOKENS, .needed = &needed};
+    char what[64];
+    (void)snprintf(what, sizeof what, "rank %u x %u: squares, window 32", n_lanes, slots);
+    measure(what, (double)n_lanes * slots * 512, rate, cuda->stream, [&] { cuda_rank(&cuda->backend, &rank, protected_slots, NULL); });
+    measure("cut: whole blocks over all lanes", (double)n_lanes * slots * 16, rate, cuda->stream, [&] { cuda_cut(&cuda->backend, &request, cut); });
+    for (uint32_t lane = 0; lane < n_lanes; lane++)
+        evict[lane] = select_evictions(slots, BLOCK_TOKENS, select_units(slots, protected_slots[lane], BLOCK_TOKENS, cut[lane].below));
+    measure("keep", (double)n_lanes * slots * 20, rate, cuda->stream, [&] { cuda_keep(&cuda->backend, evict, lanes, NULL); });
+    uint64_t moved = 0;
+    for (uint32_t lane = 0; lane < n_lanes; lane++) {
+        const uint32_t *ids = world->ids + lane_first[lane];
+        items[lane] =
+            (struct compaction){.source = ids, .n_slots = slots, .keep = NULL, .n_keep = lanes[lane].n_keep, .destination = ids, .lane = lane};
+        moved += lanes[lane].n_keep - lanes[lane].first_moved;
+    }
+    measure("compact by these lists", 2.0 * (double)moved * (512 + 12), rate, cuda->stream, [&] { cuda_compact(&cuda->backend, n_lanes, items); });
+    free(protected_slots), free(evict), free(cut), free(lanes), free(items);
+}
+
 /* A sequence of the 8B shape at the end of its prompt: 256 lanes of 6,000 slots. */
 static int bench(void) {
     enum { SLOTS = 6000, KEPT = 750 };
@@ -600,6 +747,9 @@ static int bench(void) {
         measure(kind.name, (double)n_lanes * (double)SLOTS * kind.row_bytes, rate, cuda->stream,
                 [&] { cuda_score(&cuda->backend, &request, scores); });
     }
+    bench_choice(&world, lane_first, lane_tokens, SLOTS, KEPT / BLOCK_TOKENS * BLOCK_TOKENS, rate);
+    for (uint32_t lane = 0; lane < n_lanes; lane++) lane_tokens[lane] = 768 + 16;
+    bench_choice(&world, lane_first, lane_tokens, 768 + 16, 768, rate);
     free(keep), free(lane_first), free(lane_tokens), free(offset), free(items), free(scores);
     world_close(&world);
     return 0;
