@@ -22,7 +22,6 @@ struct score_device {
     uint32_t *cut_below;                  /* on the device, [n_lanes] */
     uint32_t *cut_counted;                /* on the device, [n_lanes][256] */
     uint32_t *cut_freed;                  /* on the device, [n_lanes][4][256] */
-    uint2 *lane_results;                  /* on the device, [n_lanes] */
     size_t *lane_at;                      /* [n_lanes] where a lane's keys begin */
     uint32_t *lane_slots_ranked, *n_kept; /* [n_lanes] */
 };
