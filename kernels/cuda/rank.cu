@@ -176,7 +176,9 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
 void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores) {
     struct cuda *cuda = cuda_of(backend);
     struct score_device *score = cuda->score;
-    const uint32_t per_slot = (score_per_query_head(request->score.kind) ? cuda->group : 1) + (request->value_power > 0);
+    const bool scored = request->source == RANK_SCORES;
+    const uint32_t per_slot = !scored ? 0 : (score_per_query_head(request->score.kind) ? cuda->group : 1) + (request->value_power > 0);
+    const struct work_need need = scored ? score_need(cuda, &request->score) : (struct work_need){0, 0, 0};
     size_t n_slots = 0;
     CHECK(score->rank_slots > 0 && request->value_power <= 2);
     for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
@@ -188,7 +190,7 @@ void cuda_rank(struct backend *backend, const struct rank_request *request, uint
     CUDA_CHECK(cudaMemsetAsync(score->n_protected, 0, cuda->n_lanes * sizeof *score->n_protected, cuda->stream));
     const uint32_t each = request->layer_mean ? cuda->program->n_kv_heads : 1;
     for (uint32_t first = 0; first < cuda->n_lanes;) {
-        const struct pass_plan plan = plan_pass(cuda, &request->score, first, cuda->n_lanes, each, per_slot);
+        const struct pass_plan plan = plan_pass(cuda, request->score.lane_tokens, first, cuda->n_lanes, each, per_slot, need);
         if (plan.n_jobs > 0) rank_pass(cuda, request, first, &plan, scores);
         first = plan.end;
     }
