@@ -33,6 +33,8 @@ int command_check_config(const struct config *config, const char *argument);
 int cli_fail(const struct error *error);
 /* STATUS_INVALID "model: ..." if config names none. */
 enum status cli_open_model(const struct config *config, struct model **model, struct error *error);
+/* Random weights of this shape in memory, if they fit; STATUS_INVALID where config names a model too. */
+enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error);
 void cli_warn_environment(void);
 
 /* For commands that put sequences on a backend without an engine: what the configuration chooses. */
@@ -40,7 +42,8 @@ struct cli_backend {
     const struct backend_ops *ops;
     struct backend_limits limits; /* what of it the configuration decides: kv_dtype, device, threads, ...; sizes are the caller's */
     size_t block_bytes;
-    uint64_t memory_bytes; /* that there are where its pool lies */
+    uint64_t memory_bytes; /* that there are where its pool lies, */
+    bool on_host;          /* which is this machine's own memory */
 };
 enum status cli_choose_backend(const struct config *config, const struct program *program, struct cli_backend *chosen, struct error *error);
 

@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "engine/system_memory.h"
 
 const struct command commands[] = {
     {"serve", "[MODEL]", "serve a model over HTTP", true, command_serve},
@@ -35,6 +36,18 @@ enum status cli_open_model(const struct config *config, struct model **model, st
     return model_open(config->model, model, error);
 }
 
+enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error) {
+    uint64_t bytes, available = system_memory_available("");
+    if (config->model[0]) return error_set(error, STATUS_INVALID, "--dummy: there is a model already, %.200s", config->model);
+    enum status status = model_dummy_bytes(shape, &bytes, error);
+    if (status != STATUS_OK) return status;
+    if (bytes > available / 2)
+        return error_set(error, STATUS_NO_MEMORY,
+                         "--dummy %s: %.1f MiB of random weights, and as much for the backend's copy, do not fit the %.1f MiB available", shape,
+                         (double)bytes / 0x1p20, (double)available / 0x1p20);
+    return model_dummy(shape, 1, model, error);
+}
+
 enum status cli_choose_backend(const struct config *config, const struct program *program, struct cli_backend *chosen, struct error *error) {
     const struct backend_ops *ops = backend_find(config->backend);
     const char *set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set;
@@ -54,7 +67,8 @@ enum status cli_choose_backend(const struct config *config, const struct program
         (void)error_prefix(error, "engine.backend: %s", ops->name);
         return status;
     }
-    if (chosen->memory_bytes == 0) chosen->memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    chosen->on_host = chosen->memory_bytes == 0;
+    if (chosen->on_host) chosen->memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     chosen->block_bytes = ops->block_bytes(program, chosen->limits.kv_dtype);
     if (chosen->block_bytes > 0) return STATUS_OK;
     return error_set(error, STATUS_UNSUPPORTED, "engine.kv_dtype: the %s backend does not store %s", ops->name,

@@ -93,6 +93,10 @@ struct engine_stats {
     uint64_t step_rows_bucket[14]; /* histogram le 1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf (not cumulative) */
     uint64_t step_rows_sum;
     uint64_t busy_ns, schedule_ns; /* in steps; in scheduler and batch building */
+    uint64_t wait_ns;              /* in steps, waiting for the device or doing its work (backend_limits.wait_ns) */
+    /* Steps in which every sequence took in one token of its answer, and all others, which read some prompt, or a sequence again that had been preempted: busy_ns is the sum of both. */
+    uint64_t decode_steps, decode_ns, reading_steps, reading_ns;
+    uint64_t decode_rows, decode_rows_max, decode_blocks; /* of decode steps: sequences, most in one step, blocks in use, each summed over the steps */
     /* Compression */
     uint64_t compressions[ENGINE_POLICIES_MAX][TRIGGER_KINDS]; /* by policy_index() and bit of the trigger */
     uint64_t slots_kept, slots_evicted, kv_blocks_freed, compression_ns;

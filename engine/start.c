@@ -55,13 +55,14 @@ static enum status open_engine(struct birth *birth) {
     engine_backend_limits(plan, birth->config, &limits);
     limits.progress = engine->hooks.progress;
     limits.progress_context = engine->hooks.progress_context;
+    limits.wait_ns = &engine->stats.wait_ns;
     enum status status = birth->ops->prepare(birth->program, &limits, &engine->backend, birth->error);
     if (status == STATUS_OK) status = step_cost_fit(engine->backend, birth->program, &limits, plan->max_model_len, &cost, birth->error);
     if (status != STATUS_OK) return status;
     engine->scheduler = new_scheduler(engine, birth, &cost);
     requests_init(&engine->requests, plan->max_choices);
     compress_init(&engine->compress, engine->backend, birth->config, birth->model, plan);
-    engine->stats.n_layers = birth->program->n_layers;
+    engine->stats = (struct engine_stats){.n_layers = birth->program->n_layers}; /* the steps that fitted the cost waited too */
     batch_builder_init(&engine->builder, plan->max_rows, plan->max_sequences, engine->sizes.samples, engine->sizes.draws);
     (void)snprintf(engine->description, sizeof engine->description, "%s, kv %s", engine->backend->ops->describe(engine->backend),
                    kv_dtype_name(plan->kv_dtype));

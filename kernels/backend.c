@@ -60,6 +60,12 @@ enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instru
     return strcmp(instruction_set ? instruction_set : cpu_isa_best()->name, "avx512bf16") == 0 ? KV_BF16 : KV_F16;
 }
 
+enum status backend_needs_data(const struct backend_ops *ops, const struct program *program, struct error *error) {
+    if (program->random_seed == 0) return STATUS_OK;
+    return error_set(error, STATUS_UNSUPPORTED, "backend %s: the weights of this model are to be made by the backend, which this one cannot",
+                     ops->name);
+}
+
 static const char *const kv_dtype_names[KV_DTYPES] = {[KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8"};
 
 const char *kv_dtype_name(enum kv_dtype dtype) {

@@ -49,6 +49,8 @@ struct backend_limits {
     void *progress_context;
     uint64_t *phase_ns;      /* [PHASE_KINDS]: each step adds the nanoseconds from the end of the phase before to the end of this one, as the engine thread sees them.
                                 NULL: the clock is not read. For `bench --phases` */
+    uint64_t *wait_ns;       /* each step adds the nanoseconds in which the engine thread waited for the device, or itself did the device's work: what is left is the host's
+                                cost of the step. NULL: the clock is not read */
 };
 
 /* One sequence's part of a batch. Its rows are contiguous, positions ascending. */
@@ -150,6 +152,14 @@ struct backend_ops {
     /* The logits of the last batch's sampled rows are not kept, except here: copies row-chunked logits of sample i of the NEXT submit into
      * destination[i * n_vocab] (NULL: stop). For tests, golden gates and eval. */
     void (*tap_logits)(struct backend *backend, float *destination);
+
+    /* For measuring. */
+    bool makes_weights; /* prepare takes a program with a random_seed */
+    /* Bytes of weights, as prepare will lay them out, that every step reads: all but the input embedding, of which a step reads single rows. 0: none. */
+    uint64_t (*weight_bytes)(const struct program *program, const struct backend_limits *limits);
+    /* Bytes a second, read and written together, at which large buffers are copied within the memory that pool and weights take from, the best of several passes; by as many
+     * threads as `limits` give this backend. 0: not to be had. Takes memory of its own for the time. Any thread, while nothing else runs there. */
+    double (*copy_bandwidth)(const struct backend_limits *limits);
 };
 
 struct backend {
@@ -162,6 +172,10 @@ extern const struct backend_ops *const backends[];
 const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best one that has a device on this machine */
 /* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
+/* backend_ops.copy_bandwidth of those that compute where this program runs, with `threads` workers. */
+double backend_host_copy_bandwidth(uint32_t threads);
+/* What prepare says to a program with a random_seed, where makes_weights is false; STATUS_OK to all others. */
+enum status backend_needs_data(const struct backend_ops *ops, const struct program *program, struct error *error);
 /* backend_ops.memory of those that compute where this program runs: there is device 0 alone. */
 enum status backend_host_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error);
 /* What WEIGHTS_AUTO stands for on a device with `total_bytes`, of which f16 weights would take `f16_bytes`. */

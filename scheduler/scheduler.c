@@ -175,6 +175,8 @@ static void count_choice(const struct scheduler *s, uint32_t i, uint32_t *own, u
     if (choice->index == 0) *dependents += s->requests[choice->request].n_dependents;
 }
 
+uint32_t scheduler_blocks_used(const struct scheduler *s) { return block_pool_used(&s->pool); }
+
 void scheduler_stats(const struct scheduler *s, struct scheduler_stats *stats) {
     *stats = s->stats;
     stats->running = stats->waiting = 0;

@@ -192,6 +192,7 @@ bool scheduler_lanes(const struct scheduler *scheduler, uint64_t id, uint32_t ch
 void scheduler_drop_prefix_cache(struct scheduler *scheduler);
 
 void scheduler_stats(const struct scheduler *scheduler, struct scheduler_stats *stats);
+uint32_t scheduler_blocks_used(const struct scheduler *scheduler); /* that of the stats, alone */
 
 /* The soundness function of the design: free + used + cached = total, owner counts recounted, no id twice, cached blocks immutable, queues consistent.
  * CHECKs. O(everything): tests, the simulation, and debug builds. */

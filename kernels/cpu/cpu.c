@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "kernels/cpu/cpu.h"
 
 enum { HUGE_PAGE = 2 << 20 };
@@ -339,7 +340,8 @@ extern const struct backend_ops backend_cpu;
 
 static enum status cpu_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
     const struct cpu_isa *isa;
-    enum status status = choose_isa(limits->instruction_set, &isa, error);
+    enum status status = backend_needs_data(&backend_cpu, program, error);
+    if (!status) status = choose_isa(limits->instruction_set, &isa, error);
     if (status) return status;
     uint32_t n_workers = count_of_workers(limits);
     struct cpu *cpu = check_calloc(1, sizeof *cpu);
@@ -414,13 +416,27 @@ static enum status cpu_sync(struct backend *backend, struct sample_result *resul
     struct cpu *cpu = (struct cpu *)backend;
     CHECK(cpu->batch);
     cpu->results = results;
+    uint64_t begun = cpu->limits.wait_ns ? clock_now_ns() : 0;
     cpu_step(cpu);
+    if (cpu->limits.wait_ns) *cpu->limits.wait_ns += clock_now_ns() - begun;
     cpu->batch = NULL;
     cpu->tap = NULL;
     return STATUS_OK;
 }
 
 static void cpu_tap_logits(struct backend *backend, float *destination) { ((struct cpu *)backend)->tap = destination; }
+
+/* The embedding stays in the file, unless it is the head. */
+static uint64_t cpu_weight_bytes(const struct program *program, const struct backend_limits *limits) {
+    struct cpu cpu;
+    struct arena weights = {0};
+    begin(&cpu, program, limits);
+    lay_out_weights(&cpu, &weights);
+    free(cpu.layers);
+    return weights.used;
+}
+
+static double cpu_copy_bandwidth(const struct backend_limits *limits) { return backend_host_copy_bandwidth(count_of_workers(limits)); }
 
 const struct backend_ops backend_cpu = {
     .name = "cpu",
@@ -442,4 +458,6 @@ const struct backend_ops backend_cpu = {
     .read_positions = cpu_read_positions,
     .shift_sinks = cpu_shift_sinks,
     .tap_logits = cpu_tap_logits,
+    .weight_bytes = cpu_weight_bytes,
+    .copy_bandwidth = cpu_copy_bandwidth,
 };

@@ -6,9 +6,10 @@
  * when the stream has been waited for, and a graph needs no copy.
  *
  * Only penalties need histories; without a repetition penalty, of a history only what was generated. Samples of one request share its lists. The buffer is bounded (LIST_WORDS_...), requests are not: a
- * sample whose lists do not fit any more is sampled by the host after the step, from its row, by the function that the device follows to the bit. That takes a millisecond instead of
+ * sample whose lists do not fit any more is sampled by the host after the step (or that part of it that shares `logits`), from its row, by the function that the device follows to the bit. That takes a millisecond instead of
  * microseconds, and is needed only where penalised histories of a step exceed millions of tokens. */
-#include "kernels/cuda/sample_team.cuh"
+#include "kernels/cuda/sample_draw.cuh"
+#include "kernels/cuda/sample_row.cuh"
 
 #include "kernels/cuda/cuda.h"
 
@@ -22,15 +23,21 @@ extern "C" {
 
 enum {
     CHUNK_MIN = 4096, /* tokens of a rank: below, a cluster's barriers cost more than the reading they divide */
+    RANKS_PORTABLE = 8,
+    WIDE_SAMPLES = 8, /* up to so many, larger clusters leave no multiprocessor without work */
     SCRATCH_TEAMS = 64,
     LIST_WORDS_MIN = 1 << 16, /* lists of a step */
     LIST_WORDS_SEQUENCE = 1 << 14,
     LIST_WORDS_MAX = 1 << 22,
 };
 
-struct sampling_device {
+struct team_size {
     uint32_t ranks, chunk;
     size_t shared_bytes;
+};
+
+struct sampling_device {
+    struct team_size size, wide; /* of many samples; of up to WIDE_SAMPLES */
     uint32_t max_samples, n_vocab;
     uint32_t list_words;    /* capacity */
     uint32_t *stage_device; /* parameters of a step's samples, then its lists */
@@ -39,25 +46,122 @@ struct sampling_device {
     uint32_t *stage;
     struct sample_answer *answers; /* [max_samples] */
     struct sample_place *tops;     /* [max_samples][SAMPLE_TOP_MAX] */
-    /* the host's own, for what does not fit: made when first needed */
+    const struct batch *batch;     /* of the step */
+    /* for samples whose lists do not fit; made when first needed */
+    uint32_t n_on_host; /* of the step */
     float *host_row, *host_scratch;
+    struct sample_result *host_results; /* [max_samples] */
 };
+enum { HOST_TO_DO = 1, HOST_DONE }; /* sample_params.on_host; 0: the device's */
 
-static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer) == 32 && sizeof(struct sample_place) == 8, "as kernels read and write them");
-static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t), "marks take the place of the histograms");
-static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
+static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer) == 32 && sizeof(struct sample_place) == 8,
+              "as kernels read and write them");
+static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t),
+              "marks take the place of the histograms");
+static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && RANKS_MAX <= 32 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
 
-static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) { sample_all(&args); }
+/* ---- one sample ---- */
+
+template <bool COPIED>
+static __device__ void answer(const struct team<COPIED> *t, enum answer_kind kind, uint32_t token, uint32_t n_top, struct sample_answer *out) {
+    if (t->rank != 0 || threadIdx.x != 0) return;
+    struct sample_answer a = {0, (int32_t)token, 0, 0, n_top, (uint32_t)kind, 0};
+    if (kind != ANSWER_NO_LOGITS && (block_memory()->params.n_top >= 0 || block_memory()->params.target >= 0)) {
+        a.mass = offered_sum(t, EXCHANGE_MASS, t->ranks);
+        a.best = ranked_value(offered_max(t, EXCHANGE_BEST));
+        a.logit = clean(__ldg(t->raw + token)); /* rank 0 begins at token 0 */
+    }
+    *out = a;
+}
+
+/* `word`: this thread's of the parameters. */
+template <bool COPIED> static __device__ void sample_row(const struct sampling_args *a, uint32_t sample, uint32_t head_row, uint32_t word) {
+    struct team_shared *s = block_memory();
+    struct sample_params *p = &s->params;
+    struct team<COPIED> *t = (struct team<COPIED> *)&s->team, own = {};
+    own.cut = NO_KEY;
+    own.ranks = a->ranks;
+    own.rank = blockIdx.x % a->ranks;
+    own.first = own.rank * a->chunk;
+    own.count = min(a->chunk, a->n_vocab - own.first);
+    own.raw = a->logits + (size_t)head_row * a->n_vocab + own.first;
+    if (threadIdx.x < PARAMS_WORDS) ((uint32_t *)p)[threadIdx.x] = word;
+    if (threadIdx.x < SELECTIONS) s->list_used[threadIdx.x] = 0;
+    __syncthreads();
+    if (p->on_host) return;
+    team_arrive();
+    const bool report = p->n_top >= 0 || p->target >= 0, draws = p->target < 0, adjusted = draws && (p->n_bias || p->n_banned || p->n_history);
+    own.own = adjusted || (COPIED && (report || (draws && p->temperature != 0))); /* else reading once, or again, is cheaper */
+    own.values = own.own && !COPIED ? a->scratch + (size_t)(blockIdx.x / a->ranks) * a->n_vocab : (float *)own.raw;
+    if (threadIdx.x == 0) *t = own;
+    struct sample_answer *out = &a->answers[sample];
+
+    const struct seen seen = read_row(&own, a->n_vocab % 4 == 0);
+    uint64_t best = block_max(s, 0, ranked(seen.best, seen.token));
+    const bool finite = __syncthreads_or(seen.finite);
+    team_wait(); /* all ranks are there */
+    offer(t, EXCHANGE_BEST, best);
+    offer(t, EXCHANGE_FINITE, finite);
+    team_sync();
+    best = offered_max(t, EXCHANGE_BEST);
+    if (offered_max(t, EXCHANGE_FINITE) == 0) {
+        answer(t, ANSWER_NO_LOGITS, 0, 0, out);
+        return;
+    }
+    uint32_t n_top = 0;
+    if (report) {
+        offer(t, EXCHANGE_MASS, block_sum(s, sum_of_exponentials(t, ranked_value(best))));
+        if (p->n_top > 0) offer_tops(t, (uint32_t)p->n_top);
+        team_sync();
+        if (p->n_top > 0 && t->rank == 0) n_top = report_tops(t, (uint32_t)p->n_top, a->tops + (size_t)sample * SAMPLE_TOP_MAX);
+    }
+    if (!draws) {
+        answer(t, ANSWER_TOKEN, (uint32_t)p->target, n_top, out);
+        return;
+    }
+    if (adjusted) {
+        adjust(t, a->stage);
+        best = block_max(s, 1, best_value(t));
+        offer(t, EXCHANGE_ADJUSTED, best);
+        team_sync();
+        best = offered_max(t, EXCHANGE_ADJUSTED);
+        if (ranked_value(best) == -INFINITY) {
+            answer(t, ANSWER_NO_TOKEN, 0, n_top, out);
+            return;
+        }
+    }
+    const uint32_t token = p->temperature == 0 ? ranked_token(best) : draw(t, best);
+    answer(t, ANSWER_TOKEN, token, n_top, out);
+}
+
+template <bool COPIED> static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) {
+    const struct sampling_args *a = &args;
+    const uint32_t teams = gridDim.x / a->ranks;
+    for (uint32_t sample = a->first_sample + blockIdx.x / a->ranks;; sample += teams) {
+        /* All loads in flight at once, wanted or not: a grid may be larger than the step. */
+        const uint32_t end = min(__ldg(a->n_samples), a->end_sample), at = min(sample, a->max_samples - 1), head_row = __ldg(a->sample_head_row + at);
+        const uint32_t word = threadIdx.x < PARAMS_WORDS ? __ldg(a->stage + at * PARAMS_WORDS + threadIdx.x) : 0;
+        if (sample >= end) return;
+        sample_row<COPIED>(a, sample, head_row - a->first_head_row, word);
+        if (sample + teams >= end) return;
+        team_sync(); /* nobody reads this sample's exchange any more */
+    }
+}
 
 /* ---- sizes ---- */
 
 static uint32_t chunk_of(uint32_t n_vocab, uint32_t ranks) { return div_up(div_up(n_vocab, ranks), 4) * 4; }
 static size_t shared_bytes_of(uint32_t chunk) { return sizeof(struct team_shared) + (size_t)chunk * sizeof(float); }
 
-static uint32_t ranks_of(const struct cuda *cuda) {
+static struct team_size size_of(uint32_t n_vocab, uint32_t ranks) {
+    const uint32_t chunk = chunk_of(n_vocab, ranks);
+    return {ranks, chunk, shared_bytes_of(chunk)};
+}
+
+static uint32_t ranks_of(const struct cuda *cuda, uint32_t most) {
     uint32_t ranks = 1;
     if (cuda->properties.major < 9) return 1;
-    while (ranks < RANKS_MAX && cuda->program->n_vocab > ranks * CHUNK_MIN) ranks *= 2;
+    while (ranks < most && cuda->program->n_vocab > ranks * CHUNK_MIN) ranks *= 2;
     return ranks;
 }
 
@@ -71,13 +175,15 @@ static uint32_t list_words_of(const struct cuda *cuda) {
     return words > LIST_WORDS_MAX ? (uint32_t)LIST_WORDS_MAX : (uint32_t)words;
 }
 
-static uint32_t scratch_teams_of(const struct cuda *cuda) { return cuda->limits.max_samples < SCRATCH_TEAMS ? cuda->limits.max_samples : (uint32_t)SCRATCH_TEAMS; }
+static uint32_t scratch_teams_of(const struct cuda *cuda) {
+    return cuda->limits.max_samples < SCRATCH_TEAMS ? cuda->limits.max_samples : (uint32_t)SCRATCH_TEAMS;
+}
 
 static size_t stage_words(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * PARAMS_WORDS + list_words_of(cuda); }
 
-/* Reads program, limits and properties. Counting makes nothing; with a base, what it makes is sampling_close's to free. */
+/* Reads program, limits and properties; while these are not known yet (all 0), what any device would take. Counting makes nothing; with a base, what it makes is sampling_close's to free. */
 void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
-    const uint32_t ranks = ranks_of(cuda);
+    const uint32_t ranks = ranks_of(cuda, RANKS_PORTABLE);
     const bool copied = is_copied_to_shared(cuda, ranks);
     uint32_t *stage = (uint32_t *)device_take(arena, stage_words(cuda), sizeof(uint32_t));
     float *scratch = copied ? NULL : (float *)device_take(arena, (size_t)scratch_teams_of(cuda) * cuda->program->n_vocab, sizeof(float));
@@ -85,9 +191,9 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     CHECK(cuda->program->n_vocab > 0 && cuda->program->n_vocab < 1u << 23);
     if (!cuda->sampling) cuda->sampling = (struct sampling_device *)check_calloc(1, sizeof *cuda->sampling);
     struct sampling_device *s = cuda->sampling;
-    s->ranks = copied ? ranks : 1;
-    s->chunk = chunk_of(cuda->program->n_vocab, s->ranks);
-    s->shared_bytes = copied ? shared_bytes_of(s->chunk) : sizeof(struct team_shared);
+    s->size = size_of(cuda->program->n_vocab, copied ? ranks : 1);
+    if (!copied) s->size.shared_bytes = sizeof(struct team_shared);
+    s->wide = copied ? size_of(cuda->program->n_vocab, ranks_of(cuda, RANKS_MAX)) : s->size;
     s->max_samples = cuda->limits.max_samples;
     s->n_vocab = cuda->program->n_vocab;
     s->list_words = list_words_of(cuda);
@@ -95,39 +201,46 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     s->scratch = scratch;
 }
 
-static void configure(struct cuda *cuda, uint32_t samples, cudaLaunchConfig_t *config, cudaLaunchAttribute *cluster) {
-    const struct sampling_device *s = cuda->sampling;
-    const uint32_t teams = s->scratch && samples > SCRATCH_TEAMS ? (uint32_t)SCRATCH_TEAMS : samples;
+static void configure(const struct cuda *cuda, const struct team_size *size, uint32_t teams, cudaLaunchConfig_t *config,
+                      cudaLaunchAttribute *cluster) {
     *config = {};
-    config->gridDim = dim3(teams * s->ranks);
+    config->gridDim = dim3(teams * size->ranks);
     config->blockDim = dim3(THREADS);
-    config->dynamicSmemBytes = s->shared_bytes;
+    config->dynamicSmemBytes = size->shared_bytes;
     config->stream = cuda->stream;
-    if (s->ranks == 1) return;
+    if (size->ranks == 1) return;
     cluster->id = cudaLaunchAttributeClusterDimension;
-    cluster->val.clusterDim = {s->ranks, 1, 1};
+    cluster->val.clusterDim = {size->ranks, 1, 1};
     config->attrs = cluster;
     config->numAttrs = 1;
 }
 
-/* Parts of a device may have no room for a cluster of 8. */
-static enum status fit_cluster(struct cuda *cuda, struct error *error) {
+static bool has_room(const struct cuda *cuda, const struct team_size *size) {
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute cluster;
+    int clusters = 0;
+    if (size->ranks == 1) return true;
+    configure(cuda, size, 1, &config, &cluster);
+    if (cudaOccupancyMaxActiveClusters(&clusters, sample_kernel<true>, &config) == cudaSuccess) return clusters > 0;
+    (void)cudaGetLastError(); /* a size that this device does not know is an answer too */
+    return false;
+}
+
+/* Parts of a device may have no room for a cluster of 16, or 8. */
+static enum status fit_clusters(struct cuda *cuda, struct error *error) {
     struct sampling_device *s = cuda->sampling;
-    for (;;) {
-        cudaLaunchConfig_t config;
-        cudaLaunchAttribute cluster;
-        int clusters = 0;
-        CUDA_TRY(error, cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)s->shared_bytes));
-        if (s->ranks == 1) return STATUS_OK;
-        configure(cuda, 1, &config, &cluster);
-        CUDA_TRY(error, cudaOccupancyMaxActiveClusters(&clusters, sample_kernel, &config));
-        if (clusters > 0) return STATUS_OK;
-        if (!is_copied_to_shared(cuda, s->ranks / 2))
-            return error_set(error, STATUS_DEVICE, "%s: no room for %u blocks that sample together from %u tokens", cuda->properties.name, s->ranks, s->n_vocab);
-        s->ranks /= 2;
-        s->chunk = chunk_of(s->n_vocab, s->ranks);
-        s->shared_bytes = shared_bytes_of(s->chunk);
+    if (s->scratch) return STATUS_OK;
+    CUDA_TRY(error,
+             cudaFuncSetAttribute(sample_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)cuda->properties.sharedMemPerBlockOptin));
+    if (s->wide.ranks > RANKS_PORTABLE) CUDA_TRY(error, cudaFuncSetAttribute(sample_kernel<true>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    while (!has_room(cuda, &s->size)) {
+        if (!is_copied_to_shared(cuda, s->size.ranks / 2))
+            return error_set(error, STATUS_DEVICE, "%s: no room for %u blocks that sample together from %u tokens", cuda->properties.name,
+                             s->size.ranks, s->n_vocab);
+        s->size = size_of(s->n_vocab, s->size.ranks / 2);
     }
+    if (!has_room(cuda, &s->wide)) s->wide = s->size;
+    return STATUS_OK;
 }
 
 enum status sampling_open(struct cuda *cuda, struct error *error) {
@@ -136,7 +249,7 @@ enum status sampling_open(struct cuda *cuda, struct error *error) {
     CUDA_TRY(error, cudaHostAlloc((void **)&s->stage, words * sizeof(uint32_t), cudaHostAllocDefault));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->answers, s->max_samples * sizeof *s->answers, cudaHostAllocMapped));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, (size_t)s->max_samples * SAMPLE_TOP_MAX * sizeof *s->tops, cudaHostAllocMapped));
-    return fit_cluster(cuda, error);
+    return fit_clusters(cuda, error);
 }
 
 void sampling_close(struct cuda *cuda) {
@@ -147,6 +260,7 @@ void sampling_close(struct cuda *cuda) {
     if (s->tops) cudaFreeHost(s->tops);
     free(s->host_row);
     free(s->host_scratch);
+    free(s->host_results);
     free(s);
     cuda->sampling = NULL;
 }
@@ -197,7 +311,8 @@ static bool stage_history(struct lists *lists, const struct sample *sample, stru
 }
 
 /* `before`: the sample before, whose lists may serve again; NULL: there is none. Returns false if there is no room. */
-static bool stage_lists(struct lists *lists, const struct sample *sample, const struct sample *before, const struct sample_params *before_p, struct sample_params *p) {
+static bool stage_lists(struct lists *lists, const struct sample *sample, const struct sample *before, const struct sample_params *before_p,
+                        struct sample_params *p) {
     const struct sampling *s = sample->sampling;
     const bool same = before && before->sampling == s && before->target < 0 && !before_p->on_host;
     if (same) {
@@ -228,6 +343,8 @@ void sampling_stage(struct cuda *cuda, const struct batch *batch) {
     const uint32_t first = batch->n_samples * (uint32_t)PARAMS_WORDS;
     struct lists lists = {s->stage, first, first + s->list_words};
     CHECK(batch->n_samples <= s->max_samples);
+    s->batch = batch;
+    s->n_on_host = 0;
     if (batch->n_samples == 0) return;
     for (uint32_t i = 0; i < batch->n_samples; i++) {
         const struct sample *sample = &batch->samples[i];
@@ -247,17 +364,43 @@ void sampling_stage(struct cuda *cuda, const struct batch *batch) {
         const uint32_t used = lists.used;
         if (sample->target < 0 && !stage_lists(&lists, sample, i ? sample - 1 : NULL, i ? &params[i - 1] : NULL, &p)) {
             lists.used = used;
-            p.on_host = 1;
+            p.on_host = HOST_TO_DO;
+            s->n_on_host++;
         }
         params[i] = p;
     }
     CUDA_CHECK(cudaMemcpyAsync(s->stage_device, s->stage, lists.used * sizeof(uint32_t), cudaMemcpyHostToDevice, cuda->stream));
 }
 
+static void sample_on_host(struct cuda *cuda, uint32_t index, uint32_t first_head_row) {
+    struct sampling_device *s = cuda->sampling;
+    struct sample_params *p = (struct sample_params *)(void *)s->stage + index;
+    const float *row = cuda->logits + (size_t)(cuda->host.sample_head_row[index] - first_head_row) * s->n_vocab;
+    if (!s->host_row) {
+        s->host_row = (float *)check_calloc(s->n_vocab, sizeof(float));
+        s->host_scratch = (float *)check_calloc(sampler_scratch_floats(s->n_vocab), sizeof(float));
+        s->host_results = (struct sample_result *)check_calloc(s->max_samples, sizeof *s->host_results);
+    }
+    CUDA_CHECK(cudaMemcpyAsync(s->host_row, row, s->n_vocab * sizeof(float), cudaMemcpyDeviceToHost, cuda->stream));
+    CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
+    sampler_sample(&s->batch->samples[index], s->host_row, s->n_vocab, s->host_scratch, &s->host_results[index]);
+    p->on_host = HOST_DONE;
+}
+
+/* Of samples [first_sample, end), those that are the host's; their rows are there still. */
+static void sample_part_on_host(struct cuda *cuda, uint32_t first_sample, uint32_t end, uint32_t first_head_row) {
+    struct sampling_device *s = cuda->sampling;
+    const struct sample_params *params = (const struct sample_params *)(const void *)s->stage;
+    for (uint32_t i = first_sample; s->n_on_host > 0 && i < end && i < s->batch->n_samples; i++)
+        if (params[i].on_host == HOST_TO_DO) sample_on_host(cuda, i, first_head_row);
+}
+
 void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
     struct sampling_device *s = cuda->sampling;
-    CHECK(shape->samples <= s->max_samples);
+    const uint32_t end = shape->first_sample + shape->samples;
+    CHECK(shape->samples <= s->max_samples && end <= s->max_samples);
     if (shape->samples == 0) return;
+    const struct team_size *size = shape->samples <= WIDE_SAMPLES ? &s->wide : &s->size;
     struct sampling_args args = {};
     args.n_samples = &cuda->dev.header->n_samples;
     args.sample_head_row = cuda->dev.sample_head_row;
@@ -266,27 +409,22 @@ void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
     args.scratch = s->scratch;
     args.answers = s->answers;
     args.tops = s->tops;
+    args.first_sample = shape->first_sample;
+    args.end_sample = end;
+    args.first_head_row = shape->first_head_row;
     args.n_vocab = s->n_vocab;
-    args.ranks = s->ranks;
-    args.chunk = s->chunk;
+    args.max_samples = s->max_samples;
+    args.ranks = size->ranks;
+    args.chunk = size->chunk;
     cudaLaunchConfig_t config;
     cudaLaunchAttribute cluster;
-    configure(cuda, shape->samples, &config, &cluster);
-    CUDA_CHECK(cudaLaunchKernelEx(&config, sample_kernel, args));
+    configure(cuda, size, s->scratch && shape->samples > SCRATCH_TEAMS ? (uint32_t)SCRATCH_TEAMS : shape->samples, &config, &cluster);
+    CUDA_CHECK(cudaLaunchKernelEx(&config, s->scratch ? sample_kernel<false> : sample_kernel<true>, args));
+    /* A step in parts; it is never captured. */
+    if (cuda->host.header->n_head_rows > cuda->max_head_rows) sample_part_on_host(cuda, shape->first_sample, end, shape->first_head_row);
 }
 
 /* ---- results ---- */
-
-static void sample_on_host(struct cuda *cuda, const struct sample *sample, uint32_t head_row, struct sample_result *result) {
-    struct sampling_device *s = cuda->sampling;
-    if (!s->host_row) {
-        s->host_row = (float *)check_calloc(s->n_vocab, sizeof(float));
-        s->host_scratch = (float *)check_calloc(sampler_scratch_floats(s->n_vocab), sizeof(float));
-    }
-    CUDA_CHECK(cudaMemcpyAsync(s->host_row, cuda->logits + (size_t)head_row * s->n_vocab, s->n_vocab * sizeof(float), cudaMemcpyDeviceToHost, cuda->stream));
-    CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
-    sampler_sample(sample, s->host_row, s->n_vocab, s->host_scratch, result);
-}
 
 static void collect(const struct sample *sample, const struct sample_answer *answer, const struct sample_place *tops, struct sample_result *result) {
     memset(result, 0, sizeof *result);
@@ -307,9 +445,10 @@ static void collect(const struct sample *sample, const struct sample_answer *ans
 void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results) {
     const struct sampling_device *s = cuda->sampling;
     const struct sample_params *params = (const struct sample_params *)(const void *)s->stage;
+    sample_part_on_host(cuda, 0, batch->n_samples, 0);
     for (uint32_t i = 0; i < batch->n_samples; i++) {
         if (params[i].on_host)
-            sample_on_host(cuda, &batch->samples[i], cuda->host.sample_head_row[i], &results[i]);
+            results[i] = s->host_results[i];
         else
             collect(&batch->samples[i], &s->answers[i], &s->tops[(size_t)i * SAMPLE_TOP_MAX], &results[i]);
     }

@@ -17,6 +17,7 @@
 #include <time.h>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "base/random.h"
 #include "kernels/backend.h"
 
@@ -348,7 +349,9 @@ static enum status mock_sync(struct backend *backend, struct sample_result *resu
     if (mock->limits.mock_tokens_per_second > 0) {
         double seconds = mock->pending_rows / mock->limits.mock_tokens_per_second;
         struct timespec left = {.tv_sec = (time_t)seconds, .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
+        uint64_t begun = mock->limits.wait_ns ? clock_now_ns() : 0;
         while (nanosleep(&left, &left) != 0) {}
+        if (mock->limits.wait_ns) *mock->limits.wait_ns += clock_now_ns() - begun;
     }
     if (mock->pending_samples > 0) memcpy(results, mock->results, mock->pending_samples * sizeof *results);
     return STATUS_OK;
@@ -471,6 +474,16 @@ static void mock_read_f32(struct backend *backend, uint32_t block, uint32_t slot
 
 static void mock_tap_logits(struct backend *backend, float *destination) { ((struct mock *)(void *)backend)->tap = destination; }
 
+static uint64_t mock_weight_bytes(const struct program *program, const struct backend_limits *limits) {
+    (void)program, (void)limits;
+    return 0;
+}
+
+static double mock_copy_bandwidth(const struct backend_limits *limits) {
+    (void)limits;
+    return backend_host_copy_bandwidth(1);
+}
+
 const struct backend_ops backend_mock = {
     .name = "mock",
     .memory = backend_host_memory,
@@ -491,4 +504,7 @@ const struct backend_ops backend_mock = {
     .read_positions = mock_read_positions,
     .shift_sinks = mock_shift_sinks,
     .tap_logits = mock_tap_logits,
+    .makes_weights = true, /* it needs none */
+    .weight_bytes = mock_weight_bytes,
+    .copy_bandwidth = mock_copy_bandwidth,
 };

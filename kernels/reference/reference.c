@@ -98,11 +98,13 @@ static bool allocate_rings(struct reference *r) {
 
 static enum status reference_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend,
                                      struct error *error) {
+    enum status status = backend_needs_data(&backend_reference, program, error);
+    if (status != STATUS_OK) return status;
     struct reference *r = check_calloc(1, sizeof *r);
     r->backend.ops = &backend_reference;
     r->program = program;
     r->limits = *limits;
-    enum status status = kv_pool_init(&r->pool, program->head_dim, limits->kv_dtype, limits->n_blocks, error);
+    status = kv_pool_init(&r->pool, program->head_dim, limits->kv_dtype, limits->n_blocks, error);
     if (status == STATUS_OK) {
         r->results = calloc(limits->max_samples, sizeof *r->results);
         if (!r->results || !allocate_scratch(r) || !allocate_rings(r))
@@ -300,7 +302,7 @@ static enum status reference_submit(struct backend *backend, const struct batch 
     const struct program *p = r->program;
     check_batch(r, batch);
     uint32_t rows = batch->n_rows;
-    uint64_t *phase_ns = r->limits.phase_ns, before = phase_ns ? clock_now_ns() : 0;
+    uint64_t *phase_ns = r->limits.phase_ns, *wait_ns = r->limits.wait_ns, before = phase_ns || wait_ns ? clock_now_ns() : 0, begun = before;
     for (uint32_t i = 0; i < p->n_phases; i++) {
         const struct phase *phase = &p->phases[i];
         const struct tensor *weight = &phase->weight[WEIGHT_ONLY];
@@ -324,6 +326,7 @@ static enum status reference_submit(struct backend *backend, const struct batch 
             before = now;
         }
     }
+    if (wait_ns) *wait_ns += clock_now_ns() - begun;
     r->tap = NULL;
     r->pending = true;
     r->pending_samples = batch->n_samples;
@@ -340,6 +343,26 @@ static enum status reference_sync(struct backend *backend, struct sample_result 
 }
 
 static void reference_tap_logits(struct backend *backend, float *destination) { ((struct reference *)(void *)backend)->tap = destination; }
+
+/* As the file stores them: they are read where they lie. */
+static uint64_t reference_weight_bytes(const struct program *program, const struct backend_limits *limits) {
+    (void)limits;
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < program->n_phases; i++) {
+        const struct phase *phase = &program->phases[i];
+        if (phase->kind == PHASE_EMBED) continue;
+        const struct tensor *const all[] = {&phase->norm,    &phase->weight[0], &phase->weight[1], &phase->weight[2], &phase->bias[0],
+                                            &phase->bias[1], &phase->bias[2],   &phase->q_norm,    &phase->k_norm};
+        for (size_t t = 0; t < sizeof all / sizeof *all; t++)
+            if (all[t]->data) bytes += tensor_bytes(all[t]);
+    }
+    return bytes;
+}
+
+static double reference_copy_bandwidth(const struct backend_limits *limits) {
+    (void)limits;
+    return backend_host_copy_bandwidth(1);
+}
 
 const struct backend_ops backend_reference = {
     .name = "reference",
@@ -361,4 +384,6 @@ const struct backend_ops backend_reference = {
     .read_positions = reference_read_positions,
     .shift_sinks = reference_shift_sinks,
     .tap_logits = reference_tap_logits,
+    .weight_bytes = reference_weight_bytes,
+    .copy_bandwidth = reference_copy_bandwidth,
 };

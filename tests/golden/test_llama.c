@@ -19,6 +19,7 @@
 #include "kernels/backend.h"
 #include "model/model.h"
 #include "tests/support/backends.h"
+#include "tests/support/golden_path.h"
 
 #define TOP 32
 #define CHUNK 64 /* rows of one step at most; logits of all of them are compared */
@@ -49,7 +50,8 @@ static void read_exactly(FILE *file, void *bytes, size_t size) {
 }
 
 static void read_golden(void) {
-    FILE *file = fopen(KVASIR_SOURCE_DIR "/tests/golden/llama/llama.bin", "rb");
+    char path[GOLDEN_PATH_MAX];
+    FILE *file = fopen(golden_path("llama/llama.bin", path), "rb");
     assert_non_null(file);
     char magic[8];
     uint32_t counts[4], first = 0;

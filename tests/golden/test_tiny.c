@@ -17,9 +17,9 @@
 #include "kernels/backend.h"
 #include "model/compile.h"
 #include "tests/support/backends.h"
+#include "tests/support/golden_path.h"
 #include "tests/support/sample_model.h"
 
-#define FOLDER KVASIR_SOURCE_DIR "/tests/golden/tiny/"
 #define TOKENS_MAX 64
 #define LINE_MAX_BYTES 65536
 
@@ -141,10 +141,10 @@ static void compare_row(const struct run *run, const char *name, uint32_t row, u
 }
 
 static void check_tiny(uint32_t chunk) {
-    FILE *file = fopen(FOLDER "logits.txt", "r");
+    char name[64] = "", relative[80], path[GOLDEN_PATH_MAX];
+    FILE *file = fopen(golden_path("tiny/logits.txt", path), "r");
     assert_non_null(file);
     static char line[LINE_MAX_BYTES];
-    char name[64] = "", path[4096];
     struct run run = {0};
     int models = 0, rows = 0;
     while (fgets(line, sizeof line, file)) {
@@ -159,8 +159,8 @@ static void check_tiny(uint32_t chunk) {
         }
         close_run(&run);
         (void)snprintf(name, sizeof name, "%s", word);
-        (void)snprintf(path, sizeof path, FOLDER "%s", name);
-        open_run(&run, path);
+        (void)snprintf(relative, sizeof relative, "tiny/%s", name);
+        open_run(&run, golden_path(relative, path));
         read_tokens(&run, rest);
         compute(&run, chunk);
         models++;
@@ -203,10 +203,10 @@ static void test_every_tensor_type_is_there(void **state) {
                                         "qwen2-q5",  "qwen2-f16", "qwen3-q8_0", "llama-k"};
     bool seen[TENSOR_TYPES] = {false};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        char path[4096];
+        char relative[80], path[GOLDEN_PATH_MAX];
         struct gguf *gguf = NULL;
-        (void)snprintf(path, sizeof path, FOLDER "%s.gguf", names[i]);
-        assert_int_equal(gguf_open(path, &gguf, NULL), STATUS_OK);
+        (void)snprintf(relative, sizeof relative, "tiny/%s.gguf", names[i]);
+        assert_int_equal(gguf_open(golden_path(relative, path), &gguf, NULL), STATUS_OK);
         for (size_t t = 0; t < gguf_tensor_count(gguf); t++) seen[gguf_tensor_at(gguf, t)->type] = true;
         gguf_close(gguf);
     }
@@ -237,7 +237,8 @@ static void check_sample(uint32_t chunk) {
     struct run run;
     assert_non_null(sample_model_path(path, sizeof path));
     open_run(&run, path);
-    FILE *file = fopen(FOLDER "sample.txt", "r");
+    char golden[GOLDEN_PATH_MAX];
+    FILE *file = fopen(golden_path("tiny/sample.txt", golden), "r");
     assert_non_null(file);
     int prompts = 0, tops = 0;
     while (fgets(line, sizeof line, file)) {

@@ -1,7 +1,7 @@
 /* Sampling on the device against the host's sampler. A plain program; needs a device.
  *
  *   sample --check [CASES [SEED]]   random steps of every combination of parameters, ties, logits that are no numbers, lists that do not fit: tokens equal, log-probabilities within 1e-4,
- *                                   logits untouched; with clusters and without, launched and from a graph. Prints the first differences; exit status 1 if there is one.
+ *                                   logits untouched; with clusters and without, launched, from a graph, and in parts. Prints the first differences; exit status 1 if there is one.
  *   sample --bench                  one line a case: median time of a step's sampling from 128,256 logits a row. */
 #include "kernels/cuda/cuda.h"
 
@@ -25,6 +25,7 @@ struct fixture {
     struct cuda cuda;
     struct program program;
     void *arena;
+    struct step_header header;
     cudaGraphExec_t graph; /* of max_samples samples */
 };
 
@@ -60,8 +61,10 @@ static void fixture_open(struct fixture *f, uint32_t n_vocab, uint32_t head_rows
     CUDA_CHECK(cudaMalloc((void **)&cuda->dev.header, sizeof(struct step_header)));
     CUDA_CHECK(cudaMalloc((void **)&cuda->dev.sample_head_row, max_samples * sizeof(uint32_t)));
     CUDA_CHECK(cudaHostAlloc((void **)&cuda->host.sample_head_row, max_samples * sizeof(uint32_t), cudaHostAllocDefault));
+    cuda->host.header = &f->header;
     cudaGraph_t graph;
-    const struct step_shape shape = {0, 0, 0, 0, max_samples, false};
+    struct step_shape shape = {};
+    shape.samples = max_samples;
     CUDA_CHECK(cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
     sampling_run(cuda, &shape);
     CUDA_CHECK(cudaStreamEndCapture(cuda->stream, &graph));
@@ -81,13 +84,14 @@ static void fixture_close(struct fixture *f) {
     CUDA_CHECK(cudaStreamDestroy(f->cuda.stream));
 }
 
-static void send_step(struct fixture *f, const struct batch *batch) {
+static void send_step(struct fixture *f, const struct batch *batch, uint32_t n_head_rows) {
     struct cuda *cuda = &f->cuda;
-    struct step_header header = {};
-    header.n_samples = batch->n_samples;
+    f->header.n_samples = batch->n_samples;
+    f->header.n_head_rows = n_head_rows;
     for (uint32_t i = 0; i < batch->n_samples; i++) cuda->host.sample_head_row[i] = batch->samples[i].row;
-    CUDA_CHECK(cudaMemcpyAsync(cuda->dev.header, &header, sizeof header, cudaMemcpyHostToDevice, cuda->stream));
-    CUDA_CHECK(cudaMemcpyAsync(cuda->dev.sample_head_row, cuda->host.sample_head_row, batch->n_samples * sizeof(uint32_t), cudaMemcpyHostToDevice, cuda->stream));
+    CUDA_CHECK(cudaMemcpyAsync(cuda->dev.header, &f->header, sizeof f->header, cudaMemcpyHostToDevice, cuda->stream));
+    CUDA_CHECK(cudaMemcpyAsync(cuda->dev.sample_head_row, cuda->host.sample_head_row, batch->n_samples * sizeof(uint32_t), cudaMemcpyHostToDevice,
+                               cuda->stream));
     sampling_stage(cuda, batch);
     CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
 }
@@ -130,7 +134,9 @@ struct request_case {
     int32_t banned[BANNED];
 };
 
-static int32_t some_token(uint32_t n_vocab) { return random_below(&source, 20) == 0 ? (int32_t)random_next(&source) : (int32_t)random_below(&source, n_vocab); }
+static int32_t some_token(uint32_t n_vocab) {
+    return random_below(&source, 20) == 0 ? (int32_t)random_next(&source) : (int32_t)random_below(&source, n_vocab);
+}
 
 static void make_request(struct request_case *r, uint32_t n_vocab) {
     struct sampling *s = &r->sampling;
@@ -150,14 +156,17 @@ static void make_request(struct request_case *r, uint32_t n_vocab) {
     s->n_banned = (uint32_t)PICK(0, 2, BANNED);
     for (uint32_t i = 0; i < BIASES; i++) r->bias[i] = {some_token(i < 3 ? n_vocab : n_vocab < 9 ? n_vocab : 9), 8 * unit() - 4};
     if (random_below(&source, 8) == 0) r->bias[0].bias = PICK(-INFINITY, 100, -100, FLT_MAX);
-    for (uint32_t i = 0; i < BANNED; i++) r->banned[i] = i < n_vocab && n_vocab < BANNED ? (int32_t)i : some_token(n_vocab); /* all of a small vocabulary */
+    for (uint32_t i = 0; i < BANNED; i++)
+        r->banned[i] = i < n_vocab && n_vocab < BANNED ? (int32_t)i : some_token(n_vocab); /* all of a small vocabulary */
 }
 
 static void print_sample(const struct sample *sample, uint32_t n_vocab, uint32_t index) {
     const struct sampling *s = sample->sampling;
-    printf("  sample %u of row %u, %u tokens: temperature %g top_k %d top_p %g min_p %g repetition %g presence %g frequency %g biases %u banned %u (%s) n_top %d target %d history %u + %u\n",
-           index, sample->row, n_vocab, (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p, (double)s->repetition_penalty, (double)s->presence_penalty,
-           (double)s->frequency_penalty, s->n_bias, s->n_banned, sample->ban ? "on" : "off", s->n_top, sample->target, sample->n_prompt, sample->n_history - sample->n_prompt);
+    printf("  sample %u of row %u, %u tokens: temperature %g top_k %d top_p %g min_p %g repetition %g presence %g frequency %g biases %u banned %u "
+           "(%s) n_top %d target %d history %u + %u\n",
+           index, sample->row, n_vocab, (double)s->temperature, s->top_k, (double)s->top_p, (double)s->min_p, (double)s->repetition_penalty,
+           (double)s->presence_penalty, (double)s->frequency_penalty, s->n_bias, s->n_banned, sample->ban ? "on" : "off", s->n_top, sample->target,
+           sample->n_prompt, sample->n_history - sample->n_prompt);
 }
 
 static bool is_near(float a, float b) { return a == b || fabs((double)a - (double)b) <= 1e-4 * fmax(1, fabs((double)b)); }
@@ -170,25 +179,53 @@ static bool is_same(const struct sample_result *got, const struct sample_result 
     return true;
 }
 
-static void report(const char *how, const struct sample *sample, uint32_t index, uint32_t n_vocab, const struct sample_result *got, const struct sample_result *expected) {
+static void report(const char *how, const struct sample *sample, uint32_t index, uint32_t n_vocab, const struct sample_result *got,
+                   const struct sample_result *expected) {
     if (failures++ >= REPORTED) return;
-    printf("DIFFERS (%s): token %d, expected %d; logprob %g, expected %g; n_top %d, expected %d\n", how, got->token, expected->token, (double)got->logprob,
-           (double)expected->logprob, got->n_top, expected->n_top);
+    printf("DIFFERS (%s): token %d, expected %d; logprob %g, expected %g; n_top %d, expected %d\n", how, got->token, expected->token,
+           (double)got->logprob, (double)expected->logprob, got->n_top, expected->n_top);
     for (int32_t i = 0; i < expected->n_top && i < got->n_top; i++)
         if (got->top[i].token != expected->top[i].token || !is_near(got->top[i].logprob, expected->top[i].logprob)) {
-            printf("  top %d: token %d (%g), expected %d (%g)\n", i, got->top[i].token, (double)got->top[i].logprob, expected->top[i].token, (double)expected->top[i].logprob);
+            printf("  top %d: token %d (%g), expected %d (%g)\n", i, got->top[i].token, (double)got->top[i].logprob, expected->top[i].token,
+                   (double)expected->top[i].logprob);
             break;
         }
     print_sample(sample, n_vocab, index);
 }
 
-/* One step: random rows, samples and requests. Every other one is launched from the graph. */
+/* Samples the step, logits [n_rows] being on the device: launched, from the graph, or in parts of `logits` as a step with many head rows is. */
+static void run_step(struct fixture *f, const struct batch *batch, const float *logits, uint32_t n_rows, uint32_t way) {
+    struct cuda *cuda = &f->cuda;
+    struct step_shape shape = {};
+    const uint32_t part_rows = way == 2 ? 2 : n_rows;
+    if (way == 1) {
+        CUDA_CHECK(cudaGraphLaunch(f->graph, cuda->stream));
+        return;
+    }
+    cuda->max_head_rows = part_rows;
+    for (uint32_t first = 0; first < n_rows; first += part_rows) {
+        const uint32_t rows = n_rows - first < part_rows ? n_rows - first : part_rows;
+        shape.first_head_row = first;
+        shape.first_sample += shape.samples;
+        shape.samples = 0;
+        for (uint32_t i = 0; i < batch->n_samples; i++) shape.samples += batch->samples[i].row >= first && batch->samples[i].row < first + rows;
+        if (way == 2)
+            CUDA_CHECK(cudaMemcpyAsync(cuda->logits, logits + (size_t)first * f->program.n_vocab, (size_t)rows * f->program.n_vocab * sizeof *logits,
+                                       cudaMemcpyHostToDevice, cuda->stream));
+        sampling_run(cuda, &shape);
+    }
+    cuda->max_head_rows = ROWS;
+}
+
+/* One step: random rows, samples and requests. */
 static void check_step(struct fixture *f, uint32_t number, bool long_histories, const char *how) {
     static struct request_case requests[SAMPLES];
     static int32_t history[LONG_HISTORY];
-    const uint32_t n_vocab = f->program.n_vocab, n = 1 + random_below(&source, SAMPLES), n_rows = 1 + random_below(&source, n < ROWS ? n : (uint32_t)ROWS);
+    const uint32_t n_vocab = f->program.n_vocab, n = 1 + random_below(&source, SAMPLES),
+                   n_rows = 1 + random_below(&source, n < ROWS ? n : (uint32_t)ROWS);
     const size_t logits_bytes = (size_t)n_rows * n_vocab * sizeof(float);
-    float *logits = (float *)check_calloc((size_t)n_rows * n_vocab, sizeof *logits), *copy = (float *)check_calloc((size_t)n_rows * n_vocab, sizeof *copy);
+    float *logits = (float *)check_calloc((size_t)n_rows * n_vocab, sizeof *logits),
+          *copy = (float *)check_calloc((size_t)n_rows * n_vocab, sizeof *copy);
     float *scratch = (float *)check_calloc(sampler_scratch_floats(n_vocab), sizeof *scratch);
     struct sample samples[SAMPLES];
     struct sample_result results[SAMPLES], expected;
@@ -208,25 +245,22 @@ static void check_step(struct fixture *f, uint32_t number, bool long_histories, 
         sample->target = random_below(&source, 6) == 0 ? (int32_t)random_below(&source, n_vocab) : -1;
         sample->history = history;
         sample->n_history = again && random_below(&source, 2) ? samples[i - 1].n_history : n_history;
-        sample->n_prompt = again && sample->n_history == samples[i - 1].n_history ? samples[i - 1].n_prompt : random_below(&source, sample->n_history + 1);
+        sample->n_prompt =
+            again && sample->n_history == samples[i - 1].n_history ? samples[i - 1].n_prompt : random_below(&source, sample->n_history + 1);
     }
     struct batch batch = {};
     batch.n_samples = n;
     batch.samples = samples;
     CUDA_CHECK(cudaMemcpyAsync(f->cuda.logits, logits, logits_bytes, cudaMemcpyHostToDevice, f->cuda.stream));
-    send_step(f, &batch);
-    if (number % 2) {
-        CUDA_CHECK(cudaGraphLaunch(f->graph, f->cuda.stream));
-    } else {
-        const struct step_shape shape = {0, 0, 0, 0, n, false};
-        sampling_run(&f->cuda, &shape);
-    }
+    send_step(f, &batch, n_rows);
+    run_step(f, &batch, logits, n_rows, number % 3);
     CUDA_CHECK(cudaStreamSynchronize(f->cuda.stream));
     memset((void *)results, 0x5a, sizeof results);
     sampling_collect(&f->cuda, &batch, results);
     CUDA_CHECK(cudaMemcpyAsync(copy, f->cuda.logits, logits_bytes, cudaMemcpyDeviceToHost, f->cuda.stream));
     CUDA_CHECK(cudaStreamSynchronize(f->cuda.stream));
-    if (memcmp(copy, logits, logits_bytes) != 0 && failures++ < REPORTED) printf("DIFFERS (%s): logits were written, %u tokens\n", how, n_vocab);
+    if (number % 3 != 2 && memcmp(copy, logits, logits_bytes) != 0 && failures++ < REPORTED)
+        printf("DIFFERS (%s): logits were written, %u tokens\n", how, n_vocab);
     for (uint32_t i = 0; i < n; i++) {
         memcpy(copy, logits + (size_t)samples[i].row * n_vocab, n_vocab * sizeof *copy);
         sampler_sample(&samples[i], copy, n_vocab, scratch, &expected);
@@ -320,7 +354,8 @@ static void bench_case(struct fixture *f, const char *name, const struct samplin
     struct batch batch = {};
     cudaGraph_t graph;
     cudaGraphExec_t exec;
-    const struct step_shape shape = {0, 0, 0, 0, n, false};
+    struct step_shape shape = {};
+    shape.samples = n;
     for (uint32_t i = 0; i < n; i++) {
         memset((void *)&samples[i], 0, sizeof samples[i]);
         samples[i].row = samples[i].choice = i;
@@ -329,14 +364,14 @@ static void bench_case(struct fixture *f, const char *name, const struct samplin
     }
     batch.n_samples = n;
     batch.samples = samples;
-    send_step(f, &batch);
+    send_step(f, &batch, n);
     CUDA_CHECK(cudaStreamBeginCapture(f->cuda.stream, cudaStreamCaptureModeThreadLocal));
     for (int i = 0; i < BENCH_REPEATS; i++) sampling_run(&f->cuda, &shape);
     CUDA_CHECK(cudaStreamEndCapture(f->cuda.stream, &graph));
     CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
     const double us = (double)time_graph(exec, f->cuda.stream), bytes = (double)n * (double)BENCH_VOCAB * sizeof(float);
-    printf("%-13s %-22s %3u samples of %u: %8.1f us  %6.1f MB  %7.1f GB/s  %5.1f %% of copy\n", clusters ? "clusters" : "single blocks", name, n, (uint32_t)BENCH_VOCAB, us,
-           bytes / 1e6, bytes / us / 1e3, 100 * bytes / us / 1e3 / copy);
+    printf("%-13s %-22s %3u samples of %u: %8.1f us  %6.1f MB  %7.1f GB/s  %5.1f %% of copy\n", clusters ? "clusters" : "single blocks", name, n,
+           (uint32_t)BENCH_VOCAB, us, bytes / 1e6, bytes / us / 1e3, 100 * bytes / us / 1e3 / copy);
     CUDA_CHECK(cudaGraphExecDestroy(exec));
     CUDA_CHECK(cudaGraphDestroy(graph));
 }
@@ -358,7 +393,8 @@ static int bench(void) {
     const struct {
         const char *name;
         const struct sampling *sampling;
-    } cases[] = {{"greedy", &greedy}, {"temperature 1", &plain}, {"top-p 0.9", &top_p}, {"top-k 40, top-p 0.9", &top_k}, {"greedy, 5 logprobs", &top_5}};
+    } cases[] = {
+        {"greedy", &greedy}, {"temperature 1", &plain}, {"top-p 0.9", &top_p}, {"top-k 40, top-p 0.9", &top_k}, {"greedy, 5 logprobs", &top_5}};
     float *logits = (float *)check_calloc((size_t)BENCH_ROWS * BENCH_VOCAB, sizeof *logits);
     source = {7};
     for (size_t i = 0; i < (size_t)BENCH_ROWS * BENCH_VOCAB; i++) { /* a bell of width 2 and a tail, as models have */
