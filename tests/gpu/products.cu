@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/native.h"
 
 extern "C" {
 #include "base/half.h"
@@ -576,32 +576,48 @@ static __global__ void fill(__half *to, size_t count) {
         to[i] = __float2half(((float)(uint32_t)(i * 2654435761u >> 16 & 1023) - 511.5f) / 8192);
 }
 
-/* As many matrices as are 4 times the L2 cache, in turn. */
-static void bench_shape(struct cuda *cuda, const char *name, uint32_t n, uint32_t k, enum product_out kind, const uint32_t *rows, uint32_t row_counts,
-                        double copy) {
-    size_t bytes = (size_t)n * k * sizeof(__half);
+struct bench_shape {
+    const char *name;
+    uint32_t n, k;
+    enum product_out kind;
+};
+
+static size_t bytes_of(enum tensor_type type, uint32_t n, uint32_t k) {
+    enum native_form form = native_form_of(type);
+    return form == FORM_F16 ? (size_t)n * k * sizeof(__half) : native_bytes(form, n, k);
+}
+
+static void print_line(const struct bench_shape *s, enum tensor_type type, uint32_t rows, bool deterministic, double seconds, double copy) {
+    double out_bytes = (double)rows * s->n * (s->kind == PRODUCT_F16 ? 2 : s->kind == PRODUCT_F32 ? 4 : 8);
+    double moved = (double)bytes_of(type, s->n, s->k) + (double)rows * s->k * 2 + out_bytes;
+    printf("%-13s %-5s %6u x %-5u rows %4u %-13s %9.2f us %8.1f MB %7.1f GB/s %5.1f %% of copy %7.1f TFLOP/s\n", s->name,
+           tensor_type_info(type)->name, s->n, s->k, rows, deterministic ? "deterministic" : "", seconds * 1e6, moved / 1e6, moved / seconds / 1e9,
+           moved / seconds / copy * 100, 2 * (double)rows * s->n * s->k / seconds / 1e12);
+}
+
+/* As many matrices as are 4 times the L2 cache, in turn. What is in them takes no time. */
+static void bench_one(struct cuda *cuda, const struct bench_shape *s, enum tensor_type type, const uint32_t *rows, uint32_t row_counts, double copy) {
+    size_t bytes = bytes_of(type, s->n, s->k);
     uint32_t count = (uint32_t)(4 * (size_t)cuda->properties.l2CacheSize / bytes) + 1, most = rows[row_counts - 1];
-    __half *w, *in;
+    uint8_t *w;
+    __half *in;
     void *out;
     CUDA_CHECK(cudaMalloc((void **)&w, count * bytes));
-    CUDA_CHECK(cudaMalloc((void **)&in, (size_t)most * k * sizeof *in));
-    CUDA_CHECK(cudaMalloc(&out, (size_t)most * n * sizeof(float)));
-    fill<<<1024, 256, 0, cuda->stream>>>(w, (size_t)count * n * k);
-    fill<<<1024, 256, 0, cuda->stream>>>(in, (size_t)most * k);
-    CUDA_CHECK(cudaMemsetAsync(out, 0, (size_t)most * n * sizeof(float), cuda->stream));
+    CUDA_CHECK(cudaMalloc((void **)&in, (size_t)most * s->k * sizeof *in));
+    CUDA_CHECK(cudaMalloc(&out, (size_t)most * s->n * sizeof(float)));
+    fill<<<1024, 256, 0, cuda->stream>>>((__half *)w, count * bytes / sizeof(__half));
+    fill<<<1024, 256, 0, cuda->stream>>>(in, (size_t)most * s->k);
+    CUDA_CHECK(cudaMemsetAsync(out, 0, (size_t)most * s->n * sizeof(float), cuda->stream));
     for (uint32_t i = 0; i < row_counts; i++)
         for (int deterministic = 0; deterministic < (rows[i] > SKINNY_ROWS ? 2 : 1); deterministic++) {
             cuda->deterministic = deterministic;
-            uint32_t launches = rows[i] > 256 ? count : count < 20 ? 20 : count;
+            uint32_t launches = rows[i] > 256 || count > 20 ? count : 20 / count * count + count;
             double seconds = seconds_each(cuda, launches, [&](uint32_t launch) {
-                struct matrix matrix = matrix_f16(n, k, w + (size_t)(launch % count) * n * k);
-                product(cuda, &matrix, in, rows[i], out, kind);
+                struct matrix matrix = matrix_f16(s->n, s->k, w + launch % count * bytes);
+                matrix.type = matrix.parts[0].type = type;
+                product(cuda, &matrix, in, rows[i], out, s->kind);
             });
-            double out_bytes = (double)rows[i] * n * (kind == PRODUCT_F16 ? 2 : kind == PRODUCT_F32 ? 4 : 8);
-            double moved = (double)bytes + (double)rows[i] * k * 2 + out_bytes;
-            printf("%-22s %6u x %-5u rows %4u%s %9.2f us %8.1f MB %7.1f GB/s %5.1f %% of copy %7.1f TFLOP/s\n", name, n, k, rows[i],
-                   deterministic ? " deterministic" : "              ", seconds * 1e6, moved / 1e6, moved / seconds / 1e9,
-                   moved / seconds / copy * 100, 2 * (double)rows[i] * n * k / seconds / 1e12);
+            print_line(s, type, rows[i], deterministic, seconds, copy);
         }
     cuda->deterministic = false;
     CUDA_CHECK(cudaFree(out));
@@ -611,20 +627,19 @@ static void bench_shape(struct cuda *cuda, const char *name, uint32_t n, uint32_
 
 static void bench(struct cuda *cuda) {
     static const uint32_t rows[] = {1, 4, 8, 16, 64, 256, 2048};
-    static const struct {
-        const char *name;
-        uint32_t n, k;
-        enum product_out kind;
-    } shapes[] = {
+    static const enum tensor_type types[] = {TENSOR_Q4_0, TENSOR_Q4_K, TENSOR_Q8_0, TENSOR_Q6_K};
+    static const struct bench_shape shapes[] = {
         {"8B qkv", 6144, 4096, PRODUCT_F32},       {"8B o", 4096, 4096, PRODUCT_ADD_F32},    {"8B gate_up", 28672, 4096, PRODUCT_F16},
         {"8B down", 4096, 14336, PRODUCT_ADD_F32}, {"8B head", 128256, 4096, PRODUCT_F32},   {"135M qkv", 960, 576, PRODUCT_F32},
         {"135M o", 576, 576, PRODUCT_ADD_F32},     {"135M gate_up", 3072, 576, PRODUCT_F16}, {"135M down", 576, 1536, PRODUCT_ADD_F32},
         {"135M head", 49152, 576, PRODUCT_F32},
     };
+    const size_t of_8b = 5;
     double copy = copy_rate(cuda);
     printf("%s: copy within the device %.1f GB/s (read + written)\n", cuda->properties.name, copy / 1e9);
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-        bench_shape(cuda, shapes[i].name, shapes[i].n, shapes[i].k, shapes[i].kind, rows, sizeof rows / sizeof *rows, copy);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) bench_one(cuda, &shapes[i], TENSOR_F16, rows, sizeof rows / sizeof *rows, copy);
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++)
+        for (size_t i = 0; i < of_8b; i++) bench_one(cuda, &shapes[i], types[t], rows, 5, copy);
 }
 
 int main(int argc, char **argv) {
