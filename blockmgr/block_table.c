@@ -11,7 +11,8 @@
 static uint32_t blocks_for(uint32_t tokens) { return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
 
 uint64_t block_tables_bytes(uint32_t n_tables, uint32_t n_lanes, uint32_t blocks_max) {
-    return (uint64_t)n_tables * n_lanes * ((uint64_t)blocks_max + 3) * sizeof(uint32_t) + (uint64_t)n_tables * sizeof(struct table_sums);
+    return (uint64_t)n_tables * n_lanes * ((uint64_t)blocks_max + 3) * sizeof(uint32_t) +
+           (uint64_t)n_tables * (sizeof(struct table_sums) + sizeof(uint32_t));
 }
 
 void block_tables_init(struct block_tables *tables, struct block_pool *pool, uint32_t n_tables, uint32_t n_lanes, uint32_t blocks_max) {
@@ -25,6 +26,8 @@ void block_tables_init(struct block_tables *tables, struct block_pool *pool, uin
     tables->lane_tokens = check_calloc(lanes, sizeof *tables->lane_tokens);
     tables->n_blocks = check_calloc(lanes, sizeof *tables->n_blocks);
     tables->sums = check_calloc(n_tables, sizeof *tables->sums);
+    tables->changes = check_calloc(n_tables, sizeof *tables->changes);
+    for (uint32_t table = 0; table < n_tables; table++) tables->changes[table] = 1;
     for (size_t lane = 0; lane < lanes; lane++) tables->lane_first[lane] = (uint32_t)(lane * blocks_max);
 }
 
@@ -34,6 +37,12 @@ void block_tables_done(struct block_tables *tables) {
     free(tables->lane_tokens);
     free(tables->n_blocks);
     free(tables->sums);
+    free(tables->changes);
+}
+
+/* An id that was listed leaves its place, or one lane's slots become more or fewer. */
+static void changed(struct block_tables *tables, uint32_t table) {
+    if (++tables->changes[table] == 0) tables->changes[table] = 1;
 }
 
 uint32_t table_room(const struct block_tables *tables, uint32_t table) {
@@ -101,8 +110,10 @@ uint32_t table_take(struct block_tables *tables, uint32_t table, uint32_t lane) 
 }
 
 void table_set_tokens(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t tokens) {
+    uint32_t *filled = table_lane_tokens(tables, table) + lane;
     CHECK(blocks_for(tokens) <= table_lane_blocks(tables, table)[lane]);
-    table_lane_tokens(tables, table)[lane] = tokens;
+    if (*filled != tokens) changed(tables, table);
+    *filled = tokens;
     tables->sums[table].room = 0;
 }
 
@@ -110,6 +121,7 @@ void table_truncate(struct block_tables *tables, uint32_t table, uint32_t lane, 
     uint32_t *filled = table_lane_tokens(tables, table) + lane, *blocks = table_lane_blocks(tables, table) + lane;
     const uint32_t *ids = table_lane_ids(tables, table, lane);
     CHECK(tokens <= *filled);
+    if (tokens < *filled || *blocks > blocks_for(tokens)) changed(tables, table);
     *filled = tokens;
     for (; *blocks > blocks_for(tokens); tables->sums[table].blocks--) block_pool_give(tables->pool, ids[--*blocks]);
     tables->sums[table].room = 0;
@@ -119,6 +131,7 @@ void table_drop(struct block_tables *tables, uint32_t table, uint32_t lane, uint
     uint32_t *filled = table_lane_tokens(tables, table) + lane, *blocks = table_lane_blocks(tables, table) + lane,
              *ids = table_lane_ids(tables, table, lane);
     CHECK(first + count <= *filled / BLOCK_TOKENS);
+    if (count > 0) changed(tables, table);
     for (uint32_t i = first; i < first + count; i++) block_pool_give(tables->pool, ids[i]);
     memmove(ids + first, ids + first + count, (*blocks - first - count) * sizeof *ids);
     *blocks -= count;
@@ -130,12 +143,20 @@ uint32_t table_replace(struct block_tables *tables, uint32_t table, uint32_t lan
     uint32_t *ids = table_lane_ids(tables, table, lane);
     CHECK(index < table_lane_blocks(tables, table)[lane]);
     uint32_t id = block_pool_take(tables->pool, index ? ids[index - 1] : BLOCK_NONE);
-    block_pool_give(tables->pool, ids[index]);
-    ids[index] = id;
+    table_replace_by(tables, table, lane, index, id);
     return id;
 }
 
+void table_replace_by(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t index, uint32_t id) {
+    uint32_t *ids = table_lane_ids(tables, table, lane);
+    CHECK(index < table_lane_blocks(tables, table)[lane]);
+    block_pool_give(tables->pool, ids[index]);
+    ids[index] = id;
+    changed(tables, table);
+}
+
 void table_clear(struct block_tables *tables, uint32_t table) {
+    if (tables->sums[table].blocks > 0) changed(tables, table);
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
         uint32_t *blocks = table_lane_blocks(tables, table) + lane;
         const uint32_t *ids = table_lane_ids(tables, table, lane);

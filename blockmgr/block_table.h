@@ -22,9 +22,12 @@ struct block_tables {
     uint32_t n_tables, n_lanes, blocks_max; /* blocks_max: of one lane */
     uint32_t *ids;                          /* [n_tables][n_lanes][blocks_max] */
     size_t ids_bytes;
-    uint32_t *lane_first;    /* [n_tables][n_lanes] index in ids of the lane's first block; const */
-    uint32_t *lane_tokens;   /* [n_tables][n_lanes] slots filled */
-    uint32_t *n_blocks;      /* [n_tables][n_lanes] blocks listed, >= filled ones */
+    uint32_t *lane_first;  /* [n_tables][n_lanes] index in ids of the lane's first block; const */
+    uint32_t *lane_tokens; /* [n_tables][n_lanes] slots filled */
+    uint32_t *n_blocks;    /* [n_tables][n_lanes] blocks listed, >= filled ones */
+    uint32_t *
+        changes; /* [n_tables] never 0. While it stays, ids are only added at the ends of lanes, and all lanes are filled by the same number of slots: who has copied a
+                                table needs the new ids and one number */
     struct table_sums *sums; /* [n_tables] */
 };
 
@@ -67,6 +70,8 @@ void table_truncate(struct block_tables *tables, uint32_t table, uint32_t lane, 
 void table_drop(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t first, uint32_t count);
 /* Block `index` of the lane is replaced by one taken from the pool (one must be free); the old one is given back. Returns the new id. */
 uint32_t table_replace(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t index);
+/* The same, by a block that the caller has taken and no longer owns then. */
+void table_replace_by(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t index, uint32_t id);
 /* Everything is given back. */
 void table_clear(struct block_tables *tables, uint32_t table);
 

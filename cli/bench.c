@@ -40,6 +40,7 @@ struct bench {
     uint32_t n_phases; /* --phases */
     struct bench_phases phases[2 * BENCH_LIST_MAX];
     struct bench_ceilings ceilings;
+    struct bench_runs runs; /* --requests */
 };
 
 static enum status read_options(struct bench *bench, struct error *error) {
@@ -47,6 +48,7 @@ static enum status read_options(struct bench *bench, struct error *error) {
     enum status status = bench_list_parse(config->bench.prompts, "--prompt", 0, 1u << 24, &bench->prompts, error);
     if (status == STATUS_OK) status = bench_list_parse(config->bench.batches, "--batch", 1, 4096, &bench->batches, error);
     if (status != STATUS_OK) return status;
+    if (config->bench.requests) return bench_requests_arms(config, &bench->prompts, &bench->runs, error);
     for (uint32_t i = 0; config->bench.generate > 0 && i < bench->batches.count; i++)
         if (bench->batches.values[i] > config->max_rows)
             return error_set(error, STATUS_INVALID, "--batch: %" PRIu32 " sequences need as many rows in a step; --max-rows is %" PRIu32,
@@ -57,8 +59,9 @@ static enum status read_options(struct bench *bench, struct error *error) {
 static enum status open_model(struct bench *bench, struct error *error) {
     const struct config *config = bench->config;
     if (!config->bench.dummy[0]) return cli_open_model(config, &bench->model, error);
-    if (config->model[0]) return error_set(error, STATUS_INVALID, "--dummy: there is a model already, %.200s", config->model);
-    return model_dummy(config->bench.dummy, 1, &bench->model, error);
+    const struct backend_ops *ops = backend_find(config->backend);
+    if (config->model[0] || !ops || !ops->makes_weights) return cli_open_dummy(config, config->bench.dummy, &bench->model, error);
+    return model_dummy_seeded(config->bench.dummy, 1, &bench->model, error);
 }
 
 /* The largest of everything the rows will ask for. */
@@ -122,17 +125,35 @@ static enum status measure_prompt(struct bench *bench, uint32_t n_prompt, struct
     return STATUS_OK;
 }
 
+static void truncate_contexts(struct bench *bench, uint32_t batch) {
+    for (uint32_t s = 0; s < batch; s++) bench_driver_truncate(bench->driver, s, bench->config->bench.context);
+}
+
 /* The contexts were read before; each round begins at their end again. */
 static enum status generate(struct bench *bench, uint32_t batch, uint32_t n_tokens, struct error *error) {
-    for (uint32_t s = 0; s < batch; s++) bench_driver_truncate(bench->driver, s, bench->config->bench.context);
+    truncate_contexts(bench, batch);
     enum status status = STATUS_OK;
     for (uint32_t i = 0; i < n_tokens && status == STATUS_OK; i++) status = bench_driver_generate(bench->driver, batch, error);
     return status;
 }
 
+/* What the step in the middle of a round must read. */
+static void set_bound(struct bench *bench, uint32_t batch, struct bench_row *row) {
+    const struct program *program = model_program(bench->model);
+    truncate_contexts(bench, batch);
+    double slots = (double)bench_driver_slots(bench->driver, batch) + (double)batch * program_lanes(program) * (row->n_gen + 1.0) / 2;
+    row->weight_bytes = (double)bench_driver_weight_bytes(bench->driver);
+    row->kv_bytes = slots * bench_driver_slot_bytes(bench->driver);
+    double bandwidth = bench_driver_copy_bandwidth(bench->driver);
+    row->bound_tok_s = bandwidth > 0 ? batch * bandwidth / (row->weight_bytes + row->kv_bytes) : 0;
+}
+
 static enum status measure_generation(struct bench *bench, uint32_t batch, struct error *error) {
     uint32_t n_gen = bench->config->bench.generate, rounds = bench->config->bench.rounds;
+    struct bench_row row = {.test = "tg", .batch = batch, .n_gen = n_gen, .context = bench->config->bench.context};
+    set_bound(bench, batch, &row);
     enum status status = generate(bench, batch, n_gen < WARM_UP_TOKENS ? n_gen : WARM_UP_TOKENS, error);
+    (void)bench_driver_take_host_us(bench->driver);
     for (uint32_t round = 0; round < rounds && status == STATUS_OK; round++) {
         show_round("tg", n_gen, batch, round + 1, rounds);
         uint64_t begun = clock_now_ns();
@@ -140,7 +161,8 @@ static enum status measure_generation(struct bench *bench, uint32_t batch, struc
         bench->samples[round] = tokens_a_second((uint64_t)n_gen * batch, begun);
     }
     if (status != STATUS_OK) return status;
-    finish_row(bench, (struct bench_row){.test = "tg", .batch = batch, .n_gen = n_gen, .context = bench->config->bench.context});
+    row.host_us = bench_driver_take_host_us(bench->driver);
+    finish_row(bench, row);
     return STATUS_OK;
 }
 
@@ -150,6 +172,7 @@ static enum status read_contexts(struct bench *bench, struct error *error) {
     for (uint32_t s = 0; s < size.max_sequences && status == STATUS_OK; s++) {
         bench_driver_truncate(bench->driver, s, 0);
         status = bench_driver_prompt(bench->driver, s, bench->config->bench.context, 0, error);
+        if (bench->config->bench.ragged) bench_driver_cut(bench->driver, s, 1);
     }
     return status;
 }
@@ -172,7 +195,11 @@ static enum status measure_phases(struct bench *bench, struct error *error) {
     const struct config *config = bench->config;
     const struct program *program = model_program(bench->model);
     uint32_t rounds = config->bench.rounds;
-    enum status status = bench_measure_ceilings(bench_driver_threads(bench->driver), model_bytes(bench->model), &bench->ceilings, error);
+    enum status status = STATUS_OK;
+    if (bench_driver_on_host(bench->driver))
+        status = bench_measure_ceilings(bench_driver_threads(bench->driver), model_bytes(bench->model), &bench->ceilings, error);
+    else
+        bench->ceilings = (struct bench_ceilings){.gb_s = bench_driver_copy_bandwidth(bench->driver) / 1e9, .instruction = "not measured"};
     for (uint32_t i = 0; i < bench->n_rows && status == STATUS_OK; i++) {
         const struct bench_row *row = &bench->rows[i];
         struct bench_phases *phases = &bench->phases[bench->n_phases];
@@ -197,6 +224,8 @@ static void print(const struct bench *bench) {
         .backend = bench_driver_describe(bench->driver),
         .kv_dtype = bench_driver_kv_dtype(bench->driver),
         .threads = bench_driver_threads(bench->driver),
+        .copy_bandwidth = bench_driver_copy_bandwidth(bench->driver),
+        .on_host = bench_driver_on_host(bench->driver),
         .n_phases = bench->n_phases,
         .phases = bench->phases,
         .ceilings = bench->ceilings,
@@ -209,6 +238,42 @@ static void print(const struct bench *bench) {
         bench_print_table(&report, stdout);
 }
 
+/* --requests, from the options to what is printed. */
+static enum status serve_requests(struct bench *bench, struct error *error) {
+    const struct config *config = bench->config;
+    const struct program *program = model_program(bench->model);
+    struct cli_backend chosen;
+    enum status status = cli_choose_backend(config, program, &chosen, error);
+    if (status != STATUS_OK) return status;
+    double bandwidth = chosen.ops->copy_bandwidth(&chosen.limits), weight_bytes = (double)chosen.ops->weight_bytes(program, &chosen.limits);
+    struct bench_report report = {.config = config,
+                                  .model = bench->model,
+                                  .backend = bench->runs.runs[0].engine,
+                                  .kv_dtype = chosen.limits.kv_dtype,
+                                  .copy_bandwidth = bandwidth,
+                                  .weight_bytes = weight_bytes};
+    struct bench_runs_printer *printer = NULL;
+    for (uint32_t i = 0; i < bench->runs.count && status == STATUS_OK; i++) {
+        status = bench_requests_run(config, bench->model, &bench->runs.runs[i], error);
+        if (status != STATUS_OK) break;
+        bench_requests_compare(&bench->runs, i, bandwidth, weight_bytes, bench_slot_bytes(program, chosen.limits.kv_dtype));
+        report.threads = bench_threads_of(report.backend);
+        if (!printer) printer = bench_runs_begin(&report, stdout); /* what fails at once prints nothing */
+        bench_runs_add(printer, &bench->runs.runs[i]);
+    }
+    bench_runs_end(printer);
+    return status;
+}
+
+static enum status drive_backend(struct bench *bench, struct error *error) {
+    enum status status = open_driver(bench, error);
+    if (status == STATUS_OK) status = measure(bench, error);
+    if (status == STATUS_OK && bench->config->bench.phases) status = measure_phases(bench, error);
+    if (status == STATUS_OK) print(bench);
+    bench_driver_close(bench->driver);
+    return status;
+}
+
 int command_bench(const struct config *config, const char *argument) {
     (void)argument;
     struct bench bench = {.config = config};
@@ -216,11 +281,7 @@ int command_bench(const struct config *config, const char *argument) {
     bench.samples = check_calloc(config->bench.rounds, sizeof *bench.samples);
     enum status status = read_options(&bench, &error);
     if (status == STATUS_OK) status = open_model(&bench, &error);
-    if (status == STATUS_OK) status = open_driver(&bench, &error);
-    if (status == STATUS_OK) status = measure(&bench, &error);
-    if (status == STATUS_OK && config->bench.phases) status = measure_phases(&bench, &error);
-    if (status == STATUS_OK) print(&bench);
-    bench_driver_close(bench.driver);
+    if (status == STATUS_OK) status = config->bench.requests ? serve_requests(&bench, &error) : drive_backend(&bench, &error);
     model_close(bench.model);
     free(bench.samples);
     return status == STATUS_OK ? CLI_OK : cli_fail(&error);

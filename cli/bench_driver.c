@@ -2,13 +2,12 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "base/random.h"
 #include "cli/bench.h"
 #include "cli/cli.h"
-#include "engine/engine.h"
 
 #define EXTENT_BYTES 65536u
 
@@ -22,6 +21,8 @@ struct bench_driver {
     uint32_t *block_ids;   /* [max_sequences][n_lanes][lane_blocks] */
     uint32_t *lane_first;  /* [max_sequences][n_lanes] */
     uint32_t *lane_tokens; /* [max_sequences][n_lanes] */
+    uint32_t *lane_lost;   /* [max_sequences][n_lanes] slots that a lane has less than its sequence has tokens */
+    uint32_t *changes;     /* [max_sequences] of the table: counts every time that a lane's length did not follow its sequence's */
     uint32_t *length;      /* [max_sequences] tokens in the cache */
     int32_t *next;         /* [max_sequences] the token to take in */
 
@@ -31,6 +32,10 @@ struct bench_driver {
     struct sample_result *results;
     struct sampling greedy;
     uint64_t phase_ns[PHASE_KINDS];
+    bool on_host;
+    double copy_bandwidth; /* bytes a second */
+    uint64_t weight_bytes;
+    uint64_t wait_ns, host_ns, n_steps; /* of generation, since they were last taken */
 };
 
 /* Block b of a lane, as a pool under many sequences that grow together would place it: whole extents, taken in turn by every lane of every sequence. */
@@ -43,22 +48,14 @@ static void place_blocks(struct bench_driver *driver, uint32_t extent) {
     }
 }
 
-static enum status choose_backend(const struct config *config, const struct model *model, const struct backend_ops **ops, enum kv_dtype *dtype,
-                                  struct error *error) {
-    *ops = backend_find(config->backend);
-    if (!*ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
-    if (kv_dtype_parse(config->kv_dtype, dtype)) return STATUS_OK;
-    struct memory_plan plan; /* "auto" is the engine's to decide */
-    enum status status = engine_plan_memory(config, model, &plan, error);
-    if (status == STATUS_OK) *dtype = plan.kv_dtype;
-    return status;
-}
-
 static void allocate(struct bench_driver *driver) {
     uint32_t sequences = driver->size.max_sequences, lanes = sequences * driver->n_lanes;
     driver->block_ids = check_calloc((size_t)lanes * driver->lane_blocks, sizeof *driver->block_ids);
     driver->lane_first = check_calloc(lanes, sizeof *driver->lane_first);
     driver->lane_tokens = check_calloc(lanes, sizeof *driver->lane_tokens);
+    driver->lane_lost = check_calloc(lanes, sizeof *driver->lane_lost);
+    driver->changes = check_calloc(sequences, sizeof *driver->changes);
+    for (uint32_t s = 0; s < sequences; s++) driver->changes[s] = 1;
     driver->length = check_calloc(sequences, sizeof *driver->length);
     driver->next = check_calloc(sequences, sizeof *driver->next);
     driver->tokens = check_calloc(driver->size.max_rows, sizeof *driver->tokens);
@@ -72,35 +69,40 @@ static void allocate(struct bench_driver *driver) {
 enum status bench_driver_open(const struct config *config, const struct model *model, const struct bench_size *size, struct progress *progress,
                               struct bench_driver **result, struct error *error) {
     const struct program *program = model_program(model);
-    const struct backend_ops *ops = NULL;
-    enum kv_dtype dtype = KV_F16;
-    enum status status = choose_backend(config, model, &ops, &dtype, error);
+    struct cli_backend chosen;
+    enum status status = cli_choose_backend(config, program, &chosen, error);
     if (status != STATUS_OK) return status;
-    size_t block_bytes = ops->block_bytes(program, dtype);
+    if (chosen.ops == &backend_mock)
+        return error_set(error, STATUS_UNSUPPORTED,
+                         "bench: the mock computes nothing, and follows histories that cannot be taken back for another round; --requests measures "
+                         "what is above it");
+    size_t block_bytes = chosen.block_bytes;
     uint32_t extent = block_bytes < EXTENT_BYTES ? (uint32_t)(EXTENT_BYTES / block_bytes) : 1;
     uint64_t blocks = ((uint64_t)size->max_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     blocks = (blocks + extent - 1) / extent * extent;
     uint64_t total = blocks * size->max_sequences * program_lanes(program);
-    uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    if (total > UINT32_MAX / 2 || total * block_bytes > memory)
-        return error_set(error, STATUS_NO_MEMORY, "bench: %" PRIu32 " sequences of %" PRIu32 " tokens do not fit this machine's memory",
-                         size->max_sequences, size->max_tokens);
-    struct backend_limits limits = {
-        .kv_dtype = dtype,
-        .n_blocks = (uint32_t)total,
-        .max_rows = size->max_rows,
-        .max_sequences = size->max_sequences,
-        .max_samples = size->max_sequences,
-        .threads = config->threads,
-        .instruction_set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set,
-        .drop_source_pages = true,
-        .progress = progress_report,
-        .progress_context = progress,
-    };
+    if (total > UINT32_MAX / 2 || total * block_bytes > chosen.memory_bytes)
+        return error_set(error, STATUS_NO_MEMORY,
+                         "bench: %" PRIu32 " sequences of %" PRIu32 " tokens do not fit into the memory there is: %.1f of %.1f MiB",
+                         size->max_sequences, size->max_tokens, (double)(total * block_bytes) / 0x1p20, (double)chosen.memory_bytes / 0x1p20);
+    struct backend_limits limits = chosen.limits;
+    limits.n_blocks = (uint32_t)total;
+    limits.n_tables = size->max_sequences;
+    limits.table_blocks = (uint32_t)blocks;
+    limits.max_rows = size->max_rows;
+    limits.max_sequences = size->max_sequences;
+    limits.max_samples = size->max_sequences;
+    limits.progress = progress_report;
+    limits.progress_context = progress;
     struct bench_driver *driver = check_calloc(1, sizeof *driver);
-    *driver = (struct bench_driver){.program = program, .size = *size, .kv_dtype = dtype};
+    *driver = (struct bench_driver){.program = program, .size = *size, .kv_dtype = limits.kv_dtype};
     if (config->bench.phases) limits.phase_ns = driver->phase_ns;
-    status = ops->prepare(program, &limits, &driver->backend, error);
+    limits.wait_ns = &driver->wait_ns;
+    driver->on_host = chosen.on_host;
+    /* Before anything else has that memory, or computes. */
+    driver->copy_bandwidth = chosen.ops->copy_bandwidth(&limits);
+    driver->weight_bytes = chosen.ops->weight_bytes(program, &limits);
+    status = chosen.ops->prepare(program, &limits, &driver->backend, error);
     if (status != STATUS_OK) {
         free(driver);
         return status;
@@ -119,6 +121,8 @@ void bench_driver_close(struct bench_driver *driver) {
     free(driver->block_ids);
     free(driver->lane_first);
     free(driver->lane_tokens);
+    free(driver->lane_lost);
+    free(driver->changes);
     free(driver->length);
     free(driver->next);
     free(driver->tokens);
@@ -129,6 +133,19 @@ void bench_driver_close(struct bench_driver *driver) {
     free(driver);
 }
 
+double bench_slot_bytes(const struct program *program, enum kv_dtype dtype) {
+    double elements = 2.0 * program->head_dim;
+    switch (dtype) {
+    case KV_F32: return elements * sizeof(float);
+    case KV_F16:
+    case KV_BF16: return elements * sizeof(uint16_t);
+    case KV_Q8: return elements + 2 * sizeof(float);
+    case KV_DTYPES: break;
+    }
+    CHECK(!"a KV dtype");
+    return 0;
+}
+
 const char *bench_driver_describe(const struct bench_driver *driver) { return driver->backend->ops->describe(driver->backend); }
 
 void bench_driver_take_phases(struct bench_driver *driver, uint64_t ns[PHASE_KINDS]) {
@@ -136,34 +153,72 @@ void bench_driver_take_phases(struct bench_driver *driver, uint64_t ns[PHASE_KIN
     memset(driver->phase_ns, 0, sizeof driver->phase_ns);
 }
 
-/* From "cpu avx512bf16, 2 threads": what the backend made of "auto". */
-uint32_t bench_driver_threads(const struct bench_driver *driver) {
-    const char *comma = strrchr(bench_driver_describe(driver), ',');
-    long threads = comma ? strtol(comma + 1, NULL, 10) : 0;
-    return threads > 0 ? (uint32_t)threads : 1;
+double bench_driver_take_host_us(struct bench_driver *driver) {
+    double us = driver->n_steps ? (double)driver->host_ns / 1e3 / (double)driver->n_steps : 0;
+    driver->host_ns = driver->n_steps = 0;
+    return us;
 }
+
+bool bench_driver_on_host(const struct bench_driver *driver) { return driver->on_host; }
+double bench_driver_copy_bandwidth(const struct bench_driver *driver) { return driver->copy_bandwidth; }
+uint64_t bench_driver_weight_bytes(const struct bench_driver *driver) { return driver->weight_bytes; }
+
+uint32_t bench_threads_of(const char *description) {
+    for (const char *comma = strchr(description, ','); comma; comma = strchr(comma + 1, ',')) {
+        char *end;
+        long threads = strtol(comma + 1, &end, 10);
+        if (threads > 0 && strncmp(end, " thread", 7) == 0) return (uint32_t)threads;
+    }
+    return 1;
+}
+
+uint32_t bench_driver_threads(const struct bench_driver *driver) { return bench_threads_of(bench_driver_describe(driver)); }
 
 uint32_t bench_driver_max_rows(const struct bench_driver *driver) { return driver->size.max_rows; }
 
-double bench_driver_slot_bytes(const struct bench_driver *driver) {
-    return (double)driver->backend->ops->block_bytes(driver->program, driver->kv_dtype) / BLOCK_TOKENS;
-}
+double bench_driver_slot_bytes(const struct bench_driver *driver) { return bench_slot_bytes(driver->program, driver->kv_dtype); }
 
 enum kv_dtype bench_driver_kv_dtype(const struct bench_driver *driver) { return driver->kv_dtype; }
 
 void bench_driver_truncate(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens) {
+    bool cuts = false;
     CHECK(n_tokens <= driver->length[sequence]);
     driver->length[sequence] = n_tokens;
+    for (uint32_t lane = 0; lane < driver->n_lanes; lane++) {
+        uint32_t *lost = &driver->lane_lost[sequence * driver->n_lanes + lane];
+        cuts = cuts || *lost > n_tokens;
+        if (*lost > n_tokens) *lost = n_tokens;
+    }
+    driver->changes[sequence] += cuts;
+}
+
+void bench_driver_cut(struct bench_driver *driver, uint32_t sequence, uint64_t seed) {
+    uint32_t length = driver->length[sequence];
+    for (uint32_t lane = 0; lane < driver->n_lanes; lane++)
+        driver->lane_lost[sequence * driver->n_lanes + lane] = (uint32_t)(random_at(seed, sequence, lane, 1) % (length - length / 16 + 1));
+    driver->changes[sequence]++;
+}
+
+uint64_t bench_driver_slots(const struct bench_driver *driver, uint32_t batch) {
+    uint64_t slots = 0;
+    for (uint32_t s = 0; s < batch; s++)
+        for (uint32_t lane = 0; lane < driver->n_lanes; lane++) slots += driver->length[s] - driver->lane_lost[s * driver->n_lanes + lane];
+    return slots;
 }
 
 /* The next `n_rows` rows of `sequence` go behind those the batch already has; their tokens are the caller's to write. */
 static uint32_t add_rows(struct bench_driver *driver, struct batch *batch, uint32_t sequence, uint32_t n_rows, bool sampled) {
     uint32_t first = batch->n_rows, *lane_tokens = driver->lane_tokens + sequence * driver->n_lanes;
     CHECK(driver->length[sequence] + n_rows <= driver->size.max_tokens && first + n_rows <= driver->size.max_rows);
-    for (uint32_t lane = 0; lane < driver->n_lanes; lane++) lane_tokens[lane] = driver->length[sequence];
+    const uint32_t *lost = driver->lane_lost + sequence * driver->n_lanes;
+    for (uint32_t lane = 0; lane < driver->n_lanes; lane++) lane_tokens[lane] = driver->length[sequence] - lost[lane];
     for (uint32_t i = 0; i < n_rows; i++) driver->positions[first + i] = (int32_t)(driver->length[sequence] + i);
-    driver->sequences[batch->n_sequences++] = (struct batch_sequence){
-        .first_row = first, .n_rows = n_rows, .lane_first = driver->lane_first + sequence * driver->n_lanes, .lane_tokens = lane_tokens};
+    driver->sequences[batch->n_sequences++] = (struct batch_sequence){.first_row = first,
+                                                                      .n_rows = n_rows,
+                                                                      .table = sequence,
+                                                                      .table_changes = driver->changes[sequence],
+                                                                      .lane_first = driver->lane_first + sequence * driver->n_lanes,
+                                                                      .lane_tokens = lane_tokens};
     batch->n_rows += n_rows;
     if (sampled) driver->samples[batch->n_samples++] = (struct sample){.row = batch->n_rows - 1, .sampling = &driver->greedy, .target = -1};
     driver->length[sequence] += n_rows;
@@ -202,9 +257,12 @@ enum status bench_driver_prompt(struct bench_driver *driver, uint32_t sequence, 
 }
 
 enum status bench_driver_generate(struct bench_driver *driver, uint32_t batch_size, struct error *error) {
+    uint64_t begun = clock_now_ns(), waited = driver->wait_ns;
     struct batch batch = empty_batch(driver);
     for (uint32_t s = 0; s < batch_size; s++) driver->tokens[add_rows(driver, &batch, s, 1, true)] = driver->next[s];
     enum status status = step(driver, &batch, error);
     for (uint32_t s = 0; s < batch_size && status == STATUS_OK; s++) driver->next[s] = driver->results[s].token;
+    driver->host_ns += clock_now_ns() - begun - (driver->wait_ns - waited);
+    driver->n_steps++;
     return status;
 }

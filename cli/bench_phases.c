@@ -85,7 +85,9 @@ enum status bench_phases_generation(struct bench_driver *driver, const struct pr
     phases->batch = batch;
     phases->n_gen = n_gen;
     phases->context = context;
-    double slots = batch * (context + (n_gen + 1.0) / 2); /* of the middle step */
+    for (uint32_t s = 0; s < batch; s++) bench_driver_truncate(driver, s, context);
+    /* Of the middle step; where lanes have lost some, the mean of them. */
+    double slots = (double)bench_driver_slots(driver, batch) / program_lanes(program) + batch * (n_gen + 1.0) / 2;
     add_step(phases, program, batch, batch, slots, slots, bench_driver_slot_bytes(driver));
     uint64_t *ns = check_calloc((size_t)rounds * PHASE_KINDS, sizeof *ns);
     enum status status = STATUS_OK;
@@ -105,7 +107,7 @@ void bench_phases_rate(struct bench_phases *phases, const struct bench_ceilings 
         if (row->us <= 0) continue;
         row->gmac_s = row->macs / row->us / 1e3;
         row->gb_s = row->bytes / row->us / 1e3;
-        double by_macs = row->gmac_s / ceilings->gmac_s, by_bytes = row->gb_s / ceilings->gb_s;
+        double by_macs = ceilings->gmac_s > 0 ? row->gmac_s / ceilings->gmac_s : 0, by_bytes = ceilings->gb_s > 0 ? row->gb_s / ceilings->gb_s : 0;
         row->of_ceiling = by_macs > by_bytes ? by_macs : by_bytes;
     }
 }

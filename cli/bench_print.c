@@ -2,13 +2,12 @@
 #include <inttypes.h>
 #include <string.h>
 
-#include "base/json_writer.h"
-#include "cli/bench.h"
+#include "cli/bench_json.h"
 #include "cli/cli.h"
 #include "cli/version.h"
 
 /* "AMD EPYC 9R45": the first model name of /proc/cpuinfo. */
-static void cpu_name(char *name, size_t size) {
+void bench_cpu_name(char *name, size_t size) {
     snprintf(name, size, "unknown");
     FILE *file = fopen("/proc/cpuinfo", "r");
     char line[256];
@@ -48,61 +47,74 @@ static void print_phases(const struct bench_report *report, const struct bench_p
     fprintf(out, "| all       | %10.1f |          |          |            |\n", total);
 }
 
+static void print_bound(const struct bench_report *report, FILE *out) {
+    fprintf(out,
+            "bound: a step that does no more than read once, at the copy bandwidth measured in this run, %.1f GB/s (read + written), the weights "
+            "without the input "
+            "embedding and K and V of the context%s:\n",
+            report->copy_bandwidth / 1e9, report->config->bench.ragged ? " that each head still has" : "");
+    for (uint32_t i = 0; i < report->n_rows; i++) {
+        const struct bench_row *row = &report->rows[i];
+        if (row->n_gen) fprintf(out, "  batch %" PRIu32 ": %.1f MB + %.1f MB\n", row->batch, row->weight_bytes / 1e6, row->kv_bytes / 1e6);
+    }
+    fprintf(out, "host us: of a step, all but waiting for the device%s.\n", report->on_host ? ", or doing its work" : "");
+}
+
 void bench_print_table(const struct bench_report *report, FILE *out) {
     char cpu[128];
-    cpu_name(cpu, sizeof cpu);
+    bool decodes = false;
+    bench_cpu_name(cpu, sizeof cpu);
     fprintf(out, "%s, %s, KV %s, commit %s\n\n", cpu, report->backend, kv_dtype_name(report->kv_dtype), version_commit());
-    fprintf(out,
-            "| model                          |       size |     params | batch | test             |        t/s |   t/s (min) |   t/s (max) |\n"
-            "| ------------------------------ | ---------: | ---------: | ----: | ---------------- | ---------: | ----------: | ----------: |\n");
+    fprintf(out, "| model                          |       size |     params | batch | test             |        t/s |   t/s (min) |   t/s (max) | "
+                 "bound t/s | of bound | host us |\n"
+                 "| ------------------------------ | ---------: | ---------: | ----: | ---------------- | ---------: | ----------: | ----------: | "
+                 "--------: | -------: | ------: |\n");
     for (uint32_t i = 0; i < report->n_rows; i++) {
         const struct bench_row *row = &report->rows[i];
         char test[32];
         test_name(row, test, sizeof test);
-        fprintf(out, "| %-30.30s | %6.1f MiB | %8.1f M | %5" PRIu32 " | %-16s | %10.2f | %11.2f | %11.2f |\n", model_name(report->model),
+        fprintf(out, "| %-30.30s | %6.1f MiB | %8.1f M | %5" PRIu32 " | %-16s | %10.2f | %11.2f | %11.2f |", model_name(report->model),
                 (double)model_bytes(report->model) / 0x1p20, (double)model_parameters(report->model) / 1e6, row->batch, test, row->tok_s,
                 row->tok_s_min, row->tok_s_max);
+        if (row->bound_tok_s > 0)
+            fprintf(out, " %9.0f | %6.1f %% | %7.1f |\n", row->bound_tok_s, 100 * row->tok_s / row->bound_tok_s, row->host_us);
+        else
+            fprintf(out, "           |          |         |\n");
+        decodes = decodes || row->n_gen > 0;
     }
     for (uint32_t i = 0; i < report->n_phases; i++) print_phases(report, &report->phases[i], out);
     fprintf(out, "\nt/s: the median of %" PRIu32 " rounds, greedy sampling included; each sequence has random tokens of its own.\n",
             report->config->bench.rounds);
-}
-
-static void key_unsigned(struct json_writer *json, const char *key, uint64_t value) {
-    json_key(json, key);
-    json_unsigned(json, value);
-}
-
-static void key_text(struct json_writer *json, const char *key, const char *text) {
-    json_key(json, key);
-    json_text(json, text);
-}
-
-static void key_double(struct json_writer *json, const char *key, double value) {
-    json_key(json, key);
-    json_double(json, value);
+    if (decodes) print_bound(report, out);
 }
 
 static void write_row(struct json_writer *json, const struct bench_row *row) {
     json_object(json);
-    key_text(json, "test", row->test);
-    key_unsigned(json, "batch", row->batch);
-    key_unsigned(json, "n_prompt", row->n_prompt);
-    key_unsigned(json, "n_gen", row->n_gen);
-    key_unsigned(json, "context", row->context);
-    key_double(json, "tok_s", row->tok_s);
-    key_double(json, "tok_s_min", row->tok_s_min);
-    key_double(json, "tok_s_max", row->tok_s_max);
-    key_unsigned(json, "rounds", row->rounds);
+    json_key_text(json, "test", row->test);
+    json_key_unsigned(json, "batch", row->batch);
+    json_key_unsigned(json, "n_prompt", row->n_prompt);
+    json_key_unsigned(json, "n_gen", row->n_gen);
+    json_key_unsigned(json, "context", row->context);
+    json_key_double(json, "tok_s", row->tok_s);
+    json_key_double(json, "tok_s_min", row->tok_s_min);
+    json_key_double(json, "tok_s_max", row->tok_s_max);
+    json_key_unsigned(json, "rounds", row->rounds);
+    if (row->n_gen) {
+        json_key_double(json, "weight_bytes", row->weight_bytes);
+        json_key_double(json, "kv_bytes", row->kv_bytes);
+        json_key_double(json, "bound_tok_s", row->bound_tok_s);
+        json_key_double(json, "of_bound", row->bound_tok_s > 0 ? row->tok_s / row->bound_tok_s : 0);
+        json_key_double(json, "host_us", row->host_us);
+    }
     json_object_end(json);
 }
 
 static void write_phases(struct json_writer *json, const struct bench_report *report) {
     json_key(json, "ceilings");
     json_object(json);
-    key_double(json, "gmac_s", report->ceilings.gmac_s);
-    key_double(json, "gb_s", report->ceilings.gb_s);
-    key_text(json, "instruction", report->ceilings.instruction);
+    json_key_double(json, "gmac_s", report->ceilings.gmac_s);
+    json_key_double(json, "gb_s", report->ceilings.gb_s);
+    json_key_text(json, "instruction", report->ceilings.instruction);
     json_object_end(json);
     json_key(json, "phases");
     json_array(json);
@@ -110,34 +122,39 @@ static void write_phases(struct json_writer *json, const struct bench_report *re
         const struct bench_phases *phases = &report->phases[i / PHASE_KINDS];
         const struct bench_phase_row *row = &phases->rows[i % PHASE_KINDS];
         json_object(json);
-        key_text(json, "test", phases->test);
-        key_unsigned(json, "batch", phases->batch);
-        key_unsigned(json, "n_prompt", phases->n_prompt);
-        key_unsigned(json, "n_gen", phases->n_gen);
-        key_unsigned(json, "context", phases->context);
-        key_text(json, "phase", phase_kind_name(row->kind));
-        key_double(json, "us", row->us);
-        key_double(json, "gmac_s", row->gmac_s);
-        key_double(json, "gb_s", row->gb_s);
-        key_double(json, "of_ceiling", row->of_ceiling);
+        json_key_text(json, "test", phases->test);
+        json_key_unsigned(json, "batch", phases->batch);
+        json_key_unsigned(json, "n_prompt", phases->n_prompt);
+        json_key_unsigned(json, "n_gen", phases->n_gen);
+        json_key_unsigned(json, "context", phases->context);
+        json_key_text(json, "phase", phase_kind_name(row->kind));
+        json_key_double(json, "us", row->us);
+        json_key_double(json, "gmac_s", row->gmac_s);
+        json_key_double(json, "gb_s", row->gb_s);
+        json_key_double(json, "of_ceiling", row->of_ceiling);
         json_object_end(json);
     }
     json_array_end(json);
 }
 
-void bench_print_json(const struct bench_report *report, FILE *out) {
+void bench_json_head(struct json_writer *json, const struct bench_report *report) {
     char cpu[128];
-    cpu_name(cpu, sizeof cpu);
+    bench_cpu_name(cpu, sizeof cpu);
+    json_key_text(json, "model", model_name(report->model));
+    json_key_unsigned(json, "threads", report->threads);
+    json_key_text(json, "commit", version_commit());
+    json_key_text(json, "cpu", cpu);
+    json_key_text(json, "backend", report->backend);
+    json_key_text(json, "kv_dtype", kv_dtype_name(report->kv_dtype));
+    json_key_double(json, "copy_gb_s", report->copy_bandwidth / 1e9);
+}
+
+void bench_print_json(const struct bench_report *report, FILE *out) {
     struct buffer text = {0};
     struct json_writer json;
     json_begin(&json, &text);
     json_object(&json);
-    key_text(&json, "model", model_name(report->model));
-    key_unsigned(&json, "threads", report->threads);
-    key_text(&json, "commit", version_commit());
-    key_text(&json, "cpu", cpu);
-    key_text(&json, "backend", report->backend);
-    key_text(&json, "kv_dtype", kv_dtype_name(report->kv_dtype));
+    bench_json_head(&json, report);
     json_key(&json, "rows");
     json_array(&json);
     for (uint32_t i = 0; i < report->n_rows; i++) write_row(&json, &report->rows[i]);

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "config/config.h"
+#include "kernels/backend.h"
 #include "model/model.h"
 
 /* Exit codes. CLI_BAD_SETUP: configuration or model; a supervisor must not start it again (deploy/kvasir.service). */
@@ -32,7 +33,19 @@ int command_check_config(const struct config *config, const char *argument);
 int cli_fail(const struct error *error);
 /* STATUS_INVALID "model: ..." if config names none. */
 enum status cli_open_model(const struct config *config, struct model **model, struct error *error);
+/* Random weights of this shape in memory, if they fit; STATUS_INVALID where config names a model too. */
+enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error);
 void cli_warn_environment(void);
+
+/* For commands that put sequences on a backend without an engine: what the configuration chooses. */
+struct cli_backend {
+    const struct backend_ops *ops;
+    struct backend_limits limits; /* what of it the configuration decides: kv_dtype, device, threads, ...; sizes are the caller's */
+    size_t block_bytes;
+    uint64_t memory_bytes; /* that there are where its pool lies, */
+    bool on_host;          /* which is this machine's own memory */
+};
+enum status cli_choose_backend(const struct config *config, const struct program *program, struct cli_backend *chosen, struct error *error);
 
 /* The whole manual page (deploy/kvasir.1): names and exit codes from here, options from the table. */
 void manual_print(FILE *out);
@@ -41,7 +54,7 @@ void manual_print(FILE *out);
 struct progress {
     const char *what;
     bool terminal;
-    int shown;        /* percent; -1: nothing yet */
+    int shown; /* percent; -1: nothing yet */
     uint64_t begun_ns;
     uint64_t next_ns; /* when the next line is due */
 };

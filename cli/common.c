@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "engine/system_memory.h"
 
 const struct command commands[] = {
     {"serve", "[MODEL]", "serve a model over HTTP", true, command_serve},
@@ -33,6 +34,45 @@ int cli_fail(const struct error *error) {
 enum status cli_open_model(const struct config *config, struct model **model, struct error *error) {
     if (!config->model[0]) return error_set(error, STATUS_INVALID, "model: none given; -m FILE names a GGUF file");
     return model_open(config->model, model, error);
+}
+
+enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error) {
+    uint64_t bytes, available = system_memory_available("");
+    if (config->model[0]) return error_set(error, STATUS_INVALID, "--dummy: there is a model already, %.200s", config->model);
+    enum status status = model_dummy_bytes(shape, &bytes, error);
+    if (status != STATUS_OK) return status;
+    if (bytes > available / 2)
+        return error_set(error, STATUS_NO_MEMORY,
+                         "--dummy %s: %.1f MiB of random weights, and as much for the backend's copy, do not fit the %.1f MiB available", shape,
+                         (double)bytes / 0x1p20, (double)available / 0x1p20);
+    return model_dummy(shape, 1, model, error);
+}
+
+enum status cli_choose_backend(const struct config *config, const struct program *program, struct cli_backend *chosen, struct error *error) {
+    const struct backend_ops *ops = backend_find(config->backend);
+    const char *set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set;
+    uint64_t available_bytes;
+    if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
+    *chosen = (struct cli_backend){.ops = ops,
+                                   .limits = {.kv_dtype = backend_kv_dtype(ops, set),
+                                              .device = config->device,
+                                              .deterministic = config->deterministic,
+                                              .threads = config->threads,
+                                              .instruction_set = set,
+                                              .drop_source_pages = true}};
+    (void)kv_dtype_parse(config->kv_dtype, &chosen->limits.kv_dtype);   /* "auto": as it is */
+    (void)weights_mode_parse(config->weights, &chosen->limits.weights); /* one of the option's choices */
+    enum status status = ops->memory(config->device, &available_bytes, &chosen->memory_bytes, error);
+    if (status != STATUS_OK) {
+        (void)error_prefix(error, "engine.backend: %s", ops->name);
+        return status;
+    }
+    chosen->on_host = chosen->memory_bytes == 0;
+    if (chosen->on_host) chosen->memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    chosen->block_bytes = ops->block_bytes(program, chosen->limits.kv_dtype);
+    if (chosen->block_bytes > 0) return STATUS_OK;
+    return error_set(error, STATUS_UNSUPPORTED, "engine.kv_dtype: the %s backend does not store %s", ops->name,
+                     kv_dtype_name(chosen->limits.kv_dtype));
 }
 
 void cli_warn_environment(void) {

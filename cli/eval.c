@@ -74,8 +74,7 @@ static enum status choose_prompt(struct eval *eval, struct error *error) {
 static enum status open_model(struct eval *eval, struct error *error) {
     const struct config *config = eval->config;
     if (!config->eval.dummy[0]) return cli_open_model(config, &eval->model, error);
-    if (config->model[0]) return error_set(error, STATUS_INVALID, "--dummy: there is a model already, %.200s", config->model);
-    return model_dummy(config->eval.dummy, 1, &eval->model, error);
+    return cli_open_dummy(config, config->eval.dummy, &eval->model, error);
 }
 
 /* ---- what the text must hold, and the memory ---- */

@@ -3,11 +3,10 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "base/check.h"
+#include "cli/cli.h"
 #include "cli/eval.h"
-#include "engine/engine.h"
 
 #define SCRATCH_BLOCKS 24u /* of a lane: the tails that the full cache, a cell and the candidates have to themselves, beside two whole lanes */
 
@@ -44,17 +43,6 @@ struct lab {
 
 static uint32_t blocks_for(uint32_t tokens) { return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
 
-static enum status choose_backend(const struct config *config, const struct model *model, const struct backend_ops **ops, enum kv_dtype *dtype,
-                                  struct error *error) {
-    *ops = backend_find(config->backend);
-    if (!*ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
-    if (kv_dtype_parse(config->kv_dtype, dtype)) return STATUS_OK;
-    struct memory_plan plan; /* "auto" is the engine's to decide */
-    enum status status = engine_plan_memory(config, model, &plan, error);
-    if (status == STATUS_OK) *dtype = plan.kv_dtype;
-    return status;
-}
-
 static void allocate(struct lab *lab, uint32_t max_tokens) {
     const struct program *program = lab->program;
     size_t lanes = lab->n_lanes, rows = lab->max_rows;
@@ -83,47 +71,45 @@ static void allocate(struct lab *lab, uint32_t max_tokens) {
 enum status lab_open(const struct config *config, const struct model *model, const struct lab_size *size, const uint8_t *classes,
                      void (*report)(void *, double), void *context, struct lab **result, struct error *error) {
     const struct program *program = model_program(model);
-    const struct backend_ops *ops = NULL;
-    enum kv_dtype dtype = KV_F16;
-    enum status status = choose_backend(config, model, &ops, &dtype, error);
+    struct cli_backend chosen;
+    enum status status = cli_choose_backend(config, program, &chosen, error);
     if (status != STATUS_OK) return status;
     uint32_t lanes = program_lanes(program), lane_blocks = blocks_for(size->max_tokens) + 1;
     uint64_t total = (uint64_t)lanes * (2ull * lane_blocks + SCRATCH_BLOCKS + 2 * EVAL_CANDIDATES);
-    uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    if (total > UINT32_MAX / 2 || (uint64_t)lanes * size->max_tokens > UINT32_MAX || total * ops->block_bytes(program, dtype) > memory)
-        return error_set(error, STATUS_NO_MEMORY, "eval: the caches of prompts of %" PRIu32 " tokens do not fit this machine's memory",
-                         size->max_tokens);
-    struct backend_limits limits = {
-        .kv_dtype = dtype,
-        .n_blocks = (uint32_t)total,
-        .max_rows = config->max_rows,
-        .max_sequences = LAB_SEQUENCES,
-        .max_samples = config->max_rows,
-        .threads = config->threads,
-        .instruction_set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set,
-        .drop_source_pages = true,
-        .n_rings = LAB_RINGS,
-        .ring_rows = POLICY_WINDOW_MAX,
-        .sink_slots = blocks_for(config->sink_tokens) * BLOCK_TOKENS,
-        .accumulators = size->accumulate,
-        .progress = report,
-        .progress_context = context,
-    };
+    if (total > UINT32_MAX / 2 || (uint64_t)lanes * size->max_tokens > UINT32_MAX || total * chosen.block_bytes > chosen.memory_bytes)
+        return error_set(error, STATUS_NO_MEMORY,
+                         "eval: the caches of prompts of %" PRIu32 " tokens do not fit into the memory there is: %.1f of %.1f MiB", size->max_tokens,
+                         (double)(total * chosen.block_bytes) / 0x1p20, (double)chosen.memory_bytes / 0x1p20);
+    struct backend_limits limits = chosen.limits;
+    limits.n_blocks = (uint32_t)total;
+    limits.n_tables = LAB_SEQUENCES;
+    limits.table_blocks = lane_blocks;
+    limits.max_rows = config->max_rows;
+    limits.max_sequences = LAB_SEQUENCES;
+    limits.max_samples = config->max_rows;
+    limits.n_rings = LAB_RINGS;
+    limits.ring_rows = POLICY_WINDOW_MAX;
+    limits.sink_slots = blocks_for(config->sink_tokens) * BLOCK_TOKENS;
+    limits.accumulators = size->accumulate;
+    limits.rank_slots = size->max_tokens;
+    limits.progress = report;
+    limits.progress_context = context;
     struct lab *lab = check_calloc(1, sizeof *lab);
-    status = ops->prepare(program, &limits, &lab->backend, error);
+    status = chosen.ops->prepare(program, &limits, &lab->backend, error);
     if (status != STATUS_OK) {
         free(lab);
         return status;
     }
     lab->program = program;
-    lab->kv_dtype = dtype;
+    lab->kv_dtype = limits.kv_dtype;
     lab->accumulates = size->accumulate;
     lab->n_lanes = lanes;
     lab->lane_blocks = lane_blocks;
     lab->n_blocks = (uint32_t)total;
     lab->max_rows = config->max_rows;
     allocate(lab, size->max_tokens);
-    const struct compressor_limits compressor = {.slots_max = size->max_tokens, .slots_total = lanes * size->max_tokens, .classes = classes};
+    const struct compressor_limits compressor = {
+        .slots_max = size->max_tokens, .slots_total = lanes * size->max_tokens, .classes = classes, .lists = true};
     lab->compressor = compressor_new(lab->backend, program, &compressor);
     *result = lab;
     return STATUS_OK;
@@ -218,6 +204,7 @@ static void add_rows(struct lab *lab, struct batch *batch, const struct lab_part
     }
     lab->batch_sequences[batch->n_sequences++] = (struct batch_sequence){.first_row = first,
                                                                          .n_rows = n,
+                                                                         .table = part->sequence,
                                                                          .lane_first = sequence->lane_first,
                                                                          .lane_tokens = sequence->lane_tokens,
                                                                          .ring = part->ring,

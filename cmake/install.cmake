@@ -4,6 +4,9 @@ if(NOT TARGET kvasir)
   return()
 endif()
 install(TARGETS kvasir RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+if(KVASIR_HAVE_CUDA) # cuBLASLt may lie where the loader does not look
+  set_target_properties(kvasir PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+endif()
 install(FILES deploy/kvasir.1 DESTINATION ${CMAKE_INSTALL_MANDIR}/man1)
 install(FILES deploy/kvasir.bash DESTINATION ${CMAKE_INSTALL_DATADIR}/bash-completion/completions RENAME kvasir)
 install(FILES deploy/kvasir.toml README.md LICENSE deploy/prometheus/prometheus.yml deploy/prometheus/alerts.yml deploy/grafana/kvasir.json

@@ -3,14 +3,16 @@
 add_library(kvasir_flags INTERFACE)
 target_include_directories(kvasir_flags INTERFACE ${CMAKE_SOURCE_DIR})
 target_compile_definitions(kvasir_flags INTERFACE _GNU_SOURCE KVASIR_VERSION="${PROJECT_VERSION}")
+# nvcc: -std by hand, as CMake 3.25 knows no C++20 for it.
 # -ffp-contract=off: a multiply-add is fused only where the code says so, so that results do not depend on the compiler's mood.
 target_compile_options(kvasir_flags INTERFACE
   $<$<COMPILE_LANGUAGE:C>:-Wall -Wextra -Wshadow -Wconversion -Wvla -fno-math-errno -ffp-contract=off>
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -fno-rtti>
-  $<$<CONFIG:Release>:-O2 -g -fstack-protector-strong>
-  $<$<CONFIG:Debug>:-O0 -g3>)
+  $<$<AND:$<COMPILE_LANGUAGE:C,CXX>,$<CONFIG:Release>>:-O2 -g -fstack-protector-strong>
+  $<$<AND:$<COMPILE_LANGUAGE:C,CXX>,$<CONFIG:Debug>>:-O0 -g3>
+  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -O3 -lineinfo -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers,-ffp-contract=off>)
 if(KVASIR_WERROR)
-  target_compile_options(kvasir_flags INTERFACE -Werror)
+  target_compile_options(kvasir_flags INTERFACE $<$<COMPILE_LANGUAGE:C,CXX>:-Werror> $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
 endif()
 if(KVASIR_SANITIZE)
   target_compile_options(kvasir_flags INTERFACE -fsanitize=${KVASIR_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
@@ -27,7 +29,11 @@ endif()
 # kvasir_room(name ROOMS a b PACKAGES p q): library of every source below the folder, linked to these rooms only.
 function(kvasir_room name)
   cmake_parse_arguments(R "" "" "ROOMS;PACKAGES" ${ARGN})
-  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/${name}/*.c ${CMAKE_SOURCE_DIR}/${name}/*.cpp)
+  set(patterns ${CMAKE_SOURCE_DIR}/${name}/*.c ${CMAKE_SOURCE_DIR}/${name}/*.cpp)
+  if(KVASIR_HAVE_CUDA)
+    list(APPEND patterns ${CMAKE_SOURCE_DIR}/${name}/*.cu)
+  endif()
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${patterns})
   list(REMOVE_ITEM sources ${CMAKE_SOURCE_DIR}/cli/main.c)
   list(TRANSFORM R_ROOMS PREPEND kvasir_)
   if(sources)

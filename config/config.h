@@ -44,8 +44,10 @@ struct config {
     bool vllm_names;                                           /* metrics.vllm_names */
 
     /* [engine] */
-    char backend[32]; /* auto, cpu, reference, mock */
+    char backend[32]; /* auto, cuda, cpu, reference, mock */
     uint32_t device;
+    char weights[16]; /* auto, f16, native: cuda alone */
+    bool deterministic;
     uint32_t threads;           /* 0: auto */
     char instruction_set[32];   /* auto */
     uint32_t max_model_len;     /* 0: what the model was trained for */
@@ -80,7 +82,10 @@ struct config {
         char prompts[CONFIG_WORDS]; /* "512,2048" */
         char batches[CONFIG_WORDS];
         uint32_t generate, context, rounds;
-        bool json, phases;
+        uint32_t requests;          /* through the engine, all at once; 0: off, the backend is driven directly */
+        char policies[CONFIG_TEXT]; /* of requests, one after the other: "none,kv_compress" */
+        char keep[CONFIG_WORDS];    /* "0.125,0.015625": each policy but none at each */
+        bool json, phases, ragged;
         char dummy[CONFIG_WORDS]; /* shape of random weights in place of a model; empty: none */
     } bench;
     struct {

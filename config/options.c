@@ -8,8 +8,10 @@
 #define EVERY (COMMAND_SERVE | COMMAND_BENCH | COMMAND_EVAL | COMMAND_INSPECT | COMMAND_CHECK)
 #define SERVE (COMMAND_SERVE | COMMAND_CHECK)
 #define RUN (COMMAND_SERVE | COMMAND_BENCH | COMMAND_EVAL | COMMAND_CHECK)
-#define CHOICE (COMMAND_SERVE | COMMAND_EVAL | COMMAND_CHECK) /* what a policy keeps */
-#define PLAN (COMMAND_SERVE | COMMAND_INSPECT | COMMAND_CHECK)
+#define CHOICE (COMMAND_SERVE | COMMAND_BENCH | COMMAND_EVAL | COMMAND_CHECK) /* what a policy keeps */
+#define WHEN (COMMAND_SERVE | COMMAND_BENCH | COMMAND_CHECK)                  /* and when */
+#define PLAN (COMMAND_SERVE | COMMAND_BENCH | COMMAND_INSPECT | COMMAND_CHECK)
+#define LENGTH (COMMAND_SERVE | COMMAND_INSPECT | COMMAND_CHECK)
 #define TEBIBYTE 1099511627776.0
 
 // clang-format off
@@ -65,24 +67,28 @@ const struct option_info options[] = {
     {.key = "metrics.vllm_names", .type = OPTION_BOOL, FIELD(vllm_names), .initial = "false", .reload = true, .commands = SERVE,
      .help = "add vLLM's metric names to /metrics, for dashboards and autoscalers that read them"},
 
-    {.key = "engine.backend", .type = OPTION_ENUM, FIELD(backend), .initial = "auto", .choices = "auto, cpu, reference, mock", .argument = "NAME", .commands = EVERY,
-     .help = "what computes. reference is slow and exact; mock invents tokens, for tests"},
+    {.key = "engine.backend", .type = OPTION_ENUM, FIELD(backend), .initial = "auto", .choices = "auto, cuda, cpu, reference, mock", .argument = "NAME", .commands = EVERY,
+     .help = "what computes; auto: cuda where the build has it and the machine a device, else cpu. reference is slow and exact; mock invents tokens, for tests"},
     {.key = "engine.device", .type = OPTION_COUNT, FIELD(device), .initial = "0", .min = 0, .max = 63, .argument = "N", .commands = EVERY,
-     .help = "which accelerator, for backends that have several"},
+     .help = "which accelerator, as the system counts them; 0 alone for backends that use none"},
+    {.key = "engine.weights", .type = OPTION_ENUM, FIELD(weights), .initial = "auto", .choices = "auto, f16, native", .argument = "TYPE", .commands = EVERY,
+     .help = "cuda: how weights are kept on the device, widened to f16 or in the file's types; auto: f16, native where f16 would take more than 40 % of the device's memory"},
+    {.key = "engine.deterministic", .type = OPTION_BOOL, FIELD(deterministic), .initial = "false", .commands = EVERY,
+     .help = "cuda: the same logits for a row whatever runs beside it, at some cost; other backends always do this"},
     {.key = "engine.threads", .flag = 't', .type = OPTION_COUNT, FIELD(threads), .initial = "auto", .min = 0, .max = 1024, .zero = "auto", .argument = "N", .commands = EVERY,
      .help = "threads that compute; auto: one a physical core, within the affinity mask and the cgroup's quota"},
     {.key = "engine.instruction_set", .type = OPTION_ENUM, FIELD(instruction_set), .initial = "auto", .choices = "auto, generic, avx2, avxvnni, avx512, avx512bf16", .argument = "NAME", .commands = EVERY,
      .help = "instructions the cpu backend uses; auto: the best this machine has"},
-    {.key = "engine.max_model_len", .type = OPTION_COUNT, FIELD(max_model_len), .initial = "auto", .min = 0, .max = 16777216, .zero = "auto", .argument = "TOKENS", .commands = PLAN,
+    {.key = "engine.max_model_len", .type = OPTION_COUNT, FIELD(max_model_len), .initial = "auto", .min = 0, .max = 16777216, .zero = "auto", .argument = "TOKENS", .commands = LENGTH,
      .help = "longest prompt + answer; auto: what the model was trained for, less if memory is short"},
     {.key = "engine.max_sequences", .type = OPTION_COUNT, FIELD(max_sequences), .initial = "auto", .min = 0, .max = 4096, .zero = "auto", .argument = "N", .commands = PLAN,
      .help = "sequences that run at once"},
-    {.key = "engine.max_stream_tokens", .type = OPTION_COUNT, FIELD(max_stream_tokens), .initial = "1048576", .min = 1, .max = 2147483647, .argument = "TOKENS", .commands = PLAN,
+    {.key = "engine.max_stream_tokens", .type = OPTION_COUNT, FIELD(max_stream_tokens), .initial = "1048576", .min = 1, .max = 2147483647, .argument = "TOKENS", .commands = LENGTH,
      .help = "with streaming_llm: bound of prompt + answer in place of max_model_len"},
     {.key = "engine.kv_memory", .type = OPTION_SIZE, FIELD(kv_memory), .initial = "auto", .min = 0, .max = 1024 * TEBIBYTE, .zero = "auto", .argument = "SIZE", .commands = PLAN,
-     .help = "memory of the KV cache; auto: from what is free and the cgroup's limit"},
+     .help = "memory of the KV cache; auto: from what is free on the device, or here within the cgroup's limit"},
     {.key = "engine.kv_dtype", .type = OPTION_ENUM, FIELD(kv_dtype), .initial = "auto", .choices = "auto, f32, f16, bf16, q8", .argument = "TYPE", .commands = EVERY,
-     .help = "how cached keys and values are stored; auto: bf16 where the CPU computes with it, else f16"},
+     .help = "how cached keys and values are stored; auto: bf16 where the CPU computes with it, else f16. cuda has no f32"},
     {.key = "engine.prefix_cache", .type = OPTION_BOOL, FIELD(prefix_cache), .initial = "true", .commands = SERVE,
      .help = "keep the KV blocks of finished prompts for requests that begin alike"},
     {.key = "engine.step_ms", .type = OPTION_FLOAT, FIELD(step_ms), .initial = "25", .min = 0.1, .max = 60000, .argument = "MS", .commands = SERVE,
@@ -96,7 +102,7 @@ const struct option_info options[] = {
 
     {.key = "compression.policy", .type = OPTION_TEXT, FIELD(compression_policy), .initial = "none", .argument = "NAME", .commands = SERVE,
      .help = "what is evicted from the KV cache of requests that do not say: none, random, streaming_llm, h2o, scissorhands, fastgen, snapkv, pyramidkv, ada_snapkv, ada_pyramidkv, kv_compress, expected_attention, keydiff, tova"},
-    {.key = "compression.triggers", .type = OPTION_LIST, FIELD(compression_triggers), .initial = "", .argument = "NAMES", .commands = SERVE,
+    {.key = "compression.triggers", .type = OPTION_LIST, FIELD(compression_triggers), .initial = "", .argument = "NAMES", .commands = WHEN,
      .help = "when it is compressed: prompt_end, budget, pressure, comma-separated; empty: what the policy's paper does"},
     {.key = "compression.keep_ratio", .type = OPTION_FLOAT, FIELD(keep_ratio), .initial = "0.5", .min = 0.001, .max = 1, .argument = "RATIO", .commands = SERVE,
      .help = "share of the tokens seen that a head keeps, where budget_tokens is off"},
@@ -112,7 +118,7 @@ const struct option_info options[] = {
      .help = "how scores spread to neighbouring tokens, for policies that pool"},
     {.key = "compression.pooling_kernel", .type = OPTION_COUNT, FIELD(pooling_kernel), .initial = "7", .min = 1, .max = 63, .argument = "TOKENS", .commands = CHOICE,
      .help = "width of the pooling, odd"},
-    {.key = "compression.interval", .type = OPTION_COUNT, FIELD(interval), .initial = "32", .min = 1, .max = 65536, .argument = "TOKENS", .commands = SERVE,
+    {.key = "compression.interval", .type = OPTION_COUNT, FIELD(interval), .initial = "32", .min = 1, .max = 65536, .argument = "TOKENS", .commands = WHEN,
      .help = "tokens that a sequence grows by between two compressions"},
     {.key = "compression.floor", .type = OPTION_FLOAT, FIELD(floor), .initial = "0.2", .min = 0, .max = 1, .argument = "SHARE", .commands = CHOICE,
      .help = "share of the uniform budget that each head keeps, for policies that share budgets within a layer"},
@@ -149,6 +155,14 @@ const struct option_info command_options[] = {
      .help = "sequences that generate at once"},
     {.key = "bench.context", .flag = 'd', .type = OPTION_COUNT, FIELD(bench.context), .initial = "128", .min = 0, .max = 16777216, .argument = "TOKENS", .commands = COMMAND_BENCH,
      .help = "tokens in each sequence's cache when generation starts"},
+    {.key = "bench.ragged", .type = OPTION_BOOL, FIELD(bench.ragged), .initial = "false", .commands = COMMAND_BENCH,
+     .help = "each KV head has lost some of that context, another share each, as compression leaves it"},
+    {.key = "bench.requests", .type = OPTION_COUNT, FIELD(bench.requests), .initial = "off", .min = 0, .max = 4096, .zero = "off", .argument = "N", .commands = COMMAND_BENCH,
+     .help = "instead of all that: throughput of so many requests sent at once, each a prompt of --prompt and an answer of --generate tokens, scheduled as serve does"},
+    {.key = "bench.policies", .type = OPTION_LIST, FIELD(bench.policies), .initial = "none", .argument = "NAMES", .commands = COMMAND_BENCH,
+     .help = "with --requests: compression policies to compare, one after the other"},
+    {.key = "bench.keep", .type = OPTION_LIST, FIELD(bench.keep), .initial = "0.5", .argument = "RATIO,...", .commands = COMMAND_BENCH,
+     .help = "with --requests: shares of the tokens seen that each of these policies keeps"},
     {.key = "bench.rounds", .flag = 'r', .type = OPTION_COUNT, FIELD(bench.rounds), .initial = "5", .min = 1, .max = 1000, .argument = "N", .commands = COMMAND_BENCH,
      .help = "times each row is measured, after one that is not; the median is shown"},
     {.key = "bench.json", .type = OPTION_BOOL, FIELD(bench.json), .initial = "false", .commands = COMMAND_BENCH,

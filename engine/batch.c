@@ -116,6 +116,8 @@ void batch_build(struct batch_builder *builder, const struct requests *requests,
         CHECK(entry->n_rows > 0 && entry->n_rows <= builder->max_rows - row);
         builder->sequences[e] = (struct batch_sequence){.first_row = row,
                                                         .n_rows = entry->n_rows,
+                                                        .table = entry->table,
+                                                        .table_changes = entry->table_changes,
                                                         .lane_first = entry->lane_first,
                                                         .lane_tokens = entry->lane_tokens,
                                                         .ring = entry->ring,

@@ -94,11 +94,8 @@ static bool cut_lanes(struct engine *engine, const struct scheduler_due *due, co
     struct compress *compress = &engine->compress;
     uint32_t n_items = 0;
     for (uint32_t l = 0; l < compress->n_lanes; l++) {
-        const struct choose_lane *lane = &result->lanes[l];
-        uint32_t first = 0;
-        while (first < lane->n_keep && lane->keep[first] == first) first++;
-        compress->n_keep[l] = lane->n_keep;
-        compress->first[l] = first;
+        compress->n_keep[l] = result->lanes[l].n_keep;
+        compress->first[l] = result->lanes[l].first_moved;
     }
     const struct scheduler_lane_move *moves = scheduler_compact(engine->scheduler, due, compress->n_keep, compress->first);
     if (!moves) return false;
@@ -110,7 +107,8 @@ static bool cut_lanes(struct engine *engine, const struct scheduler_due *due, co
                                                          .n_slots = result->lanes[l].n_slots,
                                                          .keep = result->lanes[l].keep,
                                                          .n_keep = result->lanes[l].n_keep,
-                                                         .destination = moves[l].destination};
+                                                         .destination = moves[l].destination,
+                                                         .lane = l};
     }
     if (n_items > 0) engine->backend->ops->compact(engine->backend, n_items, compress->items);
     scheduler_compacted(engine->scheduler, due);
@@ -124,11 +122,9 @@ static bool drop_blocks(struct engine *engine, const struct scheduler_due *due, 
     uint32_t gone = 0;
     for (uint32_t l = 0; l < compress->n_lanes; l++) {
         const struct choose_lane *lane = &result->lanes[l];
-        uint32_t pinned = 0;
-        while (pinned < lane->n_keep && lane->keep[pinned] == pinned) pinned++;
         gone = lane->n_slots - lane->n_keep;
-        CHECK(gone % BLOCK_TOKENS == 0 && (gone == 0 || pinned % BLOCK_TOKENS == 0));
-        compress->first[l] = pinned / BLOCK_TOKENS;
+        CHECK(gone % BLOCK_TOKENS == 0 && (gone == 0 || lane->first_moved % BLOCK_TOKENS == 0));
+        compress->first[l] = lane->first_moved / BLOCK_TOKENS;
         compress->n_keep[l] = gone / BLOCK_TOKENS;
     }
     if (kv->policy->shifts_sinks && due->ring) {

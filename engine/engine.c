@@ -160,6 +160,32 @@ static void count_rows(struct engine_stats *stats, uint32_t n_rows) {
     stats->step_rows_sum += n_rows;
 }
 
+/* Every entry one token behind the prompt: nobody reads. */
+static bool only_decodes(const struct plan *plan) {
+    if (plan->n_rows != plan->n_entries) return false;
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        const struct plan_entry *entry = &plan->entries[e];
+        const struct request *request = entry->owner;
+        if (entry->first_token < request->n_prompt || entry->n_samples == 0) return false;
+    }
+    return true;
+}
+
+static void count_time(struct engine *engine, bool decodes, uint32_t n_rows, uint32_t blocks_used, uint64_t elapsed_ns) {
+    struct engine_stats *stats = &engine->stats;
+    stats->busy_ns += elapsed_ns;
+    if (!decodes) {
+        stats->reading_steps++;
+        stats->reading_ns += elapsed_ns;
+        return;
+    }
+    stats->decode_steps++;
+    stats->decode_ns += elapsed_ns;
+    stats->decode_rows += n_rows;
+    if (n_rows > stats->decode_rows_max) stats->decode_rows_max = n_rows;
+    stats->decode_blocks += blocks_used;
+}
+
 static enum finish finish_of(const struct request *request, const struct choice_state *choice, int32_t token) {
     uint32_t n_generated = choice->n_generated + 1;
     if (choice->n_generated >= request->min_new)
@@ -270,6 +296,8 @@ static bool step(struct engine *engine) {
     note_entries(engine, plan, start);
     batch_build(&engine->builder, &engine->requests, plan);
     count_rows(&engine->stats, plan->n_rows);
+    bool decodes = only_decodes(plan); /* while the requests are the engine's */
+    uint32_t n_rows = plan->n_rows, blocks_used = scheduler_blocks_used(engine->scheduler);
     uint64_t built = clock_now_ns();
 
     struct error error = {.text = ""};
@@ -286,7 +314,7 @@ static bool step(struct engine *engine) {
     }
     uint64_t end = clock_now_ns();
     engine->stats.schedule_ns += (built - start) + (end - synced);
-    engine->stats.busy_ns += end - start;
+    count_time(engine, decodes, n_rows, blocks_used, end - start);
     return true;
 }
 

@@ -93,6 +93,10 @@ struct engine_stats {
     uint64_t step_rows_bucket[14]; /* histogram le 1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf (not cumulative) */
     uint64_t step_rows_sum;
     uint64_t busy_ns, schedule_ns; /* in steps; in scheduler and batch building */
+    uint64_t wait_ns;              /* in steps, waiting for the device or doing its work (backend_limits.wait_ns) */
+    /* Steps in which every sequence took in one token of its answer, and all others, which read some prompt, or a sequence again that had been preempted: busy_ns is the sum of both. */
+    uint64_t decode_steps, decode_ns, reading_steps, reading_ns;
+    uint64_t decode_rows, decode_rows_max, decode_blocks; /* of decode steps: sequences, most in one step, blocks in use, each summed over the steps */
     /* Compression */
     uint64_t compressions[ENGINE_POLICIES_MAX][TRIGGER_KINDS]; /* by policy_index() and bit of the trigger */
     uint64_t slots_kept, slots_evicted, kv_blocks_freed, compression_ns;
@@ -101,7 +105,7 @@ struct engine_stats {
     uint32_t n_layers;
 };
 
-/* What everything large will take, from config, model, free memory and the cgroup limit. Printed at start; each line count x bytes. */
+/* What everything large will take, from config, model, free memory (the host's, within the cgroup limit, and the device's). Printed at start; each line count x bytes. */
 struct memory_plan {
     uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows, max_choices;
     uint32_t n_rings, ring_rows, sink_slots; /* for compression */
@@ -110,10 +114,16 @@ struct memory_plan {
     size_t block_bytes;
     enum kv_dtype kv_dtype;
     uint32_t n_lines;
-    struct memory_line lines[24];
-    uint64_t total_bytes, available_bytes;
-    uint64_t kv_tokens; /* slots of the pool / lanes */
-    char lowered[160];  /* what was lowered to make it fit; empty: nothing */
+    struct memory_line lines[32];
+    uint64_t total_bytes, available_bytes; /* of the host: all lines, unless the backend has memory of its own; then those marked `host` */
+    bool has_device;                       /* it has: */
+    uint64_t device_bytes, device_available_bytes;
+    enum weights_mode weights; /* never AUTO where has_device */
+    struct weights_plan {
+        uint64_t bytes, kv_tokens; /* of weights; slots that they leave / lanes */
+    } weights_plans[3];            /* by enum weights_mode; has_device alone */
+    uint64_t kv_tokens;            /* slots of the pool / lanes */
+    char lowered[160];             /* what was lowered to make it fit; empty: nothing */
 };
 enum status engine_plan_memory(const struct config *config, const struct model *model, struct memory_plan *plan, struct error *error);
 void memory_plan_print(const struct memory_plan *plan, FILE *out);

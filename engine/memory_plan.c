@@ -1,4 +1,5 @@
 /* The memory plan: everything large, from the configuration, the model, and the memory there is. Pure but for reading that. Any thread.
+ * There are one or two memories: the host's, and that of a backend's device, where pool, weights and scratch lie then. Each line counts against the one it lies in.
  *
  * What is asked for by name is granted or refused with the arithmetic; what is left to us is made to fit, and what was lowered is said. */
 #include <inttypes.h>
@@ -19,10 +20,29 @@ enum {
     EXTENT_BLOCKS = 64,
     MODEL_LEN_MIN = 2 * BLOCK_TOKENS,
     INBOX_SPARE = 64,
+    BACKEND_LINES = 16,
 };
 
+#define DEVICE_SPARE_MAX (1ull << 30)
+
 /* Memory that is left to the system, to other processes' growth, to the server's buffers. */
-static uint64_t usable(uint64_t available) { return available - available / 10; }
+static uint64_t host_spare(const struct memory_plan *plan) { return plan->available_bytes / 10; }
+
+/* To libraries, which load their kernels when they first run them. */
+static uint64_t device_spare(const struct memory_plan *plan) {
+    uint64_t spare = plan->device_available_bytes / 20;
+    return spare < DEVICE_SPARE_MAX ? spare : DEVICE_SPARE_MAX;
+}
+
+static uint64_t less(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
+static uint64_t host_left(const struct memory_plan *plan) { return less(plan->available_bytes - host_spare(plan), plan->total_bytes); }
+static uint64_t device_left(const struct memory_plan *plan) { return less(plan->device_available_bytes - device_spare(plan), plan->device_bytes); }
+
+/* The memory in which the pool lies. */
+static uint64_t pool_left(const struct memory_plan *plan) { return plan->has_device ? device_left(plan) : host_left(plan); }
+static uint64_t pool_available(const struct memory_plan *plan) { return plan->has_device ? plan->device_available_bytes : plan->available_bytes; }
+static uint64_t pool_spare(const struct memory_plan *plan) { return plan->has_device ? device_spare(plan) : host_spare(plan); }
+static uint64_t beside_pool(const struct memory_plan *plan) { return plan->has_device ? plan->device_bytes : plan->total_bytes; }
 
 static uint32_t thread_count(const struct config *config) {
     cpu_set_t set;
@@ -51,9 +71,15 @@ struct engine_sizes engine_sizes(const struct memory_plan *plan, const struct co
 }
 
 void engine_backend_limits(const struct memory_plan *plan, const struct config *config, struct backend_limits *limits) {
+    const struct scheduler_limits tables = {.max_model_len = plan->max_model_len};
     *limits = (struct backend_limits){
         .kv_dtype = plan->kv_dtype,
+        .device = config->device,
+        .weights = plan->weights,
+        .deterministic = config->deterministic,
         .n_blocks = plan->n_blocks,
+        .n_tables = plan->max_sequences,
+        .table_blocks = scheduler_table_blocks(&tables),
         .max_rows = plan->max_rows,
         .max_sequences = plan->max_sequences,
         .max_samples = engine_sizes(plan, config).samples,
@@ -64,6 +90,7 @@ void engine_backend_limits(const struct memory_plan *plan, const struct config *
         .ring_rows = plan->ring_rows,
         .sink_slots = plan->sink_slots,
         .accumulators = plan->accumulators,
+        .rank_slots = plan->max_model_len,
         .mock_tokens_per_second = config->mock_tokens_per_second,
     };
 }
@@ -94,11 +121,23 @@ static uint64_t scheduler_takes(const struct config *config, const struct progra
     return scheduler_bytes(&limits);
 }
 
-static void add_line(struct memory_plan *plan, const char *what, uint64_t count, uint64_t bytes_each) {
+static void add_line(struct memory_plan *plan, const struct memory_line *line) {
     CHECK(plan->n_lines < sizeof plan->lines / sizeof *plan->lines);
-    if (count == 0 || bytes_each == 0) return;
-    plan->lines[plan->n_lines++] = (struct memory_line){.what = what, .count = count, .bytes_each = bytes_each};
-    plan->total_bytes += count * bytes_each;
+    if (line->count == 0 || line->bytes_each == 0) return;
+    plan->lines[plan->n_lines++] = *line;
+    *(plan->has_device && !line->host ? &plan->device_bytes : &plan->total_bytes) += line->count * line->bytes_each;
+}
+
+static void add_host_line(struct memory_plan *plan, const char *what, uint64_t count, uint64_t bytes_each) {
+    add_line(plan, &(struct memory_line){.what = what, .count = count, .bytes_each = bytes_each, .host = true});
+}
+
+/* The backend's lines. */
+static uint32_t backend_lines(const struct backend_ops *ops, const struct config *config, const struct program *program,
+                              const struct memory_plan *plan, struct memory_line lines[BACKEND_LINES]) {
+    struct backend_limits limits;
+    engine_backend_limits(plan, config, &limits);
+    return ops->memory_plan(program, &limits, lines, BACKEND_LINES);
 }
 
 /* A mailbox rounds its capacity up to a power of two. */
@@ -110,20 +149,20 @@ static uint64_t mailbox_places(uint32_t capacity) {
 
 /* All that does not depend on the pool's size. */
 static void add_fixed_lines(const struct backend_ops *ops, const struct config *config, const struct program *program, struct memory_plan *plan) {
-    struct backend_limits limits;
-    struct memory_line lines[16];
-    engine_backend_limits(plan, config, &limits);
-    uint32_t n = ops->memory_plan(program, &limits, lines, sizeof lines / sizeof *lines);
-    for (uint32_t i = 0; i < n; i++) add_line(plan, lines[i].what, lines[i].count, lines[i].bytes_each);
+    struct memory_line lines[BACKEND_LINES];
+    plan->n_lines = 0;
+    plan->total_bytes = plan->device_bytes = 0;
+    uint32_t n = backend_lines(ops, config, program, plan, lines);
+    for (uint32_t i = 0; i < n; i++) add_line(plan, &lines[i]);
     struct engine_sizes sizes = engine_sizes(plan, config);
-    add_line(plan, "sequences", plan->max_sequences, sizeof(struct batch_sequence) + 2 * sizeof(uint32_t));
-    add_line(plan, "choices", plan->max_choices, requests_bytes_per_choice());
-    add_line(plan, "compression", 1, compress_bytes(plan, program));
-    add_line(plan, "rows", plan->max_rows, 2 * sizeof(int32_t));
-    add_line(plan, "samples", sizes.samples, sizeof(struct sample) + sizeof(struct sample_result));
-    add_line(plan, "draws", sizes.draws, sizeof(struct draw) + sizeof(enum finish) + sizeof(bool));
-    add_line(plan, "inbox", mailbox_places(sizes.inbox), sizeof(struct letter));
-    add_line(plan, "outbox", mailbox_places(sizes.outbox), sizeof(struct posted));
+    add_host_line(plan, "sequences", plan->max_sequences, sizeof(struct batch_sequence) + 2 * sizeof(uint32_t));
+    add_host_line(plan, "choices", plan->max_choices, requests_bytes_per_choice());
+    add_host_line(plan, "compression", 1, compress_bytes(plan, program));
+    add_host_line(plan, "rows", plan->max_rows, 2 * sizeof(int32_t));
+    add_host_line(plan, "samples", sizes.samples, sizeof(struct sample) + sizeof(struct sample_result));
+    add_host_line(plan, "draws", sizes.draws, sizeof(struct draw) + sizeof(enum finish) + sizeof(bool));
+    add_host_line(plan, "inbox", mailbox_places(sizes.inbox), sizeof(struct letter));
+    add_host_line(plan, "outbox", mailbox_places(sizes.outbox), sizeof(struct posted));
 }
 
 #define MIB(bytes) ((double)(bytes) / 0x1p20)
@@ -133,17 +172,26 @@ static enum status does_not_fit(const struct config *config, const struct memory
     struct memory_plan one = *plan;
     uint64_t blocks = blocks_of(program, plan->max_model_len);
     one.n_blocks = blocks > BLOCKS_MAX ? BLOCKS_MAX : (uint32_t)blocks;
-    uint64_t tables = scheduler_takes(config, program, &one);
     if (config->kv_memory)
         return error_set(error, STATUS_INVALID,
                          "engine.kv_memory: %.1f MiB do not hold one sequence of %u tokens: %u lanes x %u blocks x %zu bytes = %.1f MiB",
                          MIB(pool_bytes), plan->max_model_len, program_lanes(program), (plan->max_model_len + BLOCK_TOKENS - 1) / BLOCK_TOKENS,
                          plan->block_bytes, MIB(blocks * plan->block_bytes));
+    char tables[64] = "";
+    if (!plan->has_device)
+        (void)snprintf(tables, sizeof tables, ", and %.1f MiB of tables", MIB(scheduler_takes(config, program, &one)));
+    else if (blocks * plan->block_bytes <= pool_bytes)
+        return error_set(error, STATUS_NO_MEMORY,
+                         "memory: %.1f MiB are available, %.1f MiB of that stay free, %.1f MiB are taken; the rest, %.1f MiB, does not hold the "
+                         "tables of sequences of %u tokens: %.1f MiB",
+                         MIB(plan->available_bytes), MIB(host_spare(plan)), MIB(plan->total_bytes), MIB(host_left(plan)), plan->max_model_len,
+                         MIB(scheduler_takes(config, program, &one)));
     return error_set(
         error, STATUS_NO_MEMORY,
-        "memory: %.1f MiB are available, 10 %% of that stays free, %.1f MiB go to weights and scratch; the rest, %.1f MiB, does not hold one "
-        "sequence of %u tokens: %" PRIu64 " blocks x %zu bytes, and %.1f MiB of tables",
-        MIB(plan->available_bytes), MIB(plan->total_bytes), MIB(pool_bytes), plan->max_model_len, blocks, plan->block_bytes, MIB(tables));
+        "%s: %.1f MiB are available, %.1f MiB of that stay free, %.1f MiB go to weights and scratch; the rest, %.1f MiB, does not hold one "
+        "sequence of %u tokens: %" PRIu64 " blocks x %zu bytes%s",
+        plan->has_device ? "device memory" : "memory", MIB(pool_available(plan)), MIB(pool_spare(plan)), MIB(beside_pool(plan)), MIB(pool_bytes),
+        plan->max_model_len, blocks, plan->block_bytes, tables);
 }
 
 /* What one sequence holds at most: all of it, or, where prompts are compressed while they are read, the operator's budget and what is read between two points. */
@@ -159,14 +207,19 @@ static uint64_t blocks_of_one(const struct config *config, const struct program 
     return blocks_of(program, tokens);
 }
 
-/* The most blocks that fit into `bytes` with the tables that they take. */
+/* So many blocks fit into `bytes`, and the tables that they take too, there or in the host's memory. */
+static bool blocks_fit(const struct config *config, const struct program *program, const struct memory_plan *plan, uint64_t bytes) {
+    uint64_t pool = plan->n_blocks * plan->block_bytes, tables = scheduler_takes(config, program, plan);
+    return plan->has_device ? pool <= bytes && tables <= host_left(plan) : pool + tables <= bytes;
+}
+
 static uint64_t most_blocks(const struct config *config, const struct program *program, const struct memory_plan *plan, uint64_t bytes) {
     struct memory_plan tried = *plan;
     uint64_t low = 0, high = BLOCKS_MAX;
     while (low < high) {
         uint64_t middle = (low + high + 1) / 2;
         tried.n_blocks = (uint32_t)middle;
-        if (middle * plan->block_bytes + scheduler_takes(config, program, &tried) <= bytes)
+        if (blocks_fit(config, program, &tried, bytes))
             low = middle;
         else
             high = middle - 1;
@@ -203,23 +256,18 @@ static enum status fit_model_len(const struct config *config, const struct progr
     }
     plan->max_model_len = (uint32_t)holds;
     (void)snprintf(plan->lowered, sizeof plan->lowered, "max_model_len %u -> %u: %s holds no more", wanted, plan->max_model_len,
-                   config->kv_memory ? "engine.kv_memory" : "free memory");
+                   config->kv_memory  ? "engine.kv_memory"
+                   : plan->has_device ? "free memory of the device"
+                                      : "free memory");
     return STATUS_OK;
 }
 
 /* How many blocks: what is asked for or what is left, never more than all sequences together can use. */
 static enum status size_pool(const struct config *config, const struct program *program, struct memory_plan *plan, struct error *error) {
-    uint64_t left = usable(plan->available_bytes), pool_bytes;
-    left = left > plan->total_bytes ? left - plan->total_bytes : 0;
-    if (config->kv_memory) {
-        pool_bytes = config->kv_memory;
-        if (pool_bytes > plan->available_bytes || plan->total_bytes > plan->available_bytes - pool_bytes)
-            return error_set(error, STATUS_NO_MEMORY,
-                             "engine.kv_memory: %.1f MiB, with %.1f MiB of weights and scratch, exceed the %.1f MiB available", MIB(pool_bytes),
-                             MIB(plan->total_bytes), MIB(plan->available_bytes));
-    } else {
-        pool_bytes = left;
-    }
+    uint64_t pool_bytes = config->kv_memory ? config->kv_memory : pool_left(plan), available = pool_available(plan);
+    if (config->kv_memory && (pool_bytes > available || beside_pool(plan) > available - pool_bytes))
+        return error_set(error, STATUS_NO_MEMORY, "engine.kv_memory: %.1f MiB, with %.1f MiB of weights and scratch, exceed the %.1f MiB available%s",
+                         MIB(pool_bytes), MIB(beside_pool(plan)), MIB(available), plan->has_device ? " on the device" : "");
     uint64_t blocks = config->kv_memory ? pool_bytes / plan->block_bytes : most_blocks(config, program, plan, pool_bytes);
     enum status status = fit_model_len(config, program, blocks, pool_bytes, plan, error);
     if (status != STATUS_OK) return status;
@@ -251,16 +299,35 @@ static void plan_compression(const struct config *config, struct memory_plan *pl
     if (plan->n_rings) plan->ring_rows = config->window;
 }
 
-enum status engine_plan_memory_on(const struct backend_ops *ops, const struct config *config, const struct model *model, uint64_t available_bytes,
-                                  struct memory_plan *plan, struct error *error) {
-    const struct program *program = model_program(model);
-    *plan = (struct memory_plan){.available_bytes = available_bytes, .max_rows = config->max_rows};
+/* What f16 and native weights would take and leave; and which it is. */
+static void plan_weights(const struct backend_ops *ops, const struct config *config, const struct program *program, uint64_t device_total,
+                         struct memory_plan *plan) {
+    for (int mode = WEIGHTS_F16; mode <= WEIGHTS_NATIVE; mode++) {
+        struct memory_plan tried = *plan;
+        struct memory_line lines[BACKEND_LINES];
+        tried.weights = (enum weights_mode)mode;
+        uint32_t n = backend_lines(ops, config, program, &tried, lines);
+        for (uint32_t i = 0; i < n; i++) {
+            add_line(&tried, &lines[i]);
+            if (strcmp(lines[i].what, "weights") == 0) plan->weights_plans[mode].bytes += lines[i].count * lines[i].bytes_each;
+        }
+        plan->weights_plans[mode].kv_tokens = device_left(&tried) / plan->block_bytes / program_lanes(program) * BLOCK_TOKENS;
+    }
+    CHECK(weights_mode_parse(config->weights, &plan->weights)); /* one of the option's choices */
+    if (plan->weights == WEIGHTS_AUTO) plan->weights = weights_choice(plan->weights_plans[WEIGHTS_F16].bytes, device_total);
+}
+
+/* What does not depend on how much memory there is. */
+static enum status plan_sizes(const struct backend_ops *ops, const struct config *config, const struct program *program, struct memory_plan *plan,
+                              struct error *error) {
     if (!kv_dtype_parse(config->kv_dtype, &plan->kv_dtype))
         plan->kv_dtype = backend_kv_dtype(ops, strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set);
     plan->block_bytes = ops->block_bytes(program, plan->kv_dtype);
+    if (plan->block_bytes == 0)
+        return error_set(error, STATUS_UNSUPPORTED, "engine.kv_dtype: the %s backend does not store %s", ops->name, kv_dtype_name(plan->kv_dtype));
     plan->extent_blocks = plan->block_bytes >= EXTENT_BYTES ? 1 : (uint32_t)(EXTENT_BYTES / plan->block_bytes);
     if (plan->extent_blocks > EXTENT_BLOCKS) plan->extent_blocks = EXTENT_BLOCKS;
-    plan->max_sequences = config->max_sequences ? config->max_sequences : auto_sequences(config);
+    plan->max_sequences = config->max_sequences ? config->max_sequences : plan->has_device ? SEQUENCES_MAX : auto_sequences(config);
     plan->max_choices = plan->max_sequences + config->max_queue;
     plan->max_stream_tokens = config->max_stream_tokens;
     plan_compression(config, plan);
@@ -268,12 +335,34 @@ enum status engine_plan_memory_on(const struct backend_ops *ops, const struct co
         return error_set(error, STATUS_INVALID, "engine.max_model_len: %u tokens; the model was trained for %u", config->max_model_len,
                          program->context_train);
     plan->max_model_len = config->max_model_len ? config->max_model_len : program->context_train;
+    return STATUS_OK;
+}
+
+enum status engine_plan_memory_on(const struct backend_ops *ops, const struct config *config, const struct model *model, uint64_t available_bytes,
+                                  struct memory_plan *plan, struct error *error) {
+    const struct program *program = model_program(model);
+    uint64_t device_total;
+    *plan = (struct memory_plan){.available_bytes = available_bytes, .max_rows = config->max_rows};
+    enum status status = ops->memory(config->device, &plan->device_available_bytes, &device_total, error);
+    if (status != STATUS_OK) {
+        (void)error_prefix(error, "engine.backend: %s", ops->name);
+        return status;
+    }
+    plan->has_device = device_total > 0;
+    status = plan_sizes(ops, config, program, plan, error);
+    if (status != STATUS_OK) return status;
+    if (plan->has_device) plan_weights(ops, config, program, device_total, plan);
     add_fixed_lines(ops, config, program, plan);
-    enum status status = size_pool(config, program, plan, error);
+    uint32_t wanted_len = plan->max_model_len;
+    status = size_pool(config, program, plan, error);
+    if (status == STATUS_OK && plan->max_model_len < wanted_len) { /* what depends on the length is smaller then */
+        add_fixed_lines(ops, config, program, plan);
+        status = size_pool(config, program, plan, error);
+    }
     if (status != STATUS_OK) return status;
     plan->kv_tokens = (uint64_t)plan->n_blocks / program_lanes(program) * BLOCK_TOKENS;
-    add_line(plan, "KV block", plan->n_blocks, plan->block_bytes);
-    add_line(plan, "scheduler", 1, scheduler_takes(config, program, plan)); /* block tables, prefix cache, queues */
+    add_line(plan, &(struct memory_line){.what = "KV block", .count = plan->n_blocks, .bytes_each = plan->block_bytes});
+    add_host_line(plan, "scheduler", 1, scheduler_takes(config, program, plan)); /* block tables, prefix cache, queues */
     if (plan->total_bytes > available_bytes)
         return error_set(error, STATUS_NO_MEMORY, "memory: the plan takes %.1f MiB, %.1f MiB are available", MIB(plan->total_bytes),
                          MIB(available_bytes));
@@ -284,28 +373,4 @@ enum status engine_plan_memory(const struct config *config, const struct model *
     const struct backend_ops *ops = backend_find(config->backend);
     if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
     return engine_plan_memory_on(ops, config, model, system_memory_available(""), plan, error);
-}
-
-static const char *readable(uint64_t bytes, char text[32]) {
-    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
-    double value = (double)bytes;
-    int unit = 0;
-    while (value >= 1024 && unit < 6) value /= 1024, unit++;
-    (void)snprintf(text, 32, unit ? "%.2f %s" : "%.0f %s", value, units[unit]);
-    return text;
-}
-
-void memory_plan_print(const struct memory_plan *plan, FILE *out) {
-    char total[32];
-    (void)fprintf(out, "%-16s %12s   %14s   %12s\n", "memory", "count", "bytes each", "total");
-    for (uint32_t i = 0; i < plan->n_lines; i++) {
-        const struct memory_line *line = &plan->lines[i];
-        (void)fprintf(out, "%-16s %12" PRIu64 " x %14" PRIu64 " = %12s\n", line->what, line->count, line->bytes_each,
-                      readable(line->count * line->bytes_each, total));
-    }
-    (void)fprintf(out, "%-16s %12s   %14s   %12s", "all", "", "", readable(plan->total_bytes, total));
-    if (plan->available_bytes != UINT64_MAX) (void)fprintf(out, " of %s available", readable(plan->available_bytes, total));
-    (void)fprintf(out, "\n%-16s %" PRIu64 " tokens (%s), %u sequences at once of at most %u tokens, %u rows a step\n", "KV cache", plan->kv_tokens,
-                  kv_dtype_name(plan->kv_dtype), plan->max_sequences, plan->max_model_len, plan->max_rows);
-    if (plan->lowered[0]) (void)fprintf(out, "%-16s %s\n", "lowered", plan->lowered);
 }

@@ -11,6 +11,7 @@
 
 #include "base/check.h"
 #include "base/clock.h"
+#include "base/log.h"
 #include "engine/compression.h"
 #include "engine/internal.h"
 #include "engine/step_cost.h"
@@ -54,13 +55,14 @@ static enum status open_engine(struct birth *birth) {
     engine_backend_limits(plan, birth->config, &limits);
     limits.progress = engine->hooks.progress;
     limits.progress_context = engine->hooks.progress_context;
+    limits.wait_ns = &engine->stats.wait_ns;
     enum status status = birth->ops->prepare(birth->program, &limits, &engine->backend, birth->error);
     if (status == STATUS_OK) status = step_cost_fit(engine->backend, birth->program, &limits, plan->max_model_len, &cost, birth->error);
     if (status != STATUS_OK) return status;
     engine->scheduler = new_scheduler(engine, birth, &cost);
     requests_init(&engine->requests, plan->max_choices);
     compress_init(&engine->compress, engine->backend, birth->config, birth->model, plan);
-    engine->stats.n_layers = birth->program->n_layers;
+    engine->stats = (struct engine_stats){.n_layers = birth->program->n_layers}; /* the steps that fitted the cost waited too */
     batch_builder_init(&engine->builder, plan->max_rows, plan->max_sequences, engine->sizes.samples, engine->sizes.draws);
     (void)snprintf(engine->description, sizeof engine->description, "%s, kv %s", engine->backend->ops->describe(engine->backend),
                    kv_dtype_name(plan->kv_dtype));
@@ -138,10 +140,19 @@ enum status engine_start_on(const struct backend_ops *ops, const struct config *
     return STATUS_OK;
 }
 
+/* A better backend is in this build: why it is not "auto". */
+static void say_why_not(const struct backend_ops *chosen) {
+    for (const struct backend_ops *const *ops = backends; *ops != chosen; ops++) {
+        struct error error;
+        if ((*ops)->memory(0, NULL, NULL, &error) != STATUS_OK) log_info("backend: %s, not %s: %s", chosen->name, (*ops)->name, error.text);
+    }
+}
+
 enum status engine_start(const struct config *config, const struct model *model, const struct engine_hooks *hooks, struct engine **engine,
                          struct error *error) {
     const struct backend_ops *ops = backend_find(config->backend);
     if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
+    if (strcmp(config->backend, "auto") == 0) say_why_not(ops);
     return engine_start_on(ops, config, model, hooks, engine, error);
 }
 

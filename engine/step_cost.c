@@ -7,7 +7,12 @@
 #include "base/check.h"
 #include "base/clock.h"
 
-enum { CHUNK_ROWS = 64, CHUNKS = 9, PASSES = 5 };
+enum {
+    CHUNK_ROWS = 64,
+    DEVICE_CHUNK_ROWS = 512,
+    CHUNKS = 9,
+    PASSES = 5
+};                                  /* a device reads its weights in the time that it computes some hundred rows */
 #define TIME_LIMIT_NS 1000000000ull /* after it no further pass, and no further chunk once there are two */
 
 /* A sequence of its own in the first blocks of the pool. */
@@ -111,7 +116,9 @@ static enum status measure(struct probe *probe, uint32_t *n_steps, double times[
 
 enum status step_cost_fit(struct backend *backend, const struct program *program, const struct backend_limits *limits, uint32_t max_model_len,
                           struct step_cost *cost, struct error *error) {
-    if (backend->ops != &backend_cpu) {
+    uint64_t available, device_total = 0;
+    bool has_device = backend->ops->memory(limits->device, &available, &device_total, NULL) == STATUS_OK && device_total > 0;
+    if (backend->ops != &backend_cpu && !has_device) {
         double rate = limits->mock_tokens_per_second;
         *cost = (struct step_cost){.fixed_us = 10, .per_row_us = rate > 0 ? 1e6 / rate : 1};
         return STATUS_OK;
@@ -119,7 +126,7 @@ enum status step_cost_fit(struct backend *backend, const struct program *program
     uint32_t lane_blocks = limits->n_blocks / program_lanes(program);
     uint32_t tokens = lane_blocks < UINT32_MAX / BLOCK_TOKENS ? lane_blocks * BLOCK_TOKENS : max_model_len;
     if (tokens > max_model_len) tokens = max_model_len;
-    uint32_t rows = CHUNK_ROWS;
+    uint32_t rows = has_device ? DEVICE_CHUNK_ROWS : CHUNK_ROWS;
     if (rows > limits->max_rows) rows = limits->max_rows;
     if (rows > tokens) rows = tokens;
     uint32_t n_steps = tokens / rows + 1;

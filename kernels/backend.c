@@ -1,4 +1,4 @@
-/* The list of backends and the names of KV dtypes. Owns nothing; any thread. */
+/* The list of backends, what their names and those of KV dtypes and weights stand for. Owns nothing; any thread. */
 #include "kernels/backend.h"
 
 #include <string.h>
@@ -6,19 +6,50 @@
 #include "base/check.h"
 #include "kernels/cpu/isa.h"
 
-/* Best first: "auto" is the first one, which is why a backend that invents its numbers comes last. */
+/* Best first: "auto" is the first one that has a device, which is why a backend that invents its numbers comes last. */
 const struct backend_ops *const backends[] = {
-    &backend_cpu,
-    &backend_reference,
-    &backend_mock,
-    NULL,
+#ifdef KVASIR_HAVE_CUDA
+    &backend_cuda,
+#endif
+    &backend_cpu,  &backend_reference, &backend_mock, NULL,
 };
 
 const struct backend_ops *backend_find(const char *name) {
-    if (strcmp(name, "auto") == 0) return backends[0];
+    bool any = strcmp(name, "auto") == 0;
     for (const struct backend_ops *const *ops = backends; *ops; ops++)
-        if (strcmp((*ops)->name, name) == 0) return *ops;
+        if (any ? (*ops)->memory(0, NULL, NULL, NULL) == STATUS_OK : strcmp((*ops)->name, name) == 0) return *ops;
     return NULL;
+}
+
+enum status backend_host_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error) {
+    if (device > 0) return error_set(error, STATUS_UNSUPPORTED, "no device %u: this backend computes on the host, which is device 0", device);
+    if (available_bytes) *available_bytes = 0;
+    if (total_bytes) *total_bytes = 0;
+    return STATUS_OK;
+}
+
+/* The rest is the KV cache's, which is what a larger batch needs; below it, f16 weights are read faster than they could be widened. */
+#define F16_WEIGHTS_SHARE 0.4
+
+enum weights_mode weights_choice(uint64_t f16_bytes, uint64_t total_bytes) {
+    return (double)f16_bytes > F16_WEIGHTS_SHARE * (double)total_bytes ? WEIGHTS_NATIVE : WEIGHTS_F16;
+}
+
+static const char *const weights_modes[] = {[WEIGHTS_AUTO] = "auto", [WEIGHTS_F16] = "f16", [WEIGHTS_NATIVE] = "native"};
+#define N_WEIGHTS_MODES (sizeof weights_modes / sizeof *weights_modes)
+
+const char *weights_mode_name(enum weights_mode mode) {
+    CHECK((unsigned)mode < N_WEIGHTS_MODES);
+    return weights_modes[mode];
+}
+
+bool weights_mode_parse(const char *name, enum weights_mode *mode) {
+    for (unsigned i = 0; i < N_WEIGHTS_MODES; i++)
+        if (strcmp(name, weights_modes[i]) == 0) {
+            *mode = (enum weights_mode)i;
+            return true;
+        }
+    return false;
 }
 
 /* bf16 costs nothing that could be measured beside f16 and is faster where the CPU multiplies it. SmolLM2-135M Q4_1 over the 2,934 positions of tests/golden/llama: mean KL
@@ -27,6 +58,12 @@ const struct backend_ops *backend_find(const char *name) {
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set) {
     if (ops != &backend_cpu) return KV_F16;
     return strcmp(instruction_set ? instruction_set : cpu_isa_best()->name, "avx512bf16") == 0 ? KV_BF16 : KV_F16;
+}
+
+enum status backend_needs_data(const struct backend_ops *ops, const struct program *program, struct error *error) {
+    if (program->random_seed == 0) return STATUS_OK;
+    return error_set(error, STATUS_UNSUPPORTED, "backend %s: the weights of this model are to be made by the backend, which this one cannot",
+                     ops->name);
 }
 
 static const char *const kv_dtype_names[KV_DTYPES] = {[KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8"};

@@ -17,21 +17,22 @@
 #include "kernels/program.h"
 #include "kernels/sample.h"
 #include "kernels/score.h"
+#include "kernels/select.h"
 
 enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
 const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
 bool kv_dtype_parse(const char *name, enum kv_dtype *dtype);
 
-/* How a device keeps weights: widened to f16, or in the file's types where it computes with them. AUTO: native when f16 would take more than 40 % of its memory. */
+/* How a backend with memory of its own keeps the weights: dequantised to f16, or in the types of the file. AUTO: f16 unless that takes too much of its memory (weights_choice). */
 enum weights_mode { WEIGHTS_AUTO, WEIGHTS_F16, WEIGHTS_NATIVE };
 
 struct backend_limits {
     enum kv_dtype kv_dtype;
-    enum weights_mode weights;
-    bool deterministic;      /* products too keep the row contract */
-    uint32_t device;         /* which of several */
-    uint32_t n_tables, table_blocks; /* block tables that the device holds: how many sequences, and blocks a lane of each */
+    uint32_t device;         /* of backends that have several */
+    enum weights_mode weights; /* of backends with memory of their own */
+    bool deterministic;      /* the row contract holds at any cost; the others hold it always */
     uint32_t n_blocks;       /* of the pool */
+    uint32_t n_tables, table_blocks; /* what the sequences of batches name: batch_sequence.table < n_tables, table_blocks ids a lane at most. n_tables 0: max_sequences, n_blocks */
     uint32_t max_rows;       /* rows of one batch */
     uint32_t max_sequences;  /* sequences of one batch */
     uint32_t max_samples;    /* samples of one batch */
@@ -42,16 +43,23 @@ struct backend_limits {
     uint32_t ring_rows;      /* query rows a ring holds */
     uint32_t sink_slots;     /* slots a lane whose keys shift_sinks may move, a multiple of BLOCK_TOKENS; 0: none. Each ring holds their unrotated copy */
     bool accumulators;       /* slots carry accumulated attention */
+    uint32_t rank_slots;     /* slots a lane of which rank() may be asked; 0: it is not */
     double mock_tokens_per_second; /* mock only: rate of each step's rows; 0: as fast as it goes */
     void (*progress)(void *context, double fraction); /* during prepare; may be NULL */
     void *progress_context;
     uint64_t *phase_ns;      /* [PHASE_KINDS]: each step adds the nanoseconds from the end of the phase before to the end of this one, as the engine thread sees them.
                                 NULL: the clock is not read. For `bench --phases` */
+    uint64_t *wait_ns;       /* each step adds the nanoseconds in which the engine thread waited for the device, or itself did the device's work: what is left is the host's
+                                cost of the step. NULL: the clock is not read */
 };
 
 /* One sequence's part of a batch. Its rows are contiguous, positions ascending. */
 struct batch_sequence {
     uint32_t first_row, n_rows;
+    /* Whose block ids these are, so that a backend with memory of its own need not take all of them at every step. No two sequences of a batch have the same table. */
+    uint32_t table;
+    uint32_t table_changes; /* differs from that of an earlier step with the same table, unless the ids listed then are still the first ones listed, lane by lane, and lane_tokens of all
+                               lanes differ from those of then by the same number. 0: unknown, everything is taken anew, by the next step with this table too */
     const uint32_t *lane_first;   /* [n_lanes]: index in batch.block_ids of the lane's first block id */
     const uint32_t *lane_tokens;  /* [n_lanes]: slots filled BEFORE this step; this step appends n_rows more to every lane. Blocks for them are in the table */
     uint32_t ring;   /* 0: none. 1..n_rings: ATTN leaves the queries (post-RoPE, as attention used them, widened exactly from the type they are kept in) of the last
@@ -78,8 +86,9 @@ struct shift_request {
 };
 
 struct memory_line {
-    const char *what; /* "weights", "KV block", "scratch" */
+    const char *what; /* "weights" (all of them and nothing else), "KV block", "scratch" */
     uint64_t count, bytes_each;
+    bool host; /* in the host's memory, whatever the backend's own is */
 };
 
 /* Compaction of one lane: the slots `keep` names move forward, in order, with K, V and position. Slot keep[i] of the source becomes slot i of the destination.
@@ -88,20 +97,25 @@ struct memory_line {
 struct compaction {
     const uint32_t *source; /* [blocks of n_slots] the lane's block ids, in order */
     uint32_t n_slots;
-    const uint32_t *keep;   /* [n_keep] ascending, < n_slots */
+    const uint32_t *keep;   /* [n_keep] ascending, < n_slots; NULL: what the backend's last keep() left of `lane`, of which n_slots and n_keep are those numbers */
     uint32_t n_keep;
     const uint32_t *destination; /* [blocks of n_keep] */
+    uint32_t lane;               /* where keep is NULL */
 };
 
 struct backend; /* each backend's own struct begins with this: */
 
 /* Every entry is present in every backend. */
 struct backend_ops {
-    const char *name; /* "cpu", "reference", "mock" */
+    const char *name; /* "cuda", "cpu", "reference", "mock" */
 
-    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included. */
+    /* The memory that pool, weights and scratch on `device` take from. *total_bytes 0: the host's, of which nothing more is said. Both may be NULL: is there such a device at all?
+     * STATUS_UNSUPPORTED: there is not, and why. Any thread. */
+    enum status (*memory)(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error);
+
+    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included. 0: this backend does not keep KV in this type. */
     size_t (*block_bytes)(const struct program *program, enum kv_dtype dtype);
-    /* What prepare will allocate beside the pool, line by line; returns the number of lines (<= max). limits->n_blocks is not read. */
+    /* What prepare will allocate beside the pool, line by line; returns the number of lines (<= max). limits->n_blocks is not read, nor is a device asked, but for WEIGHTS_AUTO. */
     uint32_t (*memory_plan)(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max);
 
     enum status (*prepare)(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error);
@@ -123,6 +137,13 @@ struct backend_ops {
     void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
     /* Scores of cached slots (kernels/score.h). Bit-identical whatever the chunks and batches in which the rows ran. */
     void (*score)(struct backend *backend, const struct score_request *request, float *scores);
+    /* Which slots of one sequence stay (kernels/select.h). rank makes a key of every slot of every lane: n_protected [n_lanes] (NULL: not wanted) of them always stay; scores (NULL: not wanted) lane
+     * after lane, as they are before protection. */
+    void (*rank)(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
+    void (*cut)(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes); /* lanes [n_lanes] */
+    /* Of each lane the `evict` lowest go, or all that may. lanes [n_lanes]; keep (NULL: the lists stay in the backend): the list of lane l begins where its slots would if lanes lay one after
+     * another. */
+    void (*keep)(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
     /* positions [count * BLOCK_TOKENS]: what the slots of these blocks hold; undefined past a lane's length. */
     void (*read_positions)(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
     /* The keys of the first request->n_slots slots of every lane are rotated to position + shift, from an unrotated copy in the ring. first: the copy is made now, from the
@@ -131,16 +152,36 @@ struct backend_ops {
     /* The logits of the last batch's sampled rows are not kept, except here: copies row-chunked logits of sample i of the NEXT submit into
      * destination[i * n_vocab] (NULL: stop). For tests, golden gates and eval. */
     void (*tap_logits)(struct backend *backend, float *destination);
+
+    /* For measuring. */
+    bool makes_weights; /* prepare takes a program with a random_seed */
+    /* Bytes of weights, as prepare will lay them out, that every step reads: all but the input embedding, of which a step reads single rows. 0: none. */
+    uint64_t (*weight_bytes)(const struct program *program, const struct backend_limits *limits);
+    /* Bytes a second, read and written together, at which large buffers are copied within the memory that pool and weights take from, the best of several passes; by as many
+     * threads as `limits` give this backend. 0: not to be had. Takes memory of its own for the time. Any thread, while nothing else runs there. */
+    double (*copy_bandwidth)(const struct backend_limits *limits);
 };
 
 struct backend {
     const struct backend_ops *ops;
+    struct ranking *ranking; /* of backends that compute on the host (kernels/select.h); NULL: limits.rank_slots is 0 */
 };
 
 /* NULL-terminated. A build without CUDA is a full build. */
 extern const struct backend_ops *const backends[];
-const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best present on this machine */
+const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best one that has a device on this machine */
 /* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
+/* backend_ops.copy_bandwidth of those that compute where this program runs, with `threads` workers. */
+double backend_host_copy_bandwidth(uint32_t threads);
+/* What prepare says to a program with a random_seed, where makes_weights is false; STATUS_OK to all others. */
+enum status backend_needs_data(const struct backend_ops *ops, const struct program *program, struct error *error);
+/* backend_ops.memory of those that compute where this program runs: there is device 0 alone. */
+enum status backend_host_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error);
+/* What WEIGHTS_AUTO stands for on a device with `total_bytes`, of which f16 weights would take `f16_bytes`. */
+enum weights_mode weights_choice(uint64_t f16_bytes, uint64_t total_bytes);
+bool weights_mode_parse(const char *name, enum weights_mode *mode); /* "auto", "f16", "native" */
+const char *weights_mode_name(enum weights_mode mode);
 
+extern const struct backend_ops backend_cuda; /* in a build with CUDA (KVASIR_HAVE_CUDA) */
 extern const struct backend_ops backend_cpu, backend_reference, backend_mock;

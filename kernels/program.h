@@ -54,8 +54,9 @@ struct program {
     float rope_magnitude;          /* cos and sin are multiplied by it (yarn); 1 */
 
     bool tied_head;                /* HEAD's weight is EMBED's tensor */
-    uint64_t random_seed;          /* 0: tensors hold data. Else their data is absent but not NULL, and the backend makes them: matrices uniform with a standard deviation of
-                                      1/sqrt(cols), norms 1, biases 0; a pure function of (seed, matrix, index) */
+    uint64_t random_seed;          /* 0: tensors hold data. Else there is none, and the backend makes every weight itself: matrices uniform with a standard deviation of 1/sqrt(cols),
+                                      norms 1, biases 0; a pure function of (seed, matrix, index). tensor.data is not NULL where there is a tensor, and must not be read.
+                                      Backends that cannot (backend_ops.makes_weights) refuse in prepare */
 };
 
 /* lane = layer * n_kv_heads + kv_head: one KV head of one layer. */

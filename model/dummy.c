@@ -1,7 +1,8 @@
 /* Models without a file, for tests and measurements of what is above: real shapes, random weights. Owns the memory of the weights. Runs on the thread that
  * opens the model. It deliberately makes no text that means anything: scales are chosen so that activations stay near 1, logits are sharp, and
  * what comes out depends on the whole context rather than on the last token.
- * The bytes lie in a shared memory file: dropping pages of a mapped file loses nothing, and dropping pages of these must not either. */
+ * A seeded one has no weights at all: the backend makes them (kernels/program.h), so that a model larger than this machine's memory can be measured on a device.
+ * The bytes of the others lie in a shared memory file: dropping pages of a mapped file loses nothing, and dropping pages of these must not either. */
 #include "model/dummy.h"
 
 #include <errno.h>
@@ -21,15 +22,18 @@
 struct shape {
     const char *name;
     uint32_t n_layers, n_embd, n_heads, n_kv_heads, n_ff, n_vocab, context;
-    enum tensor_type matrices;
+    double rope_base;
+    enum tensor_type matrices; /* where they lie in memory */
     bool tied;
 };
 
+/* The hyper-parameters of HuggingFaceTB/SmolLM2-135M and meta-llama/Llama-3.1-8B as published, but for Llama's scaling of rotary frequencies, which costs nothing. */
 /* clang-format off */
 static const struct shape shapes[] = {
-    /* name            layers  embd  heads  kv    ff  vocab context */
-    {"tiny",                2,   64,     4,  2,  128,   320,   8192, TENSOR_Q8_0, false},
-    {"smollm2-135m",       30,  576,     9,  3, 1536, 49152,   8192, TENSOR_Q4_0, true},
+    /* name            layers  embd  heads  kv     ff   vocab context    rope */
+    {"tiny",                2,   64,     4,  2,   128,    320,   8192,  10000, TENSOR_Q8_0, false},
+    {"smollm2-135m",       30,  576,     9,  3,  1536,  49152,   8192, 100000, TENSOR_Q4_0, true},
+    {"llama-3.1-8b",       32, 4096,    32,  8, 14336, 128256, 131072, 500000, TENSOR_Q4_0, false},
 };
 /* clang-format on */
 #define SHAPES (sizeof shapes / sizeof *shapes)
@@ -37,6 +41,7 @@ static const struct shape shapes[] = {
 struct generator {
     const struct shape *shape;
     uint64_t seed;
+    enum tensor_type matrices;
     uint8_t *bytes; /* NULL: only counting */
     size_t length;
     uint64_t parameters, weight_bytes;
@@ -73,8 +78,8 @@ static enum status generate(void *context, const struct weight_request *request,
     struct generator *generator = context;
     bool optional_here = !generator->shape->tied && strcmp(request->name, "output.weight") == 0;
     if (!request->required && !optional_here) return STATUS_OK;
-    static const uint8_t present; /* any address will do while counting */
-    *tensor = (struct tensor){.type = request->vector ? TENSOR_F32 : generator->shape->matrices, .rows = request->rows, .cols = request->cols};
+    static const uint8_t present; /* any address will do while counting, and where nobody reads */
+    *tensor = (struct tensor){.type = request->vector ? TENSOR_F32 : generator->matrices, .rows = request->rows, .cols = request->cols};
     size_t bytes = tensor_bytes(tensor);
     tensor->data = generator->bytes ? generator->bytes + generator->length : &present;
     if (generator->bytes) {
@@ -115,7 +120,7 @@ static void describe_shape(const struct shape *shape, struct hyper_parameters *p
         .context_train = shape->context,
         .norm_epsilon = 1e-5f,
     };
-    p->rope = (struct rope_parameters){.dims = p->head_dim, .base = 10000, .factor = 1, .magnitude = 1};
+    p->rope = (struct rope_parameters){.dims = p->head_dim, .base = shape->rope_base, .factor = 1, .magnitude = 1};
 }
 
 static const struct shape *find_shape(const char *name, struct error *error) {
@@ -128,21 +133,55 @@ static const struct shape *find_shape(const char *name, struct error *error) {
     return NULL;
 }
 
+/* A program of tensors that only have shapes; *length: what their bytes would take. */
+static enum status compile_empty(const struct shape *shape, enum tensor_type matrices, struct hyper_parameters *p, struct dummy *dummy,
+                                 struct program **program, size_t *length, struct error *error) {
+    describe_shape(shape, p);
+    struct generator generator = {.shape = shape, .matrices = matrices};
+    struct weight_source source = {.context = &generator, .get = generate};
+    enum status status = program_compile(p, &source, program, error);
+    *dummy = (struct dummy){.parameters = generator.parameters, .weight_bytes = generator.weight_bytes};
+    *length = generator.length;
+    return status;
+}
+
+enum status dummy_make_seeded(const char *name, uint64_t seed, struct dummy *dummy, struct hyper_parameters *p, struct program **program,
+                              struct error *error) {
+    CHECK(seed != 0);
+    const struct shape *shape = find_shape(name, error);
+    size_t length;
+    if (!shape) return STATUS_INVALID;
+    enum status status = compile_empty(shape, TENSOR_F16, p, dummy, program, &length, error);
+    if (status == STATUS_OK) (*program)->random_seed = seed;
+    return status;
+}
+
+enum status dummy_bytes(const char *name, uint64_t *bytes, struct error *error) {
+    const struct shape *shape = find_shape(name, error);
+    struct hyper_parameters p;
+    struct dummy dummy;
+    struct program *program = NULL;
+    size_t length;
+    if (!shape) return STATUS_INVALID;
+    enum status status = compile_empty(shape, shape->matrices, &p, &dummy, &program, &length, error);
+    program_free(program);
+    *bytes = length;
+    return status;
+}
+
 enum status dummy_make(const char *name, uint64_t seed, struct dummy *dummy, struct hyper_parameters *p, struct program **program,
                        struct error *error) {
     const struct shape *shape = find_shape(name, error);
+    size_t length;
     if (!shape) return STATUS_INVALID;
-    describe_shape(shape, p);
-    struct generator generator = {.shape = shape, .seed = seed};
-    struct weight_source source = {.context = &generator, .get = generate};
-    enum status status = program_compile(p, &source, program, error); /* counts */
+    enum status status = compile_empty(shape, shape->matrices, p, dummy, program, &length, error);
     if (status != STATUS_OK) return status;
     program_free(*program);
     *program = NULL;
-    *dummy = (struct dummy){.parameters = generator.parameters, .weight_bytes = generator.weight_bytes};
-    status = map_memory(dummy, generator.length, error);
+    status = map_memory(dummy, length, error);
     if (status != STATUS_OK) return status;
-    generator = (struct generator){.shape = shape, .seed = seed, .bytes = dummy->bytes};
+    struct generator generator = {.shape = shape, .seed = seed, .matrices = shape->matrices, .bytes = dummy->bytes};
+    struct weight_source source = {.context = &generator, .get = generate};
     status = program_compile(p, &source, program, error);
     if (status == STATUS_OK && mprotect(dummy->bytes, dummy->length, PROT_READ) != 0)
         status = error_set(error, STATUS_IO, "dummy model: protect: %s", strerror(errno));

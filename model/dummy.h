@@ -9,7 +9,12 @@ struct dummy {
     uint64_t parameters, weight_bytes;
 };
 
-/* The shapes there are: "tiny", "smollm2-135m". The same shape and seed give the same bytes on every machine. */
+/* The shapes there are: "tiny", "smollm2-135m", "llama-3.1-8b". The same shape and seed give the same bytes on every machine. */
 enum status dummy_make(const char *shape, uint64_t seed, struct dummy *dummy, struct hyper_parameters *parameters, struct program **program,
                        struct error *error);
+/* Without bytes: program.random_seed is `seed`, not 0. Matrices are f16. */
+enum status dummy_make_seeded(const char *shape, uint64_t seed, struct dummy *dummy, struct hyper_parameters *parameters, struct program **program,
+                              struct error *error);
+/* What dummy_make would allocate. */
+enum status dummy_bytes(const char *shape, uint64_t *bytes, struct error *error);
 void dummy_done(struct dummy *dummy);

@@ -51,11 +51,11 @@ enum status model_open(const char *path, struct model **result, struct error *er
     return hand_over(model, load(model, error), result);
 }
 
-enum status model_dummy(const char *shape, uint64_t seed, struct model **result, struct error *error) {
+static enum status open_dummy(const char *shape, uint64_t seed, __typeof__(dummy_make) *make, struct model **result, struct error *error) {
     struct model *model = check_calloc(1, sizeof *model);
     model->path = check_strdup(shape);
     model->name = check_strdup(shape);
-    enum status status = dummy_make(shape, seed, &model->dummy, &model->parameters, &model->program, error);
+    enum status status = make(shape, seed, &model->dummy, &model->parameters, &model->program, error);
     if (status == STATUS_OK) {
         model->tokenizer = tokenizer_byte_level(model->parameters.n_vocab);
         model->n_parameters = model->dummy.parameters;
@@ -63,6 +63,16 @@ enum status model_dummy(const char *shape, uint64_t seed, struct model **result,
     }
     return hand_over(model, status, result);
 }
+
+enum status model_dummy(const char *shape, uint64_t seed, struct model **result, struct error *error) {
+    return open_dummy(shape, seed, dummy_make, result, error);
+}
+
+enum status model_dummy_seeded(const char *shape, uint64_t seed, struct model **result, struct error *error) {
+    return open_dummy(shape, seed, dummy_make_seeded, result, error);
+}
+
+enum status model_dummy_bytes(const char *shape, uint64_t *bytes, struct error *error) { return dummy_bytes(shape, bytes, error); }
 
 void model_close(struct model *model) {
     if (!model) return;

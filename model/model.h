@@ -28,6 +28,10 @@ uint64_t model_bytes(const struct model *model); /* of all tensors, as stored */
 /* Architecture, hyper-parameters, tensors by type, tokenizer: what `kvasir inspect` prints. */
 void model_describe(const struct model *model, FILE *out);
 
-/* A model without a file for tests of what is above: `shape` ("smollm2-135m", "tiny") with weights from a seed. Random weights are made in memory as Q8_0 or f32.
+/* A model without a file for tests of what is above: `shape` ("tiny", "smollm2-135m", "llama-3.1-8b") with weights from a seed, made in memory: matrices Q8_0 or Q4_0, vectors f32.
  * Its tokenizer maps bytes to ids 0..255 and has EOS 256. */
 enum status model_dummy(const char *shape, uint64_t seed, struct model **model, struct error *error);
+/* The memory that takes. */
+enum status model_dummy_bytes(const char *shape, uint64_t *bytes, struct error *error);
+/* The same shape without weights, which a backend makes where it wants them (program.random_seed = seed, not 0); matrices are f16. */
+enum status model_dummy_seeded(const char *shape, uint64_t seed, struct model **model, struct error *error);

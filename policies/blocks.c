@@ -8,90 +8,47 @@
 #include "base/check.h"
 #include "policies/chooser.h"
 
-struct lane_shape {
-    uint32_t tail; /* slots in the last block, 1..B */
-    uint32_t evictable;
-    uint32_t size; /* B */
-};
-
-static struct lane_shape shape_of(const struct chooser_lane *lane, uint32_t size) {
-    return (struct lane_shape){
-        .tail = lane->n_slots ? (lane->n_slots - 1) % size + 1 : 0, .evictable = lane->n_slots - lane->n_protected, .size = size};
-}
-
-/* Blocks that the lowest `count` slots can free. */
-static uint32_t blocks_of(struct lane_shape shape, uint32_t count) {
-    if (count > shape.evictable) count = shape.evictable;
-    return shape.tail == 0 || count < shape.tail ? 0 : (count - shape.tail) / shape.size + 1;
-}
-
-static uint32_t evictions_of(struct lane_shape shape, uint32_t blocks) { return blocks ? (blocks - 1) * shape.size + shape.tail : 0; }
-
-static void count_byte(const struct chooser_lane *lane, uint32_t prefix, uint32_t mask, int shift, struct radix_counts *counts) {
-    for (int i = 0; i < 256; i++) counts->counts[i] = 0;
-    for (uint32_t i = 0; i < lane->n_slots; i++)
-        if (lane->keys[i] != CHOOSER_PROTECTED && (lane->keys[i] & mask) == prefix) counts->counts[lane->keys[i] >> shift & 255]++;
-}
-
-/* The least key at which all lanes together can free `wanted` blocks; counts[l].below: slots of the lane strictly below it. */
-static uint32_t threshold_of(struct chooser *chooser, uint64_t wanted) {
-    uint32_t prefix = 0, mask = 0, size = chooser->request.block_tokens;
-    for (uint32_t l = 0; l < chooser->n_lanes; l++) chooser->counts[l].below = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        for (uint32_t l = 0; l < chooser->n_lanes; l++) count_byte(&chooser->lanes[l], prefix, mask, shift, &chooser->counts[l]);
-        uint32_t byte = 0;
-        for (;; byte++) {
-            uint64_t freed = 0;
-            for (uint32_t l = 0; l < chooser->n_lanes; l++)
-                freed += blocks_of(shape_of(&chooser->lanes[l], size), chooser->counts[l].below + chooser->counts[l].counts[byte]);
-            if (freed >= wanted || byte == 255) break;
-            for (uint32_t l = 0; l < chooser->n_lanes; l++) chooser->counts[l].below += chooser->counts[l].counts[byte];
-        }
-        prefix |= byte << shift;
-        mask |= 255u << shift;
-    }
-    return prefix;
-}
-
-/* Deals out what is left among the blocks that cost exactly the threshold: j ascending, lanes ascending. chooser->budgets holds blocks to free meanwhile. */
-static void deal(struct chooser *chooser, uint32_t threshold, uint64_t left) {
-    uint32_t size = chooser->request.block_tokens;
-    for (uint32_t l = 0; l < chooser->n_lanes; l++) { /* counts[0]: blocks up to the threshold */
-        uint32_t upto = chooser->counts[l].below;
-        for (uint32_t i = 0; i < chooser->lanes[l].n_slots; i++) upto += chooser->lanes[l].keys[i] == threshold;
-        chooser->counts[l].counts[0] = blocks_of(shape_of(&chooser->lanes[l], size), upto);
-    }
+/* Deals out what is left among the blocks that cost exactly the threshold: j ascending, lanes ascending. chooser->budgets holds blocks to free meanwhile, chooser->needed how many could
+ * be up to the threshold. */
+static void deal(struct chooser *chooser, uint64_t left) {
+    const uint32_t *upto = chooser->needed;
     while (left > 0) {
         uint32_t next = UINT32_MAX; /* the lowest j any lane can free next */
         for (uint32_t l = 0; l < chooser->n_lanes; l++)
-            if (chooser->budgets[l] < chooser->counts[l].counts[0] && chooser->budgets[l] < next) next = chooser->budgets[l];
+            if (chooser->budgets[l] < upto[l] && chooser->budgets[l] < next) next = chooser->budgets[l];
         if (next == UINT32_MAX) return;
         for (uint32_t l = 0; l < chooser->n_lanes && left > 0; l++)
-            if (chooser->budgets[l] == next && chooser->budgets[l] < chooser->counts[l].counts[0]) {
+            if (chooser->budgets[l] == next && chooser->budgets[l] < upto[l]) {
                 chooser->budgets[l]++;
                 left--;
             }
     }
 }
 
-void chooser_blocks(struct chooser *chooser) {
-    struct choose_lane *lanes = chooser->results;
-    uint32_t size = chooser->request.block_tokens;
-    uint64_t held = 0, possible = 0, target = (uint64_t)((chooser->request.budget + size - 1) / size) * chooser->n_lanes;
-    for (uint32_t l = 0; l < chooser->n_lanes; l++) {
-        held += (lanes[l].n_slots + size - 1) / size;
-        possible += blocks_of(shape_of(&chooser->lanes[l], size), UINT32_MAX);
-    }
-    uint64_t wanted = held > target ? held - target : 0;
-    if (wanted > possible) wanted = possible;
+/* The least key at which all lanes together can free `wanted` blocks; then those below it, and of those at it as many as are missing. Where they cannot, all that may go is below. */
+static void free_blocks(struct chooser *chooser, uint32_t wanted) {
     uint64_t below = 0;
-    uint32_t threshold = wanted ? threshold_of(chooser, wanted) : 0;
+    const struct cut_request cut = {.lanes_each = chooser->n_lanes, .unit = chooser->request.block_tokens, .needed = &wanted};
+    chooser->backend->ops->cut(chooser->backend, &cut, chooser->cut);
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
-        chooser->budgets[l] = wanted ? blocks_of(shape_of(&chooser->lanes[l], size), chooser->counts[l].below) : 0;
+        uint32_t n = chooser->lanes[l].n_slots; /* protected slots are in neither count */
+        chooser->budgets[l] = select_units(n, 0, cut.unit, chooser->cut[l].below);
+        chooser->needed[l] = select_units(n, 0, cut.unit, chooser->cut[l].below + chooser->cut[l].equal);
         below += chooser->budgets[l];
     }
     CHECK(below <= wanted);
-    deal(chooser, threshold, wanted - below);
-    for (uint32_t l = 0; l < chooser->n_lanes; l++)
-        chooser_keep(&chooser->lanes[l], evictions_of(shape_of(&chooser->lanes[l], size), chooser->budgets[l]), &lanes[l]);
+    deal(chooser, wanted - below);
+}
+
+void chooser_blocks(struct chooser *chooser) {
+    uint32_t size = chooser->request.block_tokens;
+    uint64_t held = 0, target = (uint64_t)((chooser->request.budget + size - 1) / size) * chooser->n_lanes;
+    for (uint32_t l = 0; l < chooser->n_lanes; l++) {
+        held += (chooser->lanes[l].n_slots + size - 1) / size;
+        chooser->budgets[l] = 0;
+    }
+    uint64_t wanted = held > target ? held - target : 0;
+    CHECK(wanted <= UINT32_MAX);
+    if (wanted > 0) free_blocks(chooser, (uint32_t)wanted);
+    for (uint32_t l = 0; l < chooser->n_lanes; l++) chooser->evict[l] = select_evictions(chooser->lanes[l].n_slots, size, chooser->budgets[l]);
 }

@@ -1,31 +1,34 @@
-/* From raw scores to the slots that stay: once for all policies. Pure, no allocation: the caller brings the scratch. Any thread.
+/* From scores to the slots that stay: once for all policies. What a policy says becomes numbers that a backend ranks, cuts and lists by (kernels/select.h); how much each lane keeps is decided
+ * here. No allocation: the caller brings the scratch. The thread that calls the backend.
  *
  * Deterministic: equal scores go to the older position, whatever the order of evaluation. NaN counts as the lowest score. */
 #pragma once
 
+#include "kernels/backend.h"
 #include "policies/policy.h"
 
-/* One lane as it lies in the cache. */
+/* Result, of one lane. */
 struct choose_lane {
     uint32_t n_slots;
-    const int32_t *positions; /* [n_slots], ascending */
-    const float *raw;         /* kernel scores: [group][n_slots] where the kind is per query head, else [n_slots]; unused by other scorers */
-    const float *value_norms; /* [n_slots], or NULL: no value factor */
-    /* Result: */
-    uint32_t *keep; /* [n_slots] ascending slot indices */
     uint32_t n_keep;
+    uint32_t first_moved; /* the first of those that stay whose index changes; n_keep if none */
+    uint32_t *keep;       /* [n_keep] ascending slot indices; NULL: the list is in the backend (struct compaction.keep), until it ranks again */
 };
 
 struct choose_request {
     const struct policy *policy;
     const struct policy_options *options;
-    uint32_t n_layers, n_kv_heads, group; /* group: query heads a KV head */
+    uint32_t n_layers, n_kv_heads;
     uint32_t block_tokens;
-    uint32_t budget;        /* tokens per lane on average */
-    uint32_t n_window;      /* rows that really scored, <= options->window */
-    int32_t last_position;  /* of the newest token */
-    const int32_t *tokens;  /* by position: needs_classes only */
-    const uint8_t *classes; /* [n_vocab] by token: enum token_class; NULL: all plain */
+    uint32_t budget;                                      /* tokens per lane on average */
+    uint32_t ring;                                        /* of the sequence; 0: none */
+    uint32_t n_window;                                    /* rows that really scored, <= options->window */
+    int32_t last_position;                                /* of the newest token */
+    const int32_t *tokens;                                /* by position: needs_classes only */
+    const uint8_t *classes;                               /* [n_vocab] by token: enum token_class; NULL: all plain */
+    const uint32_t *block_ids, *lane_first, *lane_tokens; /* as in struct batch */
+    uint32_t *lists;                                      /* [sum of lane_tokens] room for lists */
+    bool wants_lists;                                     /* keep of every lane is wanted here */
 };
 
 enum token_class { TOKEN_CLASS_PLAIN, TOKEN_CLASS_SPECIAL, TOKEN_CLASS_PUNCTUATION };
@@ -33,16 +36,9 @@ enum token_class { TOKEN_CLASS_PLAIN, TOKEN_CLASS_SPECIAL, TOKEN_CLASS_PUNCTUATI
 /* Bytes of scratch for a sequence of `n_lanes` lanes with at most `slots_max` slots each and `slots_total` in all. */
 size_t choose_scratch_bytes(uint32_t n_lanes, uint32_t slots_max, size_t slots_total);
 
-/* Fills keep and n_keep of every lane. `lanes` [n_layers * n_kv_heads]. A lane that fits its budget keeps all. */
-void choose(const struct choose_request *request, struct choose_lane *lanes, void *scratch);
-
-/* The same in steps, for callers that have the raw scores of some layers at a time: begin, every layer once in any order, end. raw and value_norms of a layer's lanes need to stay
- * only during its choose_layer. false from choose_begin: everything stays, keep and n_keep are filled, and no more steps are needed. */
-struct chooser;
-bool choose_begin(const struct choose_request *request, struct choose_lane *lanes, void *scratch, struct chooser **chooser);
-void choose_layer(struct chooser *chooser, uint32_t layer);
-void choose_end(struct chooser *chooser);
+/* Fills `lanes` [n_layers * n_kv_heads]. A lane that fits its budget keeps all. */
+void choose(const struct choose_request *request, struct backend *backend, struct choose_lane *lanes, void *scratch);
 
 /* The share of window attention that the choice kept: over (row, key) pairs with attention >= 1/visible keys, those whose key stays. `persistence`: SCORE_PERSISTENCE of
- * the lane, [group][n_slots]. Adds to *kept and *all. */
+ * the lane, [group][n_slots]. Adds to *kept and *all. The lane has its list. */
 void choose_hits(const struct choose_lane *lane, const float *persistence, uint32_t group, double *kept, double *all);

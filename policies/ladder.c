@@ -14,9 +14,10 @@ static bool in_class(const struct choose_request *request, int32_t position, enu
 struct rungs {
     const struct choose_request *request;
     const struct choose_lane *lane;
-    const struct chooser_lane *mine;
-    const float *attention; /* [n_slots] mean over the query heads of the sum over rows (scores; the value factor is not for recovery) */
-    uint8_t *kept;          /* [n_slots] flags */
+    const uint32_t *keys;     /* [n_slots] */
+    const int32_t *positions; /* [n_slots] */
+    const float *attention;   /* [n_slots] mean over the query heads of the sum over rows (scores; the value factor is not for recovery) */
+    uint8_t *kept;            /* [n_slots] flags */
 };
 
 static double recovered(const struct rungs *rungs) {
@@ -28,17 +29,17 @@ static double recovered(const struct rungs *rungs) {
 
 static void add_class(const struct rungs *rungs, enum token_class class) {
     for (uint32_t i = 0; i < rungs->lane->n_slots; i++)
-        if (rungs->mine->keys[i] == CHOOSER_PROTECTED || in_class(rungs->request, rungs->lane->positions[i], class)) rungs->kept[i] = 1;
+        if (rungs->keys[i] == RANK_PROTECTED || in_class(rungs->request, rungs->positions[i], class)) rungs->kept[i] = 1;
 }
 
 static void add_heavy(const struct rungs *rungs) {
     uint32_t n = rungs->lane->n_slots, wanted = (uint32_t)(RUNG_SHARE * n), below;
     if (wanted == 0) return;
-    uint32_t threshold = chooser_rank(rungs->mine->keys, n, n - wanted, &below);
+    uint32_t threshold = select_rank(rungs->keys, n, n - wanted, &below);
     for (uint32_t i = 0; i < n && wanted > 0; i++)
-        if (rungs->mine->keys[i] > threshold) rungs->kept[i] = 1, wanted--;
+        if (rungs->keys[i] > threshold) rungs->kept[i] = 1, wanted--;
     for (uint32_t i = 0; i < n && wanted > 0; i++)
-        if (rungs->mine->keys[i] == threshold) rungs->kept[i] = 1, wanted--;
+        if (rungs->keys[i] == threshold) rungs->kept[i] = 1, wanted--;
 }
 
 static void add_recent(const struct rungs *rungs) {
@@ -62,25 +63,43 @@ static void climb(const struct rungs *rungs) {
     for (uint32_t i = 0; i < rungs->lane->n_slots; i++) rungs->kept[i] = 1;
 }
 
-void chooser_ladder(struct chooser *chooser) {
-    struct choose_lane *lanes = chooser->results;
+/* Keys and positions of a lane, as the backend ranked it. */
+static void read_lane(struct chooser *chooser, uint32_t lane, const float *scores) {
     const struct choose_request *request = &chooser->request;
+    const struct rank_request *rank = &chooser->rank;
+    uint32_t n = chooser->lanes[lane].n_slots, blocks = (n + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    chooser->backend->ops->read_positions(chooser->backend, blocks, request->block_ids + request->lane_first[lane], chooser->positions);
+    for (uint32_t i = 0; i < n; i++) {
+        bool stays = chooser->positions[i] < rank->protect_below || chooser->positions[i] > rank->protect_above;
+        chooser->keys[i] = stays ? RANK_PROTECTED : select_key(scores[i]);
+    }
+}
+
+void chooser_ladder(struct chooser *chooser) {
+    const struct choose_request *request = &chooser->request;
+    const float *scores = chooser->scores;
     uint8_t *kept = chooser->flags;
+    uint32_t *list = request->lists;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
-        struct choose_lane *lane = &lanes[l];
-        struct chooser_lane *mine = &chooser->lanes[l];
-        uint32_t n = lane->n_slots;
-        struct rungs rungs = {.request = request, .lane = lane, .mine = mine, .attention = mine->scores, .kept = kept};
+        struct choose_lane *lane = &chooser->lanes[l];
+        uint32_t n = lane->n_slots, n_kept = 0;
+        read_lane(chooser, l, scores);
+        const struct rungs rungs = {
+            .request = request, .lane = lane, .keys = chooser->keys, .positions = chooser->positions, .attention = scores, .kept = kept};
         climb(&rungs);
         /* What the ladder left out is lowest of all; the budget then takes from the rest. */
-        uint32_t n_kept = 0;
         for (uint32_t i = 0; i < n; i++) {
             if (kept[i])
                 n_kept++;
             else
-                mine->keys[i] = 0;
+                chooser->keys[i] = 0;
         }
         uint32_t keep = n_kept < request->budget ? n_kept : request->budget;
-        chooser_keep(mine, n - keep, lane);
+        lane->keep = list;
+        lane->n_keep = select_keep(chooser->keys, n, chooser->n_protected[l], n - keep, list);
+        lane->first_moved = 0;
+        while (lane->first_moved < lane->n_keep && list[lane->first_moved] == lane->first_moved) lane->first_moved++;
+        list += n;
+        scores += n;
     }
 }

@@ -180,12 +180,9 @@ void scheduler_compacted(struct scheduler *s, const struct scheduler_due *due) {
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
         const struct scheduler_lane_move *move = &s->moves[lane];
         if (!move->moves) continue;
-        uint32_t *ids = table_lane_ids(&s->tables, choice->table, lane);
-        for (uint32_t b = 0; b < blocks_for(move->n_keep); b++) {
-            if (ids[b] == move->destination[b]) continue;
-            block_pool_give(&s->pool, ids[b]);
-            ids[b] = move->destination[b];
-        }
+        const uint32_t *ids = table_lane_ids(&s->tables, choice->table, lane);
+        for (uint32_t b = 0; b < blocks_for(move->n_keep); b++)
+            if (ids[b] != move->destination[b]) table_replace_by(&s->tables, choice->table, lane, b, move->destination[b]);
         table_truncate(&s->tables, choice->table, lane, move->n_keep);
     }
     count_compaction(s, choice, before);

@@ -41,6 +41,8 @@ static void add_entry(struct builder *b, uint32_t i, uint32_t n_rows) {
                                  .preemptions = choice->n_preemptions,
                                  .first_run = !request->started,
                                  .ring = choice->ring,
+                                 .table = choice->table,
+                                 .table_changes = s->tables.changes[choice->table],
                                  .lane_first = table_lane_first(&s->tables, choice->table),
                                  .lane_tokens = table_lane_tokens(&s->tables, choice->table)};
     s->entry_choice[s->plan.n_entries++] = i;

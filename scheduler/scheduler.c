@@ -5,7 +5,7 @@
 #include "base/random.h"
 #include "scheduler/internal.h"
 
-static uint32_t blocks_max(const struct scheduler_limits *limits) { return blocks_for(limits->max_model_len) + 1; }
+uint32_t scheduler_table_blocks(const struct scheduler_limits *limits) { return blocks_for(limits->max_model_len) + 1; }
 
 static uint32_t cache_capacity(const struct scheduler_limits *limits) { return limits->prefix_cache ? limits->n_blocks / limits->n_lanes : 0; }
 
@@ -30,8 +30,8 @@ static uint32_t bucket_count(const struct scheduler_limits *limits) {
     ARRAY(entries, limits->max_sequences) \
     ARRAY(entry_choice, limits->max_sequences) \
     ARRAY(moves, limits->n_lanes) \
-    ARRAY(move_source, limits->n_lanes, blocks_max(limits)) \
-    ARRAY(move_destination, limits->n_lanes, blocks_max(limits)) \
+    ARRAY(move_source, limits->n_lanes, scheduler_table_blocks(limits)) \
+    ARRAY(move_destination, limits->n_lanes, scheduler_table_blocks(limits)) \
     ARRAY(buckets, bucket_count(limits))
 /* clang-format on */
 #define COUNT(...) COUNT_OF(__VA_ARGS__, 1, )
@@ -41,7 +41,7 @@ struct scheduler *scheduler_new(const struct scheduler_limits *limits) {
     struct scheduler *s = check_calloc(1, sizeof *s);
     s->limits = *limits;
     CHECK(limits->max_choices >= 1 && limits->max_sequences >= 1 && limits->max_rows >= 1 && limits->max_samples >= 1 && limits->n_lanes >= 1);
-    s->blocks_max = blocks_max(limits);
+    s->blocks_max = scheduler_table_blocks(limits);
     block_pool_init(&s->pool, limits->n_blocks, limits->extent_blocks);
     block_tables_init(&s->tables, &s->pool, limits->max_sequences, limits->n_lanes, s->blocks_max);
     prefix_cache_init(&s->cache, &s->pool, limits->n_lanes, cache_capacity(limits), limits->hash_seed);
@@ -72,7 +72,7 @@ void scheduler_free(struct scheduler *s) {
 
 uint64_t scheduler_bytes(const struct scheduler_limits *limits) {
     uint64_t bytes = sizeof(struct scheduler) + block_pool_bytes(limits->n_blocks, limits->extent_blocks) +
-                     block_tables_bytes(limits->max_sequences, limits->n_lanes, blocks_max(limits)) +
+                     block_tables_bytes(limits->max_sequences, limits->n_lanes, scheduler_table_blocks(limits)) +
                      prefix_cache_bytes(limits->n_lanes, cache_capacity(limits), limits->n_blocks);
 #define ADD(field, ...) bytes += (uint64_t)COUNT(__VA_ARGS__) * sizeof *((struct scheduler *)0)->field;
     ARRAYS(ADD)
@@ -174,6 +174,8 @@ static void count_choice(const struct scheduler *s, uint32_t i, uint32_t *own, u
     *own += !choice->silent && choice->state != CHOICE_LINGERING;
     if (choice->index == 0) *dependents += s->requests[choice->request].n_dependents;
 }
+
+uint32_t scheduler_blocks_used(const struct scheduler *s) { return block_pool_used(&s->pool); }
 
 void scheduler_stats(const struct scheduler *s, struct scheduler_stats *stats) {
     *stats = s->stats;

@@ -84,6 +84,8 @@ struct plan_entry {
     uint32_t preemptions;          /* of this choice, so far */
     bool first_run;                /* the request's first rows ever are in this step */
     uint32_t ring;                 /* 0: none */
+    uint32_t table, table_changes; /* table < max_sequences. Where both are those of an earlier plan, the ids listed then are still the first ones listed, and all lanes have
+                                      grown by the same number of slots; changes is never 0 */
     const uint32_t *lane_first;    /* [n_lanes] index in plan.block_ids of the lane's first block */
     const uint32_t *lane_tokens;   /* [n_lanes] slots filled before this step */
 };
@@ -119,6 +121,8 @@ struct scheduler *scheduler_new(const struct scheduler_limits *limits);
 void scheduler_free(struct scheduler *scheduler);
 /* What scheduler_new allocates: tables, prefix cache, queues. */
 uint64_t scheduler_bytes(const struct scheduler_limits *limits);
+/* Ids that a lane of a table lists at most. There are max_sequences tables. */
+uint32_t scheduler_table_blocks(const struct scheduler_limits *limits);
 
 /* The most blocks one choice of this request can ever hold, nothing evicted; a request for which this exceeds n_blocks must be refused by the caller. */
 uint64_t scheduler_peak_blocks(const struct scheduler_limits *limits, uint32_t n_prompt, uint32_t max_new);
@@ -188,6 +192,7 @@ bool scheduler_lanes(const struct scheduler *scheduler, uint64_t id, uint32_t ch
 void scheduler_drop_prefix_cache(struct scheduler *scheduler);
 
 void scheduler_stats(const struct scheduler *scheduler, struct scheduler_stats *stats);
+uint32_t scheduler_blocks_used(const struct scheduler *scheduler); /* that of the stats, alone */
 
 /* The soundness function of the design: free + used + cached = total, owner counts recounted, no id twice, cached blocks immutable, queues consistent.
  * CHECKs. O(everything): tests, the simulation, and debug builds. */

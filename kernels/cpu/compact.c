@@ -78,12 +78,13 @@ static void move_run(struct cpu *cpu, uint32_t source, uint32_t destination, con
 }
 
 static void compact_lane(struct cpu *cpu, const struct compaction *item) {
+    const uint32_t *keep = host_kept(&cpu->backend, item);
     for (uint32_t i = 0; i < item->n_keep;) {
-        uint32_t source = item->keep[i] / BLOCK_TOKENS, destination = i / BLOCK_TOKENS;
+        uint32_t source = keep[i] / BLOCK_TOKENS, destination = i / BLOCK_TOKENS;
         struct run run = {.to = i % BLOCK_TOKENS};
-        for (; i < item->n_keep && item->keep[i] / BLOCK_TOKENS == source && i / BLOCK_TOKENS == destination; i++) {
-            CHECK(item->keep[i] < item->n_slots && (i == 0 || item->keep[i] > item->keep[i - 1]));
-            run.from[run.n++] = (uint8_t)(item->keep[i] % BLOCK_TOKENS);
+        for (; i < item->n_keep && keep[i] / BLOCK_TOKENS == source && i / BLOCK_TOKENS == destination; i++) {
+            CHECK(keep[i] < item->n_slots && (i == 0 || keep[i] > keep[i - 1]));
+            run.from[run.n++] = (uint8_t)(keep[i] % BLOCK_TOKENS);
         }
         bool stays = item->source[source] == item->destination[destination] && run.from[0] == run.to && run.from[run.n - 1] == run.to + run.n - 1;
         if (!stays) move_run(cpu, item->source[source], item->destination[destination], &run);

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "kernels/cpu/cpu.h"
 
 enum { HUGE_PAGE = 2 << 20 };
@@ -238,6 +239,7 @@ static uint32_t cpu_memory_plan(const struct program *program, const struct back
     if (n < max) lines[n++] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = weights.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "scratch", .count = 1, .bytes_each = scratch.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "query rings", .count = 1, .bytes_each = rings.used};
+    if (n < max) lines[n++] = (struct memory_line){.what = "ranking", .count = 1, .bytes_each = ranking_bytes(program, limits->rank_slots)};
     return n;
 }
 
@@ -296,6 +298,7 @@ static void cpu_close(struct backend *backend) {
     struct cpu *cpu = (struct cpu *)backend;
     if (!cpu) return;
     workers_stop(cpu->workers);
+    ranking_free(cpu->backend.ranking);
     arena_close(&cpu->weights);
     arena_close(&cpu->pool_arena);
     arena_close(&cpu->rings);
@@ -337,7 +340,8 @@ extern const struct backend_ops backend_cpu;
 
 static enum status cpu_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
     const struct cpu_isa *isa;
-    enum status status = choose_isa(limits->instruction_set, &isa, error);
+    enum status status = backend_needs_data(&backend_cpu, program, error);
+    if (!status) status = choose_isa(limits->instruction_set, &isa, error);
     if (status) return status;
     uint32_t n_workers = count_of_workers(limits);
     struct cpu *cpu = check_calloc(1, sizeof *cpu);
@@ -352,6 +356,7 @@ static enum status cpu_prepare(const struct program *program, const struct backe
         return status;
     }
     (void)snprintf(cpu->description, sizeof cpu->description, "cpu %s, %u thread%s", isa->name, n_workers, n_workers == 1 ? "" : "s");
+    if (limits->rank_slots > 0) cpu->backend.ranking = ranking_new(program, limits->rank_slots);
     for (uint32_t i = 0; i < program->n_phases; i++) {
         pack_phase(cpu, &program->phases[i]);
         if (limits->progress) limits->progress(limits->progress_context, (double)(i + 1) / program->n_phases);
@@ -411,7 +416,9 @@ static enum status cpu_sync(struct backend *backend, struct sample_result *resul
     struct cpu *cpu = (struct cpu *)backend;
     CHECK(cpu->batch);
     cpu->results = results;
+    uint64_t begun = cpu->limits.wait_ns ? clock_now_ns() : 0;
     cpu_step(cpu);
+    if (cpu->limits.wait_ns) *cpu->limits.wait_ns += clock_now_ns() - begun;
     cpu->batch = NULL;
     cpu->tap = NULL;
     return STATUS_OK;
@@ -419,8 +426,21 @@ static enum status cpu_sync(struct backend *backend, struct sample_result *resul
 
 static void cpu_tap_logits(struct backend *backend, float *destination) { ((struct cpu *)backend)->tap = destination; }
 
+/* The embedding stays in the file, unless it is the head. */
+static uint64_t cpu_weight_bytes(const struct program *program, const struct backend_limits *limits) {
+    struct cpu cpu;
+    struct arena weights = {0};
+    begin(&cpu, program, limits);
+    lay_out_weights(&cpu, &weights);
+    free(cpu.layers);
+    return weights.used;
+}
+
+static double cpu_copy_bandwidth(const struct backend_limits *limits) { return backend_host_copy_bandwidth(count_of_workers(limits)); }
+
 const struct backend_ops backend_cpu = {
     .name = "cpu",
+    .memory = backend_host_memory,
     .block_bytes = cpu_block_bytes,
     .memory_plan = cpu_memory_plan,
     .prepare = cpu_prepare,
@@ -432,7 +452,12 @@ const struct backend_ops backend_cpu = {
     .compact = cpu_compact,
     .read_f32 = cpu_read_f32,
     .score = cpu_score,
+    .rank = host_rank,
+    .cut = host_cut,
+    .keep = host_keep,
     .read_positions = cpu_read_positions,
     .shift_sinks = cpu_shift_sinks,
     .tap_logits = cpu_tap_logits,
+    .weight_bytes = cpu_weight_bytes,
+    .copy_bandwidth = cpu_copy_bandwidth,
 };

@@ -75,6 +75,7 @@ void cuda_check(cudaError_t result, const char *what, const char *file, int line
 static size_t kv_bytes(uint32_t d, enum kv_dtype dtype) { return 2 * (size_t)BLOCK_TOKENS * d * (dtype == KV_Q8 ? 1 : dtype == KV_F32 ? 4 : 2); }
 
 static size_t cuda_block_bytes(const struct program *program, enum kv_dtype dtype) {
+    if (dtype == KV_F32) return 0;
     const size_t scales = dtype == KV_Q8 ? 2 * BLOCK_TOKENS * sizeof(float) : 0;
     return kv_bytes(program->head_dim, dtype) + scales + BLOCK_TOKENS * (sizeof(int32_t) + sizeof(uint64_t));
 }
@@ -187,6 +188,18 @@ static uint32_t cuda_memory_plan(const struct program *program, const struct bac
     return n;
 }
 
+static uint64_t cuda_weight_bytes(const struct program *program, const struct backend_limits *limits) {
+    struct cuda_private *counted = (struct cuda_private *)check_calloc(1, sizeof *counted);
+    struct device_arena weights = {};
+    begin(&counted->cuda, program, limits);
+    counted->cuda.tables_host = &counted->tables_host;
+    weights_lay_out(&counted->cuda, &weights);
+    const uint64_t bytes = cuda_laid_out_weight_bytes(&counted->cuda);
+    free(counted->cuda.layers);
+    free(counted);
+    return bytes;
+}
+
 /* ---- life ---- */
 
 static void cuda_close(struct backend *backend) {
@@ -221,27 +234,17 @@ static void cuda_close(struct backend *backend) {
 static enum status check_program(const struct cuda *cuda, struct error *error) {
     const struct program *p = cuda->program;
     if (cuda->limits.kv_dtype == KV_F32) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype f32; f16, bf16 and q8 are supported");
-    if (p->head_dim > HEAD_DIM_MAX || p->head_dim % 8 != 0)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: head_dim %u; multiples of 8 up to %d are supported", p->head_dim, HEAD_DIM_MAX);
-    if (p->n_embd % 8 != 0 || p->n_ff % 8 != 0 || cuda->n_q % 8 != 0)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: n_embd %u, n_ff %u, query dims %u; multiples of 8 are supported", p->n_embd, p->n_ff, cuda->n_q);
+    if (p->n_ff % 2 != 0) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: n_ff %u; even numbers are supported", p->n_ff);
     if (ids_of_tables(cuda) + (size_t)cuda->n_tables * cuda->n_lanes > UINT32_MAX)
         return error_set(error, STATUS_UNSUPPORTED, "cuda backend: block tables of %u sequences, %u lanes, %u blocks exceed 2^32 entries", cuda->n_tables, cuda->n_lanes, cuda->lane_blocks);
     return STATUS_OK;
 }
 
 static enum status open_device(struct cuda *cuda, struct error *error) {
-    int count = 0;
-    const cudaError_t found = cudaGetDeviceCount(&count);
-    if (found != cudaSuccess || count == 0)
-        return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: %s", found != cudaSuccess ? cudaGetErrorString(found) : "the driver lists none");
-    if (cuda->limits.device >= (uint32_t)count) return error_set(error, STATUS_INVALID, "CUDA device %u: there are %d, the first is 0", cuda->limits.device, count);
+    const enum status status = cuda_find_device(cuda->limits.device, &cuda->properties, error);
+    if (status != STATUS_OK) return status;
     cuda->device = (int)cuda->limits.device;
     CUDA_TRY(error, cudaSetDevice(cuda->device));
-    CUDA_TRY(error, cudaGetDeviceProperties(&cuda->properties, cuda->device));
-    const cudaDeviceProp *device = &cuda->properties;
-    if (device->major < 8)
-        return error_set(error, STATUS_UNSUPPORTED, "CUDA device %d, %s: compute capability %d.%d; 8.0 is needed", cuda->device, device->name, device->major, device->minor);
     CUDA_TRY(error, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
     return STATUS_OK;
 }
@@ -627,7 +630,9 @@ static enum status cuda_sync(struct backend *backend, struct sample_result *resu
     CHECK(batch);
     cuda->batch = NULL;
     cuda->tap = NULL;
+    const uint64_t begun = cuda->limits.wait_ns ? clock_now_ns() : 0;
     CUDA_TRY(error, cudaStreamSynchronize(cuda->stream));
+    if (cuda->limits.wait_ns) *cuda->limits.wait_ns += clock_now_ns() - begun;
     add_phase_times(cuda);
     sampling_collect(cuda, batch, results);
     return STATUS_OK;
@@ -637,6 +642,7 @@ static void cuda_tap_logits(struct backend *backend, float *destination) { cuda_
 
 extern "C" const struct backend_ops backend_cuda = {
     .name = "cuda",
+    .memory = cuda_memory,
     .block_bytes = cuda_block_bytes,
     .memory_plan = cuda_memory_plan,
     .prepare = cuda_prepare,
@@ -648,7 +654,13 @@ extern "C" const struct backend_ops backend_cuda = {
     .compact = cuda_compact,
     .read_f32 = cuda_read_f32,
     .score = cuda_score,
+    .rank = cuda_rank,
+    .cut = cuda_cut,
+    .keep = cuda_keep,
     .read_positions = cuda_read_positions,
     .shift_sinks = cuda_shift_sinks,
     .tap_logits = cuda_tap_logits,
+    .makes_weights = true,
+    .weight_bytes = cuda_weight_bytes,
+    .copy_bandwidth = cuda_copy_bandwidth,
 };

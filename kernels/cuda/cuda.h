@@ -1,11 +1,11 @@
 /* What the files of the CUDA backend share. One stream, one device, the engine's thread; kernels find every size that changes from step to step in device memory, so that a captured
  * graph of a step stays right.
  *
- *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs
+ *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs;  device.cu  which devices there are
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
  *   attention.cu  attention over per-lane tables, accumulated attention
- *   services.cu   copies, compaction, reading, sinks; score.cu  scores of cached slots
+ *   services.cu   copies, compaction, reading, sinks; score.cu, score_window.cu  scores of cached slots; rank.cu  which of them stay
  *   sample.cu     from logits to tokens
  *
  * Names: a row is one token of a sequence; group = query heads of a KV head; d = head_dim; lane = layer * n_kv_heads + KV head. */
@@ -108,7 +108,7 @@ struct step_shape {
 };
 
 struct sampling_device; /* sample.cu */
-struct score_device;    /* score.cu and services.cu */
+struct score_device;    /* services.h */
 struct product_device;  /* products.cu */
 struct attention_device; /* attention.cu */
 
@@ -199,6 +199,11 @@ static inline void *device_take(struct device_arena *arena, size_t count, size_t
 static inline bool kv_computes_bf16(enum kv_dtype dtype) { return dtype == KV_BF16; }
 static inline uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
+/* ---- device.cu ---- */
+/* STATUS_UNSUPPORTED: there is none with this number, or it cannot do what is needed. */
+enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error);
+enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error); /* backend_ops.memory */
+
 /* ---- weights.cu ---- */
 /* Bytes on the device of all weights, with 16-bit and with native types; which of both `auto` takes. */
 size_t weights_bytes(const struct program *program, bool native);
@@ -246,7 +251,7 @@ void attention_close(struct cuda *cuda);
 void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the staging copy: cuts the work of all layers */
 void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);  /* q, pool -> a (and row_max, row_sum, accumulators) */
 
-/* ---- services.cu, score.cu: struct backend_ops entries ---- */
+/* ---- services.cu, score.cu, rank.cu: struct backend_ops entries ---- */
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
@@ -254,6 +259,9 @@ void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *s
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
 void cuda_score(struct backend *backend, const struct score_request *request, float *scores);
+void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
+void cuda_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes);
+void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
 void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
 void cuda_shift_sinks(struct backend *backend, const struct shift_request *request);
 
@@ -268,3 +276,8 @@ void sampling_stage(struct cuda *cuda, const struct batch *batch);
 void sampling_run(struct cuda *cuda, const struct step_shape *shape);
 /* After the stream was waited for. */
 void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results);
+
+/* ---- measure.cu ---- */
+double cuda_copy_bandwidth(const struct backend_limits *limits); /* struct backend_ops entry */
+/* For the entry weight_bytes: once `cuda` has been laid out, if only to count. */
+uint64_t cuda_laid_out_weight_bytes(const struct cuda *cuda);

@@ -6,7 +6,8 @@
  *   - a lane's last block is filled exactly as far as the table says, all others are full;
  *   - positions ascend within a lane, neighbouring positions continue one history, all lanes agree about each position at block borders;
  *   - some lane holds the position before the step's first row, and the new rows continue that history;
- *   - a block that this step writes is in one table, once.
+ *   - a block that this step writes is in one table, once;
+ *   - what batch_sequence.table and table_changes say is unchanged, is (where limits say how many tables there are).
  * All slots of a step are checked before the first is written. Used by the engine thread; owns its pool of slots. No weights are read. */
 #include "kernels/mock/mock.h"
 
@@ -16,6 +17,7 @@
 #include <time.h>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "base/random.h"
 #include "kernels/backend.h"
 
@@ -47,6 +49,15 @@ struct ring {
     uint64_t sink_chain; /* of the last sink when the copy was made */
 };
 
+/* What a backend with memory of its own would know of a table. */
+struct table {
+    uint32_t changes;
+    uint64_t step;    /* in which a sequence last named it */
+    uint32_t *known;  /* [n_lanes] ids taken over */
+    uint32_t *tokens; /* [n_lanes] slots filled */
+    uint32_t *ids;    /* [n_lanes][table_blocks] */
+};
+
 struct mock {
     struct backend backend;
     uint32_t n_lanes, n_vocab, head_dim, group; /* group: query heads of a KV head */
@@ -56,7 +67,9 @@ struct mock {
     uint32_t witness_mask;
     uint64_t stamp, step;
     struct ring *rings;
-    uint64_t *row_chain; /* [max_rows] */
+    struct table *tables; /* [limits.n_tables] */
+    uint32_t *table_ids;  /* of all of them: [n_lanes][2 + table_blocks] each */
+    uint64_t *row_chain;  /* [max_rows] */
     float *logits, *scratch;
     struct sample_result *results; /* [max_samples] */
     float *tap;
@@ -89,13 +102,18 @@ static uint32_t witness_count(uint32_t n_blocks) {
     return count;
 }
 
+/* Of one table. */
+static size_t table_id_count(uint32_t n_lanes, const struct backend_limits *limits) { return (size_t)n_lanes * (2 + (size_t)limits->table_blocks); }
+
 static uint32_t mock_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
     uint64_t per_vocab = sizeof(float) * (program->n_vocab + (uint64_t)sampler_scratch_floats(program->n_vocab));
     const struct memory_line all[] = {
-        {"scratch", 1, per_vocab},
-        {"scratch rows", limits->max_rows, sizeof(uint64_t)},
-        {"scratch samples", limits->max_samples, sizeof(struct sample_result)},
-        {"query rings", limits->n_rings, sizeof(struct ring)},
+        {"scratch", 1, per_vocab, false},
+        {"scratch rows", limits->max_rows, sizeof(uint64_t), false},
+        {"scratch samples", limits->max_samples, sizeof(struct sample_result), false},
+        {"query rings", limits->n_rings, sizeof(struct ring), false},
+        {"tables", limits->n_tables, sizeof(struct table) + table_id_count(program_lanes(program), limits) * sizeof(uint32_t), false},
+        {"ranking", 1, ranking_bytes(program, limits->rank_slots), false},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -105,9 +123,12 @@ static uint32_t mock_memory_plan(const struct program *program, const struct bac
 static void mock_close(struct backend *backend) {
     struct mock *mock = (struct mock *)(void *)backend;
     if (!mock) return;
+    ranking_free(mock->backend.ranking);
     free(mock->blocks);
     free(mock->witnesses);
     free(mock->rings);
+    free(mock->tables);
+    free(mock->table_ids);
     free(mock->row_chain);
     free(mock->logits);
     free(mock->scratch);
@@ -133,7 +154,15 @@ static enum status mock_prepare(const struct program *program, const struct back
         mock_close(&mock->backend);
         return error_set(error, STATUS_NO_MEMORY, "mock backend: no memory for %u blocks", (unsigned)limits->n_blocks);
     }
+    if (limits->rank_slots > 0) mock->backend.ranking = ranking_new(program, limits->rank_slots);
     mock->rings = check_calloc((size_t)limits->n_rings + 1, sizeof *mock->rings);
+    mock->tables = check_calloc((size_t)limits->n_tables + 1, sizeof *mock->tables);
+    mock->table_ids = check_calloc(limits->n_tables * table_id_count(mock->n_lanes, limits) + 1, sizeof *mock->table_ids);
+    for (uint32_t t = 0; t < limits->n_tables; t++) {
+        mock->tables[t].known = mock->table_ids + t * table_id_count(mock->n_lanes, limits);
+        mock->tables[t].tokens = mock->tables[t].known + mock->n_lanes;
+        mock->tables[t].ids = mock->tables[t].tokens + mock->n_lanes;
+    }
     mock->row_chain = check_calloc(limits->max_rows, sizeof *mock->row_chain);
     mock->results = check_calloc(limits->max_samples, sizeof *mock->results);
     mock->logits = check_calloc(program->n_vocab, sizeof *mock->logits);
@@ -169,6 +198,31 @@ static void check_order(const struct slot *last, const struct slot *next) {
 
 static const uint32_t *lane_blocks(const struct batch *batch, const struct batch_sequence *sequence, uint32_t lane) {
     return batch->block_ids + sequence->lane_first[lane];
+}
+
+/* Takes over the ids that are new by what the sequence says of its table, and compares the others with what was taken over before. */
+static void follow_table(struct mock *mock, const struct batch *batch, const struct batch_sequence *sequence) {
+    if (mock->limits.n_tables == 0) return;
+    CHECK(sequence->table < mock->limits.n_tables);
+    struct table *table = &mock->tables[sequence->table];
+    CHECK(table->step != mock->step); /* two sequences of this step have it */
+    table->step = mock->step;
+    bool is_known = sequence->table_changes != 0 && sequence->table_changes == table->changes;
+    uint32_t grown = sequence->lane_tokens[0] - table->tokens[0];
+    if (!is_known) memset(table->known, 0, mock->n_lanes * sizeof *table->known);
+    table->changes = sequence->table_changes;
+    for (uint32_t lane = 0; lane < mock->n_lanes; lane++) {
+        const uint32_t *ids = lane_blocks(batch, sequence, lane);
+        uint32_t needed = (sequence->lane_tokens[lane] + sequence->n_rows + BLOCK_TOKENS - 1) / BLOCK_TOKENS, known = table->known[lane];
+        uint32_t *own = table->ids + (size_t)lane * mock->limits.table_blocks;
+        CHECK(needed <= mock->limits.table_blocks);
+        CHECK(!is_known || sequence->lane_tokens[lane] - table->tokens[lane] == grown); /* one lane was cut */
+        table->tokens[lane] = sequence->lane_tokens[lane];
+        CHECK(memcmp(own, ids, (known < needed ? known : needed) * sizeof *own) == 0); /* it has changed */
+        if (known >= needed) continue;
+        memcpy(own + known, ids + known, (needed - known) * sizeof *own);
+        table->known[lane] = needed;
+    }
 }
 
 /* Marks the blocks that sequence s writes, before anything is read. */
@@ -266,6 +320,7 @@ static enum status mock_submit(struct backend *backend, const struct batch *batc
         CHECK(batch->sequences[s].first_row == rows && batch->sequences[s].n_rows > 0);
         rows += batch->sequences[s].n_rows;
         CHECK(rows <= batch->n_rows);
+        follow_table(mock, batch, &batch->sequences[s]);
         claim_writes(mock, batch, s);
     }
     CHECK(rows == batch->n_rows);
@@ -294,7 +349,9 @@ static enum status mock_sync(struct backend *backend, struct sample_result *resu
     if (mock->limits.mock_tokens_per_second > 0) {
         double seconds = mock->pending_rows / mock->limits.mock_tokens_per_second;
         struct timespec left = {.tv_sec = (time_t)seconds, .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
+        uint64_t begun = mock->limits.wait_ns ? clock_now_ns() : 0;
         while (nanosleep(&left, &left) != 0) {}
+        if (mock->limits.wait_ns) *mock->limits.wait_ns += clock_now_ns() - begun;
     }
     if (mock->pending_samples > 0) memcpy(results, mock->results, mock->pending_samples * sizeof *results);
     return STATUS_OK;
@@ -331,9 +388,10 @@ static void mock_compact(struct backend *backend, uint32_t count, const struct c
                   (block->writer == n && j * BLOCK_TOKENS < item->n_keep && item->destination[j] == item->source[j]));
             if (j > 0) check_order(&mock->blocks[item->source[j - 1]].slots[BLOCK_TOKENS - 1], &block->slots[0]);
         }
+        const uint32_t *keep = host_kept(backend, item);
         for (uint32_t i = 0; i < item->n_keep; i++) {
-            uint32_t from = item->keep[i];
-            CHECK(from < item->n_slots && (i == 0 || from > item->keep[i - 1]));
+            uint32_t from = keep[i];
+            CHECK(from < item->n_slots && (i == 0 || from > keep[i - 1]));
             struct block *to = &mock->blocks[item->destination[i / BLOCK_TOKENS]];
             to->slots[i % BLOCK_TOKENS] = mock->blocks[item->source[from / BLOCK_TOKENS]].slots[from % BLOCK_TOKENS];
         }
@@ -416,8 +474,19 @@ static void mock_read_f32(struct backend *backend, uint32_t block, uint32_t slot
 
 static void mock_tap_logits(struct backend *backend, float *destination) { ((struct mock *)(void *)backend)->tap = destination; }
 
+static uint64_t mock_weight_bytes(const struct program *program, const struct backend_limits *limits) {
+    (void)program, (void)limits;
+    return 0;
+}
+
+static double mock_copy_bandwidth(const struct backend_limits *limits) {
+    (void)limits;
+    return backend_host_copy_bandwidth(1);
+}
+
 const struct backend_ops backend_mock = {
     .name = "mock",
+    .memory = backend_host_memory,
     .block_bytes = mock_block_bytes,
     .memory_plan = mock_memory_plan,
     .prepare = mock_prepare,
@@ -429,7 +498,13 @@ const struct backend_ops backend_mock = {
     .compact = mock_compact,
     .read_f32 = mock_read_f32,
     .score = mock_score,
+    .rank = host_rank,
+    .cut = host_cut,
+    .keep = host_keep,
     .read_positions = mock_read_positions,
     .shift_sinks = mock_shift_sinks,
     .tap_logits = mock_tap_logits,
+    .makes_weights = true, /* it needs none */
+    .weight_bytes = mock_weight_bytes,
+    .copy_bandwidth = mock_copy_bandwidth,
 };

@@ -31,10 +31,11 @@ static size_t reference_block_bytes(const struct program *program, enum kv_dtype
 
 static uint32_t reference_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
     const struct memory_line all[] = {
-        {"scratch rows", limits->max_rows, sizeof(float) * floats_a_row(program)},
-        {"scratch", 1, sizeof(float) * floats_once(program)},
-        {"scratch samples", limits->max_samples, sizeof(struct sample_result)},
-        {"query rings", limits->n_rings, sizeof(float) * (ring_query_floats(program, limits) + ring_sink_floats(program, limits))},
+        {"scratch rows", limits->max_rows, sizeof(float) * floats_a_row(program), false},
+        {"scratch", 1, sizeof(float) * floats_once(program), false},
+        {"scratch samples", limits->max_samples, sizeof(struct sample_result), false},
+        {"query rings", limits->n_rings, sizeof(float) * (ring_query_floats(program, limits) + ring_sink_floats(program, limits)), false},
+        {"ranking", 1, ranking_bytes(program, limits->rank_slots), false},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -45,6 +46,7 @@ static void reference_close(struct backend *backend) {
     struct reference *r = (struct reference *)(void *)backend;
     if (!r) return;
     kv_pool_done(&r->pool);
+    ranking_free(r->backend.ranking);
     free(r->ring_queries);
     free(r->ring_sinks);
     free(r->results);
@@ -96,11 +98,13 @@ static bool allocate_rings(struct reference *r) {
 
 static enum status reference_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend,
                                      struct error *error) {
+    enum status status = backend_needs_data(&backend_reference, program, error);
+    if (status != STATUS_OK) return status;
     struct reference *r = check_calloc(1, sizeof *r);
     r->backend.ops = &backend_reference;
     r->program = program;
     r->limits = *limits;
-    enum status status = kv_pool_init(&r->pool, program->head_dim, limits->kv_dtype, limits->n_blocks, error);
+    status = kv_pool_init(&r->pool, program->head_dim, limits->kv_dtype, limits->n_blocks, error);
     if (status == STATUS_OK) {
         r->results = calloc(limits->max_samples, sizeof *r->results);
         if (!r->results || !allocate_scratch(r) || !allocate_rings(r))
@@ -111,6 +115,7 @@ static enum status reference_prepare(const struct program *program, const struct
         reference_close(&r->backend);
         return status;
     }
+    if (limits->rank_slots > 0) r->backend.ranking = ranking_new(program, limits->rank_slots);
     if (limits->progress) limits->progress(limits->progress_context, 1);
     *backend = &r->backend;
     return STATUS_OK;
@@ -297,7 +302,7 @@ static enum status reference_submit(struct backend *backend, const struct batch 
     const struct program *p = r->program;
     check_batch(r, batch);
     uint32_t rows = batch->n_rows;
-    uint64_t *phase_ns = r->limits.phase_ns, before = phase_ns ? clock_now_ns() : 0;
+    uint64_t *phase_ns = r->limits.phase_ns, *wait_ns = r->limits.wait_ns, before = phase_ns || wait_ns ? clock_now_ns() : 0, begun = before;
     for (uint32_t i = 0; i < p->n_phases; i++) {
         const struct phase *phase = &p->phases[i];
         const struct tensor *weight = &phase->weight[WEIGHT_ONLY];
@@ -321,6 +326,7 @@ static enum status reference_submit(struct backend *backend, const struct batch 
             before = now;
         }
     }
+    if (wait_ns) *wait_ns += clock_now_ns() - begun;
     r->tap = NULL;
     r->pending = true;
     r->pending_samples = batch->n_samples;
@@ -338,8 +344,29 @@ static enum status reference_sync(struct backend *backend, struct sample_result 
 
 static void reference_tap_logits(struct backend *backend, float *destination) { ((struct reference *)(void *)backend)->tap = destination; }
 
+/* As the file stores them: they are read where they lie. */
+static uint64_t reference_weight_bytes(const struct program *program, const struct backend_limits *limits) {
+    (void)limits;
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < program->n_phases; i++) {
+        const struct phase *phase = &program->phases[i];
+        if (phase->kind == PHASE_EMBED) continue;
+        const struct tensor *const all[] = {&phase->norm,    &phase->weight[0], &phase->weight[1], &phase->weight[2], &phase->bias[0],
+                                            &phase->bias[1], &phase->bias[2],   &phase->q_norm,    &phase->k_norm};
+        for (size_t t = 0; t < sizeof all / sizeof *all; t++)
+            if (all[t]->data) bytes += tensor_bytes(all[t]);
+    }
+    return bytes;
+}
+
+static double reference_copy_bandwidth(const struct backend_limits *limits) {
+    (void)limits;
+    return backend_host_copy_bandwidth(1);
+}
+
 const struct backend_ops backend_reference = {
     .name = "reference",
+    .memory = backend_host_memory,
     .block_bytes = reference_block_bytes,
     .memory_plan = reference_memory_plan,
     .prepare = reference_prepare,
@@ -351,7 +378,12 @@ const struct backend_ops backend_reference = {
     .compact = reference_compact,
     .read_f32 = reference_read_f32,
     .score = reference_score,
+    .rank = host_rank,
+    .cut = host_cut,
+    .keep = host_keep,
     .read_positions = reference_read_positions,
     .shift_sinks = reference_shift_sinks,
     .tap_logits = reference_tap_logits,
+    .weight_bytes = reference_weight_bytes,
+    .copy_bandwidth = reference_copy_bandwidth,
 };

@@ -15,9 +15,10 @@ void reference_copy_blocks(struct backend *backend, uint32_t count, const uint32
 void reference_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     struct reference *r = (struct reference *)(void *)backend;
     for (const struct compaction *item = items; item < items + count; item++) {
+        const uint32_t *keep = host_kept(backend, item);
         for (uint32_t i = 0; i < item->n_keep; i++) {
-            uint32_t from = item->keep[i];
-            CHECK(from < item->n_slots && (i == 0 || from > item->keep[i - 1]));
+            uint32_t from = keep[i];
+            CHECK(from < item->n_slots && (i == 0 || from > keep[i - 1]));
             kv_pool_copy_slot(&r->pool, item->source[from / BLOCK_TOKENS], from % BLOCK_TOKENS, item->destination[i / BLOCK_TOKENS],
                               i % BLOCK_TOKENS);
         }

@@ -23,6 +23,13 @@ class Models(Case):
         self.assertIn("a sequence of 128 tokens (1 lanes, f32)", printed)
         self.assertIn("for 3 of them", printed)
 
+    def test_what_has_no_such_device(self):
+        path = self.file("tiny.gguf", gguf.build())
+        self.refused("inspect", path, "--backend", "reference", "--device", "1", says=["engine.backend: reference: no device 1"])
+        self.refused("bench", path, "--backend", "cpu", "--device", "2", says=["engine.backend: cpu: no device 2"])
+        words = self.refused("inspect", path, "--backend", "cuda", "--device", "63")
+        self.assertRegex(words, r'engine\.backend: (this build has no "cuda"|cuda: no CUDA device)')
+
     def test_what_is_no_model(self):
         self.refused("inspect", os.path.join(self.folder.name, "absent.gguf"), says=["absent.gguf", "No such file"])
         self.refused("inspect", self.folder.name, says=self.folder.name)

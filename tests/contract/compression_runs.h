@@ -8,7 +8,7 @@
 #include "engine/compression.h"
 #include "tests/support/engine_client.h"
 
-enum { RUN_NEW_MAX = 160, RUN_CANDIDATES = 3, RUN_PROMPT_MAX = 400, RUN_JOBS_MAX = 128, RUN_MODEL_LEN = 640 };
+enum { RUN_NEW_MAX = 160, RUN_CANDIDATES = 3, RUN_PROMPT_MAX = 400, RUN_JOBS_MAX = 128, RUN_MODEL_LEN = 640, RUN_LANES_MAX = 64 };
 
 static struct model *run_model; /* model_dummy("tiny") */
 
@@ -44,22 +44,41 @@ static uint64_t run_kept; /* a hash over all compactions, in order */
 static uint64_t
     run_scores_after_prompt; /* a sum of hashes of accumulated attention, as asked for once a prompt of 200 tokens was read: in any order */
 
-static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
-    for (uint32_t n = 0; n < count; n++) {
-        run_kept = random_mix(run_kept ^ items[n].n_slots);
-        for (uint32_t i = 0; i < items[n].n_keep; i++) run_kept = random_mix(run_kept ^ items[n].keep[i]);
-    }
-    run_below->compact(backend, count, items);
+/* Of the last ranking: where each lane's numbers begin, and the lists that were kept. */
+static size_t run_first[RUN_LANES_MAX];
+static uint32_t *run_lists;
+static const uint32_t *run_listed;
+
+static void run_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores) {
+    uint32_t lanes = program_lanes(model_program(run_model));
+    size_t slots = 0;
+    CHECK(lanes <= RUN_LANES_MAX);
+    for (uint32_t lane = 0; lane < lanes; slots += request->score.lane_tokens[lane++]) run_first[lane] = slots;
+    run_lists = check_realloc(run_lists, slots + 1, sizeof *run_lists);
+    float *own = check_calloc(slots + 1, sizeof *own);
+    run_below->rank(backend, request, n_protected, own);
+    if (scores) memcpy(scores, own, slots * sizeof *scores);
+    if (request->source == RANK_SCORES && request->score.kind == SCORE_ACCUMULATED && request->score.last_position >= 200)
+        for (uint32_t lane = 0; lane < lanes; lane++) {
+            uint64_t hash = lane;
+            for (uint32_t i = 0; i < request->score.lane_tokens[lane]; i++) hash = random_mix(hash ^ float_bits(own[run_first[lane] + i]));
+            run_scores_after_prompt += hash;
+        }
+    free(own);
 }
 
-static void run_score(struct backend *backend, const struct score_request *request, float *scores) {
-    run_below->score(backend, request, scores);
-    if (request->kind != SCORE_ACCUMULATED || request->last_position < 200) return;
-    for (uint32_t lane = request->first_lane; lane < request->first_lane + request->n_lanes; lane++) {
-        uint64_t hash = lane;
-        for (uint32_t i = 0; i < request->lane_tokens[lane]; i++) hash = random_mix(hash ^ float_bits(scores[request->offset[lane] + i]));
-        run_scores_after_prompt += hash;
+static void run_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
+    run_listed = keep ? keep : run_lists;
+    run_below->keep(backend, evict, lanes, keep ? keep : run_lists);
+}
+
+static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
+    for (uint32_t n = 0; n < count; n++) {
+        const uint32_t *keep = items[n].keep ? items[n].keep : run_listed + run_first[items[n].lane];
+        run_kept = random_mix(run_kept ^ items[n].n_slots);
+        for (uint32_t i = 0; i < items[n].n_keep; i++) run_kept = random_mix(run_kept ^ keep[i]);
     }
+    run_below->compact(backend, count, items);
 }
 
 static enum status run_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
@@ -73,9 +92,10 @@ static enum status run_prepare(const struct program *program, const struct backe
 static inline void run_config(const struct run_setting *setting, struct config *config) {
     config_defaults(config);
     (void)snprintf(config->backend, sizeof config->backend, "%s", setting->backend);
-    (void)snprintf(config->kv_dtype, sizeof config->kv_dtype, "%s", strcmp(setting->backend, "cpu") == 0 ? "f16" : "f32");
     const struct backend_ops *ops = backend_find(setting->backend);
-    enum kv_dtype dtype = strcmp(setting->backend, "cpu") == 0 ? KV_F16 : KV_F32;
+    enum kv_dtype dtype = strcmp(setting->backend, "reference") == 0 ? KV_F32 : KV_F16;
+    (void)snprintf(config->kv_dtype, sizeof config->kv_dtype, "%s", kv_dtype_name(dtype));
+    config->deterministic = true;
     config->threads = setting->threads;
     config->max_model_len = setting->model_len ? setting->model_len : RUN_MODEL_LEN;
     config->max_sequences = setting->max_sequences;
@@ -115,7 +135,8 @@ static inline void run_open(struct client *client, const struct run_setting *set
     run_below = backend_find(setting->backend);
     run_ops = *run_below;
     run_ops.compact = run_compact;
-    run_ops.score = run_score;
+    run_ops.rank = run_rank;
+    run_ops.keep = run_keep;
     run_ops.prepare = run_prepare;
     run_kept = run_scores_after_prompt = 0;
     struct engine_hooks hooks = client_init(client);

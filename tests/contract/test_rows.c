@@ -1,5 +1,5 @@
 /* The row contract through the whole engine: 32 requests sent together, with chunked prompts, prefix hits, forks and preemptions, say token for token (and log-probability for
- * log-probability, bit for bit) what each says alone. For every instruction set this machine has, every KV dtype, one and two threads.
+ * log-probability, bit for bit) what each says alone. For every instruction set this machine has, every KV dtype, one and two threads; and where there is a device, on it.
  *
  *   test_rows tiny     a model of random weights, all combinations
  *   test_rows sample   the real shapes, on vector paths if there are any, together on two threads: the sample model (KVASIR_TEST_MODEL, or where tests/run puts it)
@@ -12,6 +12,7 @@
 
 #include <cmocka.h>
 
+#include "tests/support/backends.h"
 #include "tests/support/engine_client.h"
 
 enum { JOBS = 32, NEW_MAX = 96, CANDIDATES = 2, TOGETHER_ROWS = 48, PROMPT_MAX = 256 };
@@ -81,7 +82,7 @@ static void record(void *context, struct job *job, const struct event *event) {
 }
 
 struct setting {
-    const char *instruction_set;
+    const char *backend, *instruction_set;
     enum kv_dtype kv_dtype;
     uint32_t threads;
 };
@@ -91,7 +92,8 @@ static bool open_client(struct client *client, struct setting setting, bool crow
     struct config config;
     struct error error;
     config_defaults(&config);
-    (void)snprintf(config.backend, sizeof config.backend, "cpu");
+    (void)snprintf(config.backend, sizeof config.backend, "%s", setting.backend);
+    config.deterministic = true;
     (void)snprintf(config.instruction_set, sizeof config.instruction_set, "%s", setting.instruction_set);
     (void)snprintf(config.kv_dtype, sizeof config.kv_dtype, "%s", kv_dtype_name(setting.kv_dtype));
     const struct program *program = model_program(model);
@@ -101,7 +103,8 @@ static bool open_client(struct client *client, struct setting setting, bool crow
     config.max_rows = crowded ? TOGETHER_ROWS : 512;
     config.prefix_cache = crowded;
     config.step_ms = 10000; /* chunks are cut by max_rows, not by what this machine can do in a while */
-    config.kv_memory = (uint64_t)backend_cpu.block_bytes(program, setting.kv_dtype) * program_lanes(program) * (model_len() / BLOCK_TOKENS) * 2;
+    config.kv_memory =
+        (uint64_t)backend_find(setting.backend)->block_bytes(program, setting.kv_dtype) * program_lanes(program) * (model_len() / BLOCK_TOKENS) * 2;
     memset(answers, 0, sizeof *answers);
     struct engine_hooks hooks = client_init(client);
     client->on_event = record;
@@ -144,9 +147,9 @@ static void run_together(struct setting setting) {
         finish_job(jobs[i], &together);
     }
     struct engine_stats stats = client_settled(&client);
-    print_message("  %s, kv %s, %u threads: %u preemptions, %u partial prefix hits, %u forks, %u chunks, %u steps\n", setting.instruction_set,
-                  kv_dtype_name(setting.kv_dtype), setting.threads, (unsigned)stats.preemptions, (unsigned)stats.prefix_partial_hits,
-                  (unsigned)stats.forks, (unsigned)stats.chunks, (unsigned)stats.steps);
+    print_message("  %s %s, kv %s, %u threads: %u preemptions, %u partial prefix hits, %u forks, %u chunks, %u steps\n", setting.backend,
+                  setting.instruction_set, kv_dtype_name(setting.kv_dtype), setting.threads, (unsigned)stats.preemptions,
+                  (unsigned)stats.prefix_partial_hits, (unsigned)stats.forks, (unsigned)stats.chunks, (unsigned)stats.steps);
     assert_true(stats.preemptions >= 8);
     assert_true(stats.prefix_partial_hits >= 8);
     assert_true(stats.forks >= 1);
@@ -161,9 +164,9 @@ static void compare(struct setting setting) {
             assert_int_equal(a->n_tokens, b->n_tokens);
             for (uint32_t t = 0; t < a->n_tokens; t++)
                 if (a->tokens[t] != b->tokens[t] || memcmp(&a->logprobs[t], &b->logprobs[t], sizeof(float)) != 0)
-                    fail_msg("%s, kv %s, %u threads: request %u, choice %u, token %u: alone %d (%.9g), together %d (%.9g)", setting.instruction_set,
-                             kv_dtype_name(setting.kv_dtype), setting.threads, i, c, t, a->tokens[t], (double)a->logprobs[t], b->tokens[t],
-                             (double)b->logprobs[t]);
+                    fail_msg("%s %s, kv %s, %u threads: request %u, choice %u, token %u: alone %d (%.9g), together %d (%.9g)", setting.backend,
+                             setting.instruction_set, kv_dtype_name(setting.kv_dtype), setting.threads, i, c, t, a->tokens[t], (double)a->logprobs[t],
+                             b->tokens[t], (double)b->logprobs[t]);
         }
     assert_memory_equal(alone.prompt, together.prompt, sizeof alone.prompt);
     bool differ = false; /* random candidates do not all say the same, or nothing was tested */
@@ -173,11 +176,12 @@ static void compare(struct setting setting) {
 
 /* ---- the settings ---- */
 
-static void check_dtype(enum kv_dtype kv_dtype) {
+static uint32_t check_cpu(enum kv_dtype kv_dtype) {
     static const char *const sets[] = {"avx512bf16", "avx512", "avxvnni", "avx2", "generic"};
     uint32_t n_present = 0;
+    if (!test_runs_on_name("cpu")) return 0;
     for (uint32_t s = 0; s < sizeof sets / sizeof *sets; s++) {
-        struct setting setting = {.instruction_set = sets[s], .kv_dtype = kv_dtype, .threads = 1};
+        struct setting setting = {.backend = "cpu", .instruction_set = sets[s], .kv_dtype = kv_dtype, .threads = 1};
         if (is_sample && n_present > 0 && strcmp(sets[s], "generic") == 0) continue; /* plain C takes minutes here: the tiny model covers it */
         if (!run_alone(setting)) continue;
         n_present++;
@@ -188,6 +192,20 @@ static void check_dtype(enum kv_dtype kv_dtype) {
         }
     }
     assert_true(n_present >= 1);
+    return n_present;
+}
+
+static uint32_t check_device(enum kv_dtype kv_dtype) {
+    struct setting setting = {.backend = "cuda", .instruction_set = "auto", .kv_dtype = kv_dtype, .threads = 1};
+    if (!test_runs_on_name(setting.backend) || backend_find(setting.backend)->block_bytes(model_program(model), kv_dtype) == 0) return 0;
+    assert_true(run_alone(setting));
+    run_together(setting);
+    compare(setting);
+    return 1;
+}
+
+static void check_dtype(enum kv_dtype kv_dtype) {
+    if (check_cpu(kv_dtype) + check_device(kv_dtype) == 0) skip();
 }
 
 static void test_f32(void **state) { (void)state, check_dtype(KV_F32); }

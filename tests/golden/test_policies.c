@@ -14,6 +14,7 @@
 #include "base/half.h"
 #include "kernels/program.h"
 #include "policies/choose.h"
+#include "tests/support/array_backend.h"
 
 #define LINE_MAX_BYTES (4u << 20)
 #define LANES_MAX 16
@@ -126,6 +127,7 @@ static void check_policy(struct golden *g, const char *name) {
     int32_t *positions = check_calloc(g->n, sizeof *positions); /* token i stands at position i, and has class i */
     for (uint32_t i = 0; i < g->n; i++) positions[i] = (int32_t)i;
     struct choose_lane lanes[LANES_MAX];
+    struct array_lane arrays[LANES_MAX];
     for (uint32_t l = 0; l < n_lanes; l++) {
         struct score_lane lane = lane_of(g, l, positions, options.window);
         uint64_t *accumulated = policy->kernel == SCORE_ACCUMULATED ? accumulate(g, &program, l, positions) : NULL;
@@ -133,23 +135,28 @@ static void check_policy(struct golden *g, const char *name) {
         float *raw = check_calloc((size_t)g->n * g->group, sizeof *raw), *norms = check_calloc(g->n, sizeof *norms);
         score_lane(&program, policy->kernel, &lane, raw);
         score_lane(&program, SCORE_VALUE_NORM, &lane, norms);
-        lanes[l] = (struct choose_lane){
-            .n_slots = g->n, .positions = positions, .raw = raw, .value_norms = norms, .keep = check_calloc(g->n, sizeof(uint32_t))};
+        arrays[l] = (struct array_lane){.n_slots = g->n, .positions = positions, .raw = raw, .norms = norms};
         free(accumulated);
     }
+    struct array_backend *array = array_backend_new(g->layers, g->heads, g->group, arrays);
+    uint32_t *lists = check_calloc((size_t)n_lanes * g->n, sizeof *lists);
     struct choose_request request = {.policy = policy,
                                      .options = &options,
                                      .n_layers = g->layers,
                                      .n_kv_heads = g->heads,
-                                     .group = g->group,
                                      .block_tokens = g->block,
                                      .budget = g->budget,
                                      .n_window = options.window,
                                      .last_position = (int32_t)g->n - 1,
                                      .tokens = positions,
-                                     .classes = g->classes};
+                                     .classes = g->classes,
+                                     .block_ids = array->block_ids,
+                                     .lane_first = array->lane_first,
+                                     .lane_tokens = array->lane_tokens,
+                                     .lists = lists,
+                                     .wants_lists = true};
     void *scratch = check_calloc(1, choose_scratch_bytes(n_lanes, g->n, (size_t)n_lanes * g->n));
-    choose(&request, lanes, scratch);
+    choose(&request, &array->backend, lanes, scratch);
     for (uint32_t l = 0; l < n_lanes; l++) {
         assert_true(next_line(g));
         uint32_t k = 0;
@@ -169,10 +176,11 @@ static void check_policy(struct golden *g, const char *name) {
             assert_true(kept > 0 && kept <= all);
             free(persistence);
         }
-        free((void *)(uintptr_t)lanes[l].raw);
-        free((void *)(uintptr_t)lanes[l].value_norms);
-        free(lanes[l].keep);
+        free((void *)(uintptr_t)arrays[l].raw);
+        free((void *)(uintptr_t)arrays[l].norms);
     }
+    array_backend_free(array);
+    free(lists);
     free(scratch);
     free(positions);
     g->n_policies++;

@@ -1,5 +1,6 @@
 /* The reference backend's logits against numpy's, within 1e-3 of the largest: tiny models of every architecture and tensor type, and the sample model
- * (tests/support/sample_model.h). Files: tests/golden/tiny, made by the script beside them. */
+ * (tests/support/sample_model.h). Where there is a device, its backend's too, with both kinds of weights, within 1e-2: it computes with f16.
+ * Files: tests/golden/tiny, made by the script beside them. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -15,12 +16,24 @@
 #include "base/check.h"
 #include "kernels/backend.h"
 #include "model/compile.h"
+#include "tests/support/backends.h"
+#include "tests/support/golden_path.h"
 #include "tests/support/sample_model.h"
 
-#define FOLDER KVASIR_SOURCE_DIR "/tests/golden/tiny/"
 #define TOKENS_MAX 64
 #define LINE_MAX_BYTES 65536
-#define TOLERANCE 1e-3
+
+/* What computes, and how near it must be. */
+struct way {
+    const char *backend;
+    enum kv_dtype kv_dtype;
+    enum weights_mode weights;
+    double tolerance; /* of the largest logit */
+};
+static const struct way ways[] = {
+    {"reference", KV_F32, WEIGHTS_AUTO, 1e-3}, {"cuda", KV_F16, WEIGHTS_F16, 1e-2}, {"cuda", KV_F16, WEIGHTS_NATIVE, 1e-2}};
+enum { N_WAYS = sizeof ways / sizeof *ways };
+static const struct way *way;
 
 /* A model, and the logits of all rows of a sequence. */
 struct run {
@@ -79,9 +92,14 @@ static void step(struct backend *backend, struct run *run, uint32_t first, uint3
 /* The sequence in chunks of at most `chunk` rows. */
 static void compute(struct run *run, uint32_t chunk) {
     uint32_t n_lanes = run->program->n_layers * run->program->n_kv_heads, blocks = (TOKENS_MAX + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
-    struct backend_limits limits = {
-        .kv_dtype = KV_F32, .n_blocks = n_lanes * blocks, .max_rows = TOKENS_MAX, .max_sequences = 1, .max_samples = TOKENS_MAX, .threads = 1};
-    const struct backend_ops *ops = backend_find("reference");
+    struct backend_limits limits = {.kv_dtype = way->kv_dtype,
+                                    .weights = way->weights,
+                                    .n_blocks = n_lanes * blocks,
+                                    .max_rows = TOKENS_MAX,
+                                    .max_sequences = 1,
+                                    .max_samples = TOKENS_MAX,
+                                    .threads = 1};
+    const struct backend_ops *ops = backend_find(way->backend);
     assert_non_null(ops);
     struct backend *backend = NULL;
     struct error error = {0};
@@ -117,14 +135,16 @@ static void compare_row(const struct run *run, const char *name, uint32_t row, u
     }
     assert_int_equal(count, (n_vocab + stride - 1) / stride);
     assert_true(largest > 0.5);
-    if (!(worst <= TOLERANCE * largest)) fail_msg("%s: row %u: off by %g, the largest logit is %g", name, row, worst, largest);
+    if (!(worst <= way->tolerance * largest))
+        fail_msg("%s, %s weights, %s: row %u: off by %g, the largest logit is %g", way->backend, weights_mode_name(way->weights), name, row, worst,
+                 largest);
 }
 
 static void check_tiny(uint32_t chunk) {
-    FILE *file = fopen(FOLDER "logits.txt", "r");
+    char name[64] = "", relative[80], path[GOLDEN_PATH_MAX];
+    FILE *file = fopen(golden_path("tiny/logits.txt", path), "r");
     assert_non_null(file);
     static char line[LINE_MAX_BYTES];
-    char name[64] = "", path[4096];
     struct run run = {0};
     int models = 0, rows = 0;
     while (fgets(line, sizeof line, file)) {
@@ -139,8 +159,8 @@ static void check_tiny(uint32_t chunk) {
         }
         close_run(&run);
         (void)snprintf(name, sizeof name, "%s", word);
-        (void)snprintf(path, sizeof path, FOLDER "%s", name);
-        open_run(&run, path);
+        (void)snprintf(relative, sizeof relative, "tiny/%s", name);
+        open_run(&run, golden_path(relative, path));
         read_tokens(&run, rest);
         compute(&run, chunk);
         models++;
@@ -151,19 +171,29 @@ static void check_tiny(uint32_t chunk) {
     assert_int_equal(rows, 9 * 6);
 }
 
+static void each_way(void (*check)(uint32_t), uint32_t chunk) {
+    uint32_t n = 0;
+    for (way = ways; way < ways + N_WAYS; way++) {
+        if (!test_runs_on_name(way->backend)) continue;
+        check(chunk);
+        n++;
+    }
+    if (n == 0) skip();
+}
+
 static void test_tiny_models_at_once(void **state) {
     (void)state;
-    check_tiny(TOKENS_MAX);
+    each_way(check_tiny, TOKENS_MAX);
 }
 
 static void test_tiny_models_in_chunks(void **state) {
     (void)state;
-    check_tiny(7);
+    each_way(check_tiny, 7);
 }
 
 static void test_tiny_models_token_by_token(void **state) {
     (void)state;
-    check_tiny(1);
+    each_way(check_tiny, 1);
 }
 
 /* Together the files have every tensor type. */
@@ -173,10 +203,10 @@ static void test_every_tensor_type_is_there(void **state) {
                                         "qwen2-q5",  "qwen2-f16", "qwen3-q8_0", "llama-k"};
     bool seen[TENSOR_TYPES] = {false};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        char path[4096];
+        char relative[80], path[GOLDEN_PATH_MAX];
         struct gguf *gguf = NULL;
-        (void)snprintf(path, sizeof path, FOLDER "%s.gguf", names[i]);
-        assert_int_equal(gguf_open(path, &gguf, NULL), STATUS_OK);
+        (void)snprintf(relative, sizeof relative, "tiny/%s.gguf", names[i]);
+        assert_int_equal(gguf_open(golden_path(relative, path), &gguf, NULL), STATUS_OK);
         for (size_t t = 0; t < gguf_tensor_count(gguf); t++) seen[gguf_tensor_at(gguf, t)->type] = true;
         gguf_close(gguf);
     }
@@ -196,26 +226,26 @@ static void check_top(const struct run *run, char *rest) {
         double expected = strtod(colon + 1, NULL);
         assert_true(token < n_vocab);
         if (place == 0) assert_int_equal(token, highest);
-        if (!(fabs(expected - (double)logits[token]) <= TOLERANCE * fabs(expected)))
+        if (!(fabs(expected - (double)logits[token]) <= way->tolerance * fabs(expected)))
             fail_msg("token %u: %g, expected %g", token, (double)logits[token], expected);
     }
 }
 
-static void test_sample_model(void **state) {
-    (void)state;
+static void check_sample(uint32_t chunk) {
     char path[4096];
     static char line[LINE_MAX_BYTES];
     struct run run;
     assert_non_null(sample_model_path(path, sizeof path));
     open_run(&run, path);
-    FILE *file = fopen(FOLDER "sample.txt", "r");
+    char golden[GOLDEN_PATH_MAX];
+    FILE *file = fopen(golden_path("tiny/sample.txt", golden), "r");
     assert_non_null(file);
     int prompts = 0, tops = 0;
     while (fgets(line, sizeof line, file)) {
         char *rest = NULL, *kind = strtok_r(line, " \n", &rest);
         if (strcmp(kind, "sample") == 0) {
             read_tokens(&run, rest);
-            compute(&run, TOKENS_MAX);
+            compute(&run, chunk);
             prompts++;
         } else if (strcmp(kind, "logits") == 0) {
             compare_row(&run, path, run.n_tokens - 1, 64, rest);
@@ -228,6 +258,11 @@ static void test_sample_model(void **state) {
     assert_int_equal(prompts, 4);
     assert_int_equal(tops, 4);
     close_run(&run);
+}
+
+static void test_sample_model(void **state) {
+    (void)state;
+    each_way(check_sample, TOKENS_MAX);
 }
 
 int main(void) {

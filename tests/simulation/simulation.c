@@ -1,7 +1,7 @@
 /* Replays millions of steps of scheduler, block pool, block tables and prefix cache with random geometry, load, aborts and compression, and checks everything after each step.
  *
  * The model of a backend: a slot of a block holds the hash of the history of the token that filled it (lane included). Every row checks that all slots its table names hold
- * exactly what this choice should have there. The next token is a function of the history, so recomputation, forks and shared prefixes cannot change what a choice says.
+ * exactly what this choice should have there. It also keeps copies of the tables, to which each plan adds what table_changes says is new, and compares them. The next token is a function of the history, so recomputation, forks and shared prefixes cannot change what a choice says.
  *
  *   simulation            the seeds that make a million steps; fails unless every hard path was taken a thousand times
  *   simulation --seed N   one seed, with its counters
@@ -16,6 +16,7 @@
 #include "scheduler/internal.h"
 
 #define LANES_MAX 8
+#define TABLES_MAX 32
 #define BLOCKS_MAX 256
 #define LEN_MAX 160
 #define CANDIDATES_MAX 4
@@ -51,8 +52,13 @@ struct sim_request {
     struct sim_choice choices[CANDIDATES_MAX];
 };
 
+/* What a backend with memory of its own knows of a table. */
+struct table_copy {
+    uint32_t changes, n[LANES_MAX], ids[LANES_MAX][LEN_MAX / BLOCK_TOKENS + 2], tokens[LANES_MAX];
+};
+
 struct counters {
-    uint64_t steps, requests, aborts[5], pool_full;
+    uint64_t steps, requests, aborts[5], pool_full, ids_known, ids_new;
     struct scheduler_stats sum;
 };
 
@@ -64,6 +70,7 @@ struct sim {
     struct sim_request requests[REQUESTS_MAX];
     uint64_t next_id, step;
     uint64_t slots[BLOCKS_MAX][BLOCK_TOKENS];
+    struct table_copy tables[TABLES_MAX];
     bool pressing;
 };
 
@@ -100,7 +107,7 @@ static void draw_limits(struct sim *sim) {
     sim->limits = (struct scheduler_limits){.n_lanes = lanes,
                                             .n_blocks = blocks > BLOCKS_MAX ? BLOCKS_MAX : blocks,
                                             .extent_blocks = 1u << random_below(r, 4),
-                                            .max_sequences = 1 + random_below(r, 32),
+                                            .max_sequences = 1 + random_below(r, TABLES_MAX),
                                             .max_choices = REQUESTS_MAX + random_below(r, 64),
                                             .max_model_len = model_len,
                                             .max_rows = 4 + random_below(r, 120),
@@ -332,6 +339,30 @@ static void check_table(struct sim *sim, const struct plan *plan, const struct p
     }
 }
 
+static void follow_table(struct sim *sim, const struct plan *plan, const struct plan_entry *entry) {
+    EXPECT(entry->table < sim->limits.max_sequences && entry->table_changes != 0, "a table that is none");
+    struct table_copy *copy = &sim->tables[entry->table];
+    bool known = copy->changes == entry->table_changes;
+    uint32_t grown = entry->lane_tokens[0] - copy->tokens[0];
+    for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
+        const uint32_t *ids = plan->block_ids + entry->lane_first[lane];
+        uint32_t needed = (entry->lane_tokens[lane] + entry->n_rows + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+        if (known) EXPECT(entry->lane_tokens[lane] - copy->tokens[lane] == grown, "lanes have not grown alike");
+        copy->tokens[lane] = entry->lane_tokens[lane];
+        if (!known) copy->n[lane] = 0;
+        for (uint32_t b = 0; b < needed; b++) {
+            if (b < copy->n[lane]) {
+                EXPECT(copy->ids[lane][b] == ids[b], "an id that was listed has changed");
+                counters.ids_known++;
+                continue;
+            }
+            copy->ids[lane][copy->n[lane]++] = ids[b];
+            counters.ids_new++;
+        }
+    }
+    copy->changes = entry->table_changes;
+}
+
 static void run_rows(struct sim *sim, const struct plan *plan, const struct plan_entry *entry, struct sim_choice *choice) {
     for (uint32_t lane = 0; lane < sim->limits.n_lanes; lane++) {
         struct kept *kept = &choice->lanes[lane];
@@ -370,6 +401,7 @@ static void run_plan(struct sim *sim, const struct plan *plan) {
         memcpy(sim->slots[plan->copy_destination[i]], sim->slots[plan->copy_source[i]], sizeof sim->slots[0]);
     for (uint32_t e = 0; e < plan->n_entries; e++)
         check_table(sim, plan, &plan->entries[e], &((struct sim_request *)plan->entries[e].owner)->choices[plan->entries[e].choice]);
+    for (uint32_t e = 0; e < plan->n_entries; e++) follow_table(sim, plan, &plan->entries[e]);
     for (uint32_t e = 0; e < plan->n_entries; e++) {
         const struct plan_entry *entry = &plan->entries[e];
         struct sim_request *request = entry->owner;
@@ -489,6 +521,8 @@ static bool report(void) {
     all &= enough("replays", s->replays);
     all &= enough("pressure compactions", s->pressure_compactions);
     all &= enough("admissions by compression", s->admissions_by_compression);
+    all &= enough("block ids known before", counters.ids_known);
+    all &= enough("block ids new", counters.ids_new);
     return all;
 }
 

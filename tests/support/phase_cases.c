@@ -97,6 +97,7 @@ int32_t phase_case_token(const struct phase_case *c, uint32_t sequence, uint32_t
 
 struct world_sequence {
     uint32_t position;    /* of the next row */
+    uint32_t changes;     /* of its block ids: as batch_sequence.table_changes */
     uint32_t *lane_first; /* [n_lanes] */
     uint32_t *lane_tokens, *lane_tokens_at_start;
 };
@@ -132,6 +133,7 @@ static uint32_t make_tables(struct phase_world *world) {
     }
     for (uint32_t s = 0; s < phase_case_sequences(c); s++) {
         struct world_sequence *sequence = &world->sequences[s];
+        sequence->changes = 1;
         sequence->lane_first = check_calloc(world->n_lanes, sizeof *sequence->lane_first);
         sequence->lane_tokens = check_calloc(world->n_lanes, sizeof *sequence->lane_tokens);
         sequence->lane_tokens_at_start = check_calloc(world->n_lanes, sizeof *sequence->lane_tokens_at_start);
@@ -149,8 +151,12 @@ static void run_rows(struct phase_world *world, const struct phase_part *parts, 
     CHECK(n_parts <= PHASE_SEQUENCES);
     for (uint32_t i = 0; i < n_parts; i++) {
         struct world_sequence *sequence = &world->sequences[parts[i].sequence];
-        sequences[i] = (struct batch_sequence){
-            .first_row = rows, .n_rows = parts[i].n_rows, .lane_first = sequence->lane_first, .lane_tokens = sequence->lane_tokens};
+        sequences[i] = (struct batch_sequence){.first_row = rows,
+                                               .n_rows = parts[i].n_rows,
+                                               .table = parts[i].sequence,
+                                               .table_changes = sequence->changes,
+                                               .lane_first = sequence->lane_first,
+                                               .lane_tokens = sequence->lane_tokens};
         for (uint32_t r = 0; r < parts[i].n_rows; r++, rows++) {
             CHECK(rows < world->max_rows);
             world->positions[rows] = (int32_t)(sequence->position + r);
@@ -188,13 +194,24 @@ static void read_history(struct phase_world *world, uint32_t s, uint32_t chunk) 
         run_rows(world, &(struct phase_part){s, left < chunk ? left : chunk}, 1, NULL);
     }
     for (uint32_t lane = 0; lane < world->n_lanes; lane++) {
-        if (plan->ragged && sequence->lane_tokens[lane] > plan->lanes[lane % PHASE_LANES]) sequence->lane_tokens[lane] = plan->lanes[lane % PHASE_LANES];
+        if (plan->ragged && sequence->lane_tokens[lane] > plan->lanes[lane % PHASE_LANES])
+            sequence->lane_tokens[lane] = plan->lanes[lane % PHASE_LANES];
         for (uint32_t i = 0; i < plan->dropped && lane % 2 == 1 && sequence->lane_tokens[lane] >= BLOCK_TOKENS; i++) {
             sequence->lane_first[lane]++;
             sequence->lane_tokens[lane] -= BLOCK_TOKENS;
         }
         sequence->lane_tokens_at_start[lane] = sequence->lane_tokens[lane];
     }
+    if (plan->ragged || plan->dropped) sequence->changes++;
+}
+
+static uint32_t longest_lane(const struct phase_case *c) {
+    uint32_t blocks = 0;
+    for (uint32_t s = 0; s < phase_case_sequences(c); s++) {
+        uint32_t here = blocks_of(c->sequences[s].history + c->sequences[s].rows);
+        blocks = here > blocks ? here : blocks;
+    }
+    return blocks;
 }
 
 enum status phase_world_new(const struct phase_case *phase_case, const struct program *program, const struct backend_ops *ops,
@@ -207,7 +224,11 @@ enum status phase_world_new(const struct phase_case *phase_case, const struct pr
     uint32_t n_blocks = make_tables(world);
     const struct backend_limits limits = {
         .kv_dtype = options->kv_dtype,
+        .weights = options->weights,
+        .deterministic = options->deterministic,
         .n_blocks = n_blocks,
+        .n_tables = PHASE_SEQUENCES,
+        .table_blocks = longest_lane(phase_case),
         .max_rows = world->max_rows,
         .max_sequences = PHASE_SEQUENCES,
         .max_samples = world->max_rows,
@@ -293,7 +314,9 @@ uint32_t phase_world_rows_left(const struct phase_world *world, uint32_t sequenc
     return plan->history + plan->rows - world->sequences[sequence].position;
 }
 
-struct backend *phase_world_backend(struct phase_world *world) { return world->backend; }
+struct backend *phase_world_backend(struct phase_world *world) {
+    return world->backend;
+}
 
 uint32_t phase_world_block(const struct phase_world *world, uint32_t sequence, uint32_t lane, uint32_t block) {
     return world->block_ids[world->sequences[sequence].lane_first[lane] + block];

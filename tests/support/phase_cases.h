@@ -52,6 +52,8 @@ struct phase_world_options {
     const char *instruction_set; /* NULL: the backend's choice */
     uint32_t threads;
     uint32_t history_chunk; /* rows of one step while the history is read; 0: as many as fit */
+    enum weights_mode weights;
+    bool deterministic;
 };
 
 struct phase_world;

@@ -136,6 +136,27 @@ static void compare_tables(const struct block_tables *tables, struct lane_oracle
     block_pool_check(tables->pool, owners);
 }
 
+/* What somebody knows of a table who now and then takes what is new of it. */
+struct copy {
+    uint32_t changes, n[LANES], ids[LANES][LANE_BLOCKS], tokens[LANES];
+};
+
+static void follow(const struct block_tables *tables, uint32_t table, const struct lane_oracle lanes[LANES], struct copy *copy) {
+    uint32_t changes = tables->changes[table];
+    assert_int_not_equal(changes, 0);
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        uint32_t from = changes == copy->changes ? copy->n[lane] : 0, n = lanes[lane].n_blocks;
+        assert_true(from <= n); /* what was listed still is */
+        memcpy(copy->ids[lane] + from, table_lane_ids(tables, table, lane) + from, (n - from) * sizeof(uint32_t));
+        assert_memory_equal(copy->ids[lane], lanes[lane].ids, n * sizeof(uint32_t));
+        copy->n[lane] = n;
+    }
+    for (uint32_t lane = 0; lane < LANES && changes == copy->changes; lane++) /* one number says how long all lanes are */
+        assert_int_equal(lanes[lane].tokens - copy->tokens[lane], lanes[0].tokens - copy->tokens[0]);
+    for (uint32_t lane = 0; lane < LANES; lane++) copy->tokens[lane] = lanes[lane].tokens;
+    copy->changes = changes;
+}
+
 static void oracle_append(const struct block_tables *tables, struct lane_oracle lanes[LANES], uint32_t table, uint32_t rows) {
     uint64_t missing = 0, fits = 1;
     uint32_t n_free = tables->pool->n_free;
@@ -166,12 +187,14 @@ static void test_tables_against_lists(void **state) {
         struct block_pool pool;
         struct block_tables tables;
         struct lane_oracle oracle[TABLES][LANES] = {0};
+        struct copy copies[TABLES] = {0};
         block_pool_init(&pool, 20 + random_below(&random, 60), 1 + random_below(&random, 8));
         block_tables_init(&tables, &pool, TABLES, LANES, LANE_BLOCKS);
         for (uint32_t step = 0; step < 300; step++) {
             uint32_t table = random_below(&random, TABLES), lane = random_below(&random, LANES);
             struct lane_oracle *it = &oracle[table][lane];
-            switch (random_below(&random, 8)) {
+            uint32_t what = random_below(&random, 8), changes = tables.changes[table];
+            switch (what) {
             case 0:
             case 1: oracle_append(&tables, oracle[table], table, 1 + random_below(&random, 70)); break;
             case 2: /* lanes may have different lengths */
@@ -208,6 +231,8 @@ static void test_tables_against_lists(void **state) {
                 memset(oracle[table], 0, sizeof oracle[table]);
             }
             compare_tables(&tables, oracle);
+            if (what <= 1 || what == 5) assert_int_equal(tables.changes[table], changes); /* longer at the end */
+            if (random_below(&random, 3) == 0) follow(&tables, table, oracle[table], &copies[table]);
         }
         for (uint32_t table = 0; table < TABLES; table++) table_clear(&tables, table);
         assert_int_equal(pool.n_free, pool.n_blocks);
@@ -228,8 +253,14 @@ static void test_share_adds_an_owner(void **state) {
     table_share(&tables, 1, 0, id);
     table_fill(&tables, 1, BLOCK_TOKENS);
     assert_int_equal(pool.owners[id], 2);
+    assert_int_equal(tables.changes[1], 1); /* nothing listed before was touched */
     table_clear(&tables, 0);
-    assert_int_equal(pool.n_free, 7); /* the shared one stays */
+    assert_int_equal(tables.changes[0], 2);
+    tables.changes[0] = UINT32_MAX;
+    assert_true(table_append(&tables, 0, 1));
+    table_clear(&tables, 0);
+    assert_int_equal(tables.changes[0], 1); /* 0 means unknown */
+    assert_int_equal(pool.n_free, 7);       /* the shared one stays */
     table_clear(&tables, 1);
     assert_int_equal(pool.n_free, 8);
     block_tables_done(&tables);

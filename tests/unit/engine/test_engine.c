@@ -175,6 +175,29 @@ static void test_many_requests(void **state) {
     client_done(&client);
 }
 
+/* Ten tokens of a prompt in steps of eight rows, then four that only decode: the first token of an answer comes with its prompt's end, the last one is not computed. */
+static void test_steps_are_counted_by_kind(void **state) {
+    (void)state;
+    struct client client;
+    const int32_t prompt[10] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
+    start(&client, (struct shape){.sequences = 2, .queue = 2, .rows = 8, .len = 64, .pool = 2});
+    struct job *job = job_new(prompt, 10, 5, 1);
+    assert_true(client_submit(&client, job));
+    client_run(&client, 0);
+    struct engine_stats stats = client_settled(&client);
+    assert_int_equal(stats.reading_steps, 2);
+    assert_int_equal(stats.decode_steps, 4);
+    assert_int_equal(stats.decode_rows, 4);
+    assert_int_equal(stats.decode_rows_max, 1);
+    assert_int_equal(stats.decode_blocks, 4 * program_lanes(model_program(model))); /* 15 tokens: one block a lane */
+    assert_true(stats.decode_ns > 0 && stats.reading_ns > 0);
+    assert_int_equal(stats.decode_ns + stats.reading_ns, stats.busy_ns);
+    assert_int_equal(stats.wait_ns, 0); /* this mock waits for nothing */
+    check_job(job);
+    job_free(job);
+    client_done(&client);
+}
+
 static void test_aborts_in_every_state(void **state) {
     (void)state;
     struct client client;
@@ -532,6 +555,7 @@ static int close_model(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_many_requests),
+        cmocka_unit_test(test_steps_are_counted_by_kind),
         cmocka_unit_test(test_aborts_in_every_state),
         cmocka_unit_test(test_aborts_at_random),
         cmocka_unit_test(test_prompt_logprobs),

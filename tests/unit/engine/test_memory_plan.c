@@ -1,4 +1,5 @@
-/* The memory plan: what fits, what is lowered, what is refused with which arithmetic; and the memory there is, read from trees made here. */
+/* The memory plan: what fits, what is lowered, what is refused with which arithmetic, on the host and on a device made up here; and the memory there is, read from trees made
+ * here. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -143,6 +144,189 @@ static void test_printed(void **state) {
     free(text);
 }
 
+/* ---- a device ---- */
+
+#define F16_BYTES (1000 * MIB)
+#define NATIVE_BYTES (300 * MIB)
+#define STAGING_BYTES (5 * MIB)
+
+static struct {
+    uint32_t asked; /* for this device */
+    uint64_t available, total;
+    bool absent;
+} device;
+
+static enum status device_memory(uint32_t number, uint64_t *available, uint64_t *total, struct error *error) {
+    device.asked = number;
+    if (device.absent) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: nothing is plugged in");
+    *available = device.available;
+    *total = device.total;
+    return STATUS_OK;
+}
+
+static size_t device_block_bytes(const struct program *program, enum kv_dtype dtype) {
+    return dtype == KV_F32 ? 0 : backend_reference.block_bytes(program, dtype);
+}
+
+static uint32_t device_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
+    assert_true(max >= 3);
+    lines[0] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = limits->weights == WEIGHTS_NATIVE ? NATIVE_BYTES : F16_BYTES};
+    lines[1] = (struct memory_line){
+        .what = "tables", .count = limits->n_tables, .bytes_each = (uint64_t)program_lanes(program) * limits->table_blocks * sizeof(uint32_t)};
+    lines[2] = (struct memory_line){.what = "staging", .count = 1, .bytes_each = STAGING_BYTES, .host = true};
+    return 3;
+}
+
+static struct backend_ops device_ops(uint64_t available, uint64_t total) {
+    struct backend_ops ops = backend_reference;
+    ops.name = "cuda";
+    ops.memory = device_memory;
+    ops.block_bytes = device_block_bytes;
+    ops.memory_plan = device_plan;
+    device.available = available;
+    device.total = total;
+    device.absent = false;
+    return ops;
+}
+
+static struct memory_plan planned_on(const struct backend_ops *ops, const struct config *config, uint64_t available) {
+    struct memory_plan plan;
+    struct error error;
+    if (engine_plan_memory_on(ops, config, model, available, &plan, &error) != STATUS_OK) fail_msg("%s", error.text);
+    return plan;
+}
+
+static void refused_on(const struct backend_ops *ops, const struct config *config, uint64_t available, enum status expected, const char *words) {
+    struct memory_plan plan;
+    struct error error = {.text = ""};
+    assert_int_equal(engine_plan_memory_on(ops, config, model, available, &plan, &error), expected);
+    if (!strstr(error.text, words)) fail_msg("\"%s\" does not say \"%s\"", error.text, words);
+}
+
+/* Each line counts against the memory it lies in. */
+static void check_device_plan(const struct memory_plan *plan) {
+    uint64_t host = 0, on_device = 0, pool = 0;
+    for (uint32_t i = 0; i < plan->n_lines; i++) {
+        const struct memory_line *line = &plan->lines[i];
+        *(line->host ? &host : &on_device) += line->count * line->bytes_each;
+        bool of_backend = strcmp(line->what, "weights") == 0 || strcmp(line->what, "tables") == 0 || strcmp(line->what, "KV block") == 0;
+        assert_true(line->host != of_backend);
+        if (strcmp(line->what, "KV block") == 0) pool = line->count;
+    }
+    assert_true(plan->has_device);
+    assert_int_equal(host, plan->total_bytes);
+    assert_int_equal(on_device, plan->device_bytes);
+    assert_int_equal(pool, plan->n_blocks);
+    assert_true(host <= plan->available_bytes && on_device < plan->device_available_bytes);
+    assert_true(plan->n_blocks >= sequence_blocks(plan));
+}
+
+static void test_two_memories(void **state) {
+    (void)state;
+    struct config config = defaults();
+    config.device = 3;
+    struct backend_ops ops = device_ops(1100 * MIB, 4 * GIB);
+    struct memory_plan plan = planned_on(&ops, &config, 200 * MIB);
+    check_device_plan(&plan);
+    assert_int_equal(device.asked, 3);
+    assert_int_equal(plan.max_sequences, 256);
+    assert_int_equal(plan.weights, WEIGHTS_F16); /* 1000 MiB are less than 40 % of 4 GiB */
+    uint64_t tables = 256ull * program_lanes(model_program(model)) * 257 * sizeof(uint32_t);
+    assert_int_equal(plan.device_bytes, F16_BYTES + tables + plan.n_blocks * plan.block_bytes);
+    /* A twentieth stays free, and what is left is filled to the last block. */
+    uint64_t left = 1100 * MIB - 1100 * MIB / 20 - F16_BYTES - tables;
+    assert_int_equal(plan.n_blocks, left / plan.block_bytes);
+    assert_int_equal(plan.weights_plans[WEIGHTS_F16].bytes, F16_BYTES);
+    assert_int_equal(plan.weights_plans[WEIGHTS_NATIVE].bytes, NATIVE_BYTES);
+    assert_int_equal(plan.weights_plans[WEIGHTS_F16].kv_tokens, left / plan.block_bytes / program_lanes(model_program(model)) * BLOCK_TOKENS);
+    assert_int_equal(plan.weights_plans[WEIGHTS_NATIVE].kv_tokens,
+                     (left + 700 * MIB) / plan.block_bytes / program_lanes(model_program(model)) * BLOCK_TOKENS);
+    device.total = 2 * GIB;
+    plan = planned_on(&ops, &config, 200 * MIB);
+    assert_int_equal(plan.weights, WEIGHTS_NATIVE);
+    check_device_plan(&plan);
+    strcpy(config.weights, "f16"); /* as is said */
+    assert_int_equal(planned_on(&ops, &config, 200 * MIB).weights, WEIGHTS_F16);
+    device.available = 100 * GIB; /* of a large device a twentieth would be much */
+    plan = planned_on(&ops, &config, 4 * GIB);
+    assert_int_equal(plan.n_blocks, 256 * sequence_blocks(&plan));
+    assert_int_equal(plan.weights_plans[WEIGHTS_F16].kv_tokens,
+                     (99 * GIB - F16_BYTES - tables) / plan.block_bytes / program_lanes(model_program(model)) * BLOCK_TOKENS);
+}
+
+static void test_device_limits(void **state) {
+    (void)state;
+    struct config config = defaults();
+    config.device = 1;
+    config.deterministic = true;
+    config.max_model_len = 100;
+    strcpy(config.weights, "native");
+    struct backend_ops ops = device_ops(2 * GIB, 2 * GIB);
+    struct memory_plan plan = planned_on(&ops, &config, GIB);
+    struct backend_limits limits;
+    engine_backend_limits(&plan, &config, &limits);
+    assert_int_equal(limits.device, 1);
+    assert_true(limits.deterministic);
+    assert_int_equal(limits.weights, WEIGHTS_NATIVE);
+    assert_int_equal(limits.n_tables, plan.max_sequences);
+    assert_int_equal(limits.table_blocks, 5); /* 100 tokens lie in 4 blocks, and one more may be listed */
+}
+
+static void test_what_a_device_does_not_hold_is_refused(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct backend_ops ops = device_ops(512 * MIB, 4 * GIB);
+    refused_on(&ops, &config, GIB, STATUS_NO_MEMORY, "device memory: 512.0 MiB are available");
+    config.kv_memory = 400 * MIB;
+    strcpy(config.weights, "native");
+    refused_on(&ops, &config, GIB, STATUS_NO_MEMORY, "exceed the 512.0 MiB available on the device");
+    config = defaults();
+    ops = device_ops(2 * GIB, 4 * GIB);
+    refused_on(&ops, &config, 1 * MIB, STATUS_NO_MEMORY, "memory: 1.0 MiB are available");
+    strcpy(config.kv_dtype, "f32");
+    refused_on(&ops, &config, GIB, STATUS_UNSUPPORTED, "engine.kv_dtype: the cuda backend does not store f32");
+    config = defaults();
+    device.absent = true;
+    refused_on(&ops, &config, GIB, STATUS_UNSUPPORTED, "engine.backend: cuda: no CUDA device: nothing is plugged in");
+    config.device = 1; /* on the host there is one */
+    refused_on(&backend_reference, &config, GIB, STATUS_UNSUPPORTED, "engine.backend: reference: no device 1");
+}
+
+static void test_less_memory_of_a_device_shortens_sequences(void **state) {
+    (void)state;
+    struct config config = defaults();
+    strcpy(config.weights, "native");
+    for (uint64_t pool = 64 * MIB; pool >= 256 << 10; pool /= 2) {
+        struct backend_ops ops = device_ops((NATIVE_BYTES + pool) * 20 / 19 + MIB, 4 * GIB);
+        struct memory_plan plan = planned_on(&ops, &config, GIB);
+        check_device_plan(&plan);
+        assert_true((plan.lowered[0] != 0) == (plan.max_model_len < 8192));
+        if (plan.lowered[0]) assert_non_null(strstr(plan.lowered, "free memory of the device"));
+    }
+}
+
+static void test_two_memories_printed(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct backend_ops ops = device_ops(1100 * MIB, 2 * GIB);
+    struct memory_plan plan = planned_on(&ops, &config, 200 * MIB);
+    char *text = NULL, expected[128];
+    size_t length = 0;
+    FILE *out = open_memstream(&text, &length);
+    memory_plan_print(&plan, out);
+    (void)fclose(out);
+    const char *first = strstr(text, "device memory"), *second = strstr(text, "host memory");
+    assert_true(first == text && second > first);
+    const char *weights = strstr(text, "weights "), *staging = strstr(text, "staging "), *pool = strstr(text, "KV block ");
+    assert_true(weights > first && weights < second && pool > first && pool < second && staging > second);
+    (void)snprintf(expected, sizeof expected, "leaving room for %llu tokens (chosen)",
+                   (unsigned long long)plan.weights_plans[WEIGHTS_NATIVE].kv_tokens);
+    assert_non_null(strstr(text, expected));
+    (void)snprintf(expected, sizeof expected, "leaving room for %llu tokens\n", (unsigned long long)plan.weights_plans[WEIGHTS_F16].kv_tokens);
+    assert_non_null(strstr(text, expected));
+    free(text);
+}
+
 static void test_kv_dtype_auto(void **state) {
     (void)state;
     assert_int_equal(backend_kv_dtype(&backend_mock, NULL), KV_F16);
@@ -230,6 +414,11 @@ int main(void) {
         cmocka_unit_test(test_max_model_len_is_lowered_and_said),
         cmocka_unit_test(test_what_is_asked_for_and_does_not_fit_is_refused),
         cmocka_unit_test(test_printed),
+        cmocka_unit_test(test_two_memories),
+        cmocka_unit_test(test_device_limits),
+        cmocka_unit_test(test_what_a_device_does_not_hold_is_refused),
+        cmocka_unit_test(test_less_memory_of_a_device_shortens_sequences),
+        cmocka_unit_test(test_two_memories_printed),
         cmocka_unit_test(test_kv_dtype_auto),
         cmocka_unit_test(test_control_groups),
     };

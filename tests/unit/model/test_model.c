@@ -302,9 +302,52 @@ static void test_dummies_follow_their_seed(void **state) {
     model_close(same);
     model_close(other);
     other = NULL;
+    uint64_t taken = 0;
+    assert_int_equal(model_dummy_bytes("tiny", &taken, &error), STATUS_OK);
+    assert_in_range(taken, bytes, 1 << 20);
+    assert_int_equal(model_dummy_bytes("enormous", &taken, &error), STATUS_INVALID);
     assert_int_equal(model_dummy("enormous", 1, &other, &error), STATUS_INVALID);
     assert_non_null(strstr(error.text, "\"enormous\"; known: tiny"));
     assert_null(other);
+}
+
+/* Shapes without weights: nothing of 16 GB is allocated. */
+static void test_seeded_dummies(void **state) {
+    (void)state;
+    struct model *model = NULL;
+    struct error error = {0};
+    assert_int_equal(model_dummy_seeded("llama-3.1-8b", 7, &model, &error), STATUS_OK);
+    const struct program *p = model_program(model);
+    assert_int_equal(p->random_seed, 7);
+    assert_int_equal(p->n_layers, 32);
+    assert_int_equal(p->n_embd, 4096);
+    assert_int_equal(p->n_heads, 32);
+    assert_int_equal(p->n_kv_heads, 8);
+    assert_int_equal(p->head_dim, 128);
+    assert_int_equal(p->n_ff, 14336);
+    assert_int_equal(p->n_vocab, 128256);
+    assert_int_equal(p->context_train, 131072);
+    assert_false(p->tied_head);
+    assert_true(p->rope_dims == 128 && p->rope_frequency[0] == 1 && fabs(p->rope_frequency[63] - pow(500000, -126.0 / 128)) < 1e-12);
+    assert_int_equal(model_parameters(model), 8030261248ull); /* as published */
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < p->n_phases; i++)
+        for (int w = 0; w < 3; w++) {
+            const struct tensor *tensor = &p->phases[i].weight[w];
+            if (!tensor->data) continue;
+            assert_int_equal(tensor->type, TENSOR_F16);
+            bytes += tensor_bytes(tensor);
+        }
+    assert_int_equal(bytes + 65 * 4096 * sizeof(float), model_bytes(model));
+    model_close(model);
+    model = NULL;
+    assert_int_equal(model_dummy_seeded("smollm2-135m", 1, &model, &error), STATUS_OK);
+    assert_true(model_program(model)->tied_head);
+    assert_int_equal(model_parameters(model), 134515008); /* as published */
+    model_close(model);
+    model = NULL;
+    assert_int_equal(model_dummy_seeded("enormous", 1, &model, &error), STATUS_INVALID);
+    assert_null(model);
 }
 
 int main(void) {
@@ -317,6 +360,7 @@ int main(void) {
         cmocka_unit_test(test_the_window_bounds_the_context),
         cmocka_unit_test(test_open_and_describe),
         cmocka_unit_test(test_dummies_follow_their_seed),
+        cmocka_unit_test(test_seeded_dummies),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

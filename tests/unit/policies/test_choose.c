@@ -12,6 +12,7 @@
 #include "base/check.h"
 #include "base/random.h"
 #include "policies/choose.h"
+#include "tests/support/array_backend.h"
 
 #define LANES_MAX 24
 #define SLOTS_MAX 400
@@ -20,11 +21,12 @@ struct scenario {
     struct policy_options options;
     struct choose_request request;
     struct choose_lane lanes[LANES_MAX];
-    uint32_t n_lanes;
+    struct array_lane arrays[LANES_MAX];
+    uint32_t n_lanes, group;
     int32_t positions[LANES_MAX][SLOTS_MAX];
     float raw[LANES_MAX][SLOTS_MAX * 4];
     float norms[LANES_MAX][SLOTS_MAX];
-    uint32_t keep[LANES_MAX][SLOTS_MAX];
+    uint32_t lists[LANES_MAX * SLOTS_MAX];
     uint8_t classes[4 * SLOTS_MAX];
     int32_t tokens[4 * SLOTS_MAX];
     void *scratch;
@@ -41,6 +43,24 @@ static void scenario_free(struct scenario *s) {
     free(s);
 }
 
+/* The choice, with lists here. */
+static void run_choose(struct scenario *s) {
+    struct array_backend *array = array_backend_new(s->request.n_layers, s->request.n_kv_heads, s->group, s->arrays);
+    s->request.block_ids = array->block_ids;
+    s->request.lane_first = array->lane_first;
+    s->request.lane_tokens = array->lane_tokens;
+    s->request.lists = s->lists;
+    s->request.wants_lists = true;
+    choose(&s->request, &array->backend, s->lanes, s->scratch);
+    for (uint32_t l = 0; l < s->request.n_layers * s->request.n_kv_heads; l++) {
+        uint32_t moved = 0;
+        while (moved < s->lanes[l].n_keep && s->lanes[l].keep[moved] == moved) moved++;
+        assert_int_equal(s->lanes[l].first_moved, moved);
+        assert_int_equal(s->lanes[l].n_slots, s->arrays[l].n_slots);
+    }
+    array_backend_free(array);
+}
+
 /* Random geometry, positions with gaps, scores with many ties. */
 static void scenario_draw(struct scenario *s, uint64_t seed, const char *policy, bool same_lengths) {
     struct random random = {seed};
@@ -54,12 +74,12 @@ static void scenario_draw(struct scenario *s, uint64_t seed, const char *policy,
     static const uint32_t sizes[] = {4, 8, 16, 32};
     uint32_t layers = 1 + random_below(&random, 6), heads = 1 + random_below(&random, 4), group = 1 + random_below(&random, 3);
     s->n_lanes = layers * heads;
+    s->group = group;
     uint32_t longest = 1 + random_below(&random, SLOTS_MAX), last = 2 * longest + 5;
     s->request = (struct choose_request){.policy = policy_find(policy),
                                          .options = &s->options,
                                          .n_layers = layers,
                                          .n_kv_heads = heads,
-                                         .group = group,
                                          .block_tokens = sizes[random_below(&random, 4)],
                                          .budget = 1 + random_below(&random, longest + 10),
                                          .n_window = s->options.window,
@@ -73,8 +93,8 @@ static void scenario_draw(struct scenario *s, uint64_t seed, const char *policy,
     uint32_t levels = random_below(&random, 3) == 0 ? 3 : 1000; /* few distinct scores: ties everywhere */
     for (uint32_t l = 0; l < s->n_lanes; l++) {
         uint32_t n = same_lengths ? longest : 1 + random_below(&random, longest);
-        s->lanes[l] =
-            (struct choose_lane){.n_slots = n, .positions = s->positions[l], .raw = s->raw[l], .value_norms = s->norms[l], .keep = s->keep[l]};
+        s->arrays[l] = (struct array_lane){.n_slots = n, .positions = s->positions[l], .raw = s->raw[l], .norms = s->norms[l]};
+        s->lanes[l] = (struct choose_lane){.n_slots = n};
         uint32_t position = last; /* from the newest down, with gaps */
         for (uint32_t i = n; i-- > 0;) {
             s->positions[l][i] = (int32_t)position;
@@ -114,9 +134,9 @@ static double pooled(const struct scenario *s, const double *in, uint32_t n, uin
 static void oracle_scores(const struct scenario *s, uint32_t l, double *score) {
     const struct choose_lane *lane = &s->lanes[l];
     const struct policy *policy = s->request.policy;
-    uint32_t n = lane->n_slots, group = s->request.group;
+    uint32_t n = lane->n_slots, group = s->group;
     double *rows = check_calloc((size_t)n * group, sizeof *rows), *mean = check_calloc(n, sizeof *mean);
-    for (uint32_t i = 0; i < n * group; i++) rows[i] = (double)lane->raw[i];
+    for (uint32_t i = 0; i < n * group; i++) rows[i] = (double)s->raw[l][i];
     for (uint32_t i = 0; i < n; i++) {
         for (uint32_t h = 0; h < group; h++) mean[i] += rows[h * n + i];
         mean[i] /= group;
@@ -166,7 +186,8 @@ static void expect_evicted(const struct scenario *s, uint32_t l, const struct ca
     uint32_t k = 0;
     for (uint32_t i = 0; i < s->lanes[l].n_slots; i++)
         if (!gone[i]) {
-            if (k >= s->lanes[l].n_keep || s->keep[l][k] != i) fail_msg("seed %llu lane %u: slot %u should stay", (unsigned long long)seed, l, i);
+            if (k >= s->lanes[l].n_keep || s->lanes[l].keep[k] != i)
+                fail_msg("seed %llu lane %u: slot %u should stay", (unsigned long long)seed, l, i);
             k++;
         }
     assert_int_equal(k, s->lanes[l].n_keep);
@@ -179,7 +200,7 @@ static void test_uniform_is_the_top_of_a_full_sort(void **state) {
     uint32_t evicting = 0;
     for (uint64_t seed = 1; seed <= 4000; seed++) {
         scenario_draw(s, seed, names[seed % 2], false);
-        choose(&s->request, s->lanes, s->scratch);
+        run_choose(s);
         uint32_t most = 0, reserved = 0;
         for (uint32_t l = 0; l < s->n_lanes; l++) {
             uint32_t protects = 0;
@@ -213,7 +234,7 @@ static void test_blocks_are_the_cheapest_of_all_lanes(void **state) {
     uint64_t freed_in_all = 0, capped = 0;
     for (uint64_t seed = 1; seed <= 20000; seed++) {
         scenario_draw(s, seed, "kv_compress", false);
-        choose(&s->request, s->lanes, s->scratch);
+        run_choose(s);
         uint32_t size = s->request.block_tokens, n_costs = 0, most = 0;
         uint64_t held = 0, freed = 0;
         for (uint32_t l = 0; l < s->n_lanes; l++) {
@@ -257,7 +278,7 @@ static void test_every_policy_keeps_what_is_protected(void **state) {
     for (uint64_t seed = 1; seed <= 500; seed++)
         for (uint32_t p = 0; p < policy_count(); p++) {
             scenario_draw(s, seed, policies[p]->name, seed % 2 == 0);
-            choose(&s->request, s->lanes, s->scratch);
+            run_choose(s);
             uint32_t longest = 0;
             for (uint32_t l = 0; l < s->n_lanes; l++)
                 if (s->lanes[l].n_slots > longest) longest = s->lanes[l].n_slots;
@@ -286,7 +307,7 @@ static void test_layer_pool_follows_the_paper(void **state) {
     uint32_t uneven = 0;
     for (uint64_t seed = 1; seed <= 2000; seed++) {
         scenario_draw(s, seed, "ada_snapkv", true);
-        choose(&s->request, s->lanes, s->scratch);
+        run_choose(s);
         if (s->lanes[0].n_slots <= s->request.budget) continue;
         uint32_t heads = s->request.n_kv_heads;
         for (uint32_t layer = 0; layer < s->request.n_layers; layer++) {
@@ -332,7 +353,7 @@ static void test_ramp_falls_and_keeps_the_average(void **state) {
         s->options.recent_tokens = s->options.sink_tokens = 0;
         for (uint32_t l = 0; l < s->n_lanes; l++) /* the same tokens everywhere, no gaps: the same number is protected */
             for (uint32_t i = 0; i < s->lanes[l].n_slots; i++) s->positions[l][i] = s->request.last_position - (int32_t)(s->lanes[l].n_slots - 1 - i);
-        choose(&s->request, s->lanes, s->scratch);
+        run_choose(s);
         uint32_t layers = s->request.n_layers, heads = s->request.n_kv_heads, n = s->lanes[0].n_slots;
         if (layers < 2 || n <= s->request.budget) continue;
         uint64_t sum = 0;
@@ -356,7 +377,7 @@ static void test_streaming_drops_whole_blocks(void **state) {
     uint32_t dropped = 0;
     for (uint64_t seed = 1; seed <= 2000; seed++) {
         scenario_draw(s, seed, "streaming_llm", true);
-        choose(&s->request, s->lanes, s->scratch);
+        run_choose(s);
         uint32_t size = s->request.block_tokens;
         for (uint32_t l = 0; l < s->n_lanes; l++) {
             const struct choose_lane *lane = &s->lanes[l];
@@ -379,7 +400,7 @@ static void test_ladder(void **state) {
     uint32_t shorter = 0, lanes = 0;
     for (uint64_t seed = 1; seed <= 1000; seed++) {
         scenario_draw(s, seed, "fastgen", false);
-        uint32_t group = s->request.group;
+        uint32_t group = s->group;
         for (uint32_t l = 0; l < s->n_lanes; l++) /* attention: each head's row sums to the number of rows */
             for (uint32_t h = 0; h < group; h++) {
                 float sum = 0, *row = s->raw[l] + h * s->lanes[l].n_slots;
@@ -388,7 +409,7 @@ static void test_ladder(void **state) {
             }
         s->request.budget = SLOTS_MAX;
         s->options.recovery = seed % 3 == 0 ? 1 : 0.5 + 0.4 * random_unit(random_mix(seed));
-        choose(&s->request, s->lanes, s->scratch);
+        run_choose(s);
         for (uint32_t l = 0; l < s->n_lanes; l++) {
             const struct choose_lane *lane = &s->lanes[l];
             double kept = 0;
@@ -412,17 +433,17 @@ static void test_nan_is_lowest_and_older_stays_on_a_tie(void **state) {
     s->request.n_layers = s->request.n_kv_heads = 1;
     s->request.last_position = 10;
     s->request.budget = 3;
-    s->lanes[0].n_slots = 6;
+    s->arrays[0].n_slots = 6;
     static const float raw[] = {1, NAN, 2, 1, 1, 3};
     for (int i = 0; i < 6; i++) {
         s->raw[0][i] = raw[i];
         s->positions[0][i] = i;
     }
-    choose(&s->request, s->lanes, s->scratch);
+    run_choose(s);
     assert_int_equal(s->lanes[0].n_keep, 3);
-    assert_int_equal(s->keep[0][0], 0);
-    assert_int_equal(s->keep[0][1], 2);
-    assert_int_equal(s->keep[0][2], 5);
+    assert_int_equal(s->lanes[0].keep[0], 0);
+    assert_int_equal(s->lanes[0].keep[1], 2);
+    assert_int_equal(s->lanes[0].keep[2], 5);
     scenario_free(s);
 }
 

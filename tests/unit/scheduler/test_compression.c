@@ -262,6 +262,53 @@ static void test_whole_blocks_drop(void **state) {
     fixture_free(f);
 }
 
+/* Whoever has copied a table hears of lanes that were cut, in the middle of a block too, and of blocks that left or were replaced; not of a point at which nothing was evicted. */
+static void test_table_changes(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new((struct scheduler_limits){.prefix_cache = true});
+    add(f, ask(f, 1, 1, 100, 400)); /* shares its blocks with those that follow */
+    step(f);
+    uint32_t first[] = {1, 0}, count[] = {1, 0}, n;
+    const uint32_t *source, *destination;
+    for (uint32_t way = 0; way < 5; way++) {
+        struct scheduler_request request = ask(f, 2 + way, 1, 100, 60);
+        request.points.growing = 20;
+        add(f, request);
+        until_due(f);
+        assert_int_equal(due.n_computed, 120);
+        scheduler_kept(f->scheduler, &due);
+        plan(f);
+        uint32_t table = entry_of(f, 2 + way, 0)->table, changes = entry_of(f, 2 + way, 0)->table_changes;
+        commit(f);
+        until_due(f);
+        uint32_t n_keep[] = {140, 140}, evicted[] = {140, 140};
+        switch (way) {
+        case 0: scheduler_kept(f->scheduler, &due); break;
+        case 1:
+        case 2:
+            if (way == 1)
+                n_keep[1] = evicted[1] = 139; /* one slot of one lane */
+            else
+                n_keep[0] = 40, evicted[0] = 10;
+            assert_non_null(scheduler_compact(f->scheduler, &due, n_keep, evicted));
+            scheduler_compacted(f->scheduler, &due);
+            break;
+        case 3: scheduler_dropped(f->scheduler, &due, first, count); break;
+        default:
+            assert_true(scheduler_own_first(f->scheduler, &due, 1, &n, &source, &destination));
+            assert_int_equal(n, 2);
+            scheduler_kept(f->scheduler, &due);
+        }
+        plan(f);
+        assert_int_equal(entry_of(f, 2 + way, 0)->table, table);
+        assert_int_equal(entry_of(f, 2 + way, 0)->table_changes == changes, way == 0);
+        commit(f);
+        assert_true(scheduler_abort(f->scheduler, 2 + way, 0));
+    }
+    assert_true(scheduler_abort(f->scheduler, 1, 0));
+    fixture_free(f);
+}
+
 static void test_own_first(void **state) {
     (void)state;
     uint32_t n, first[] = {1, 1}, count[] = {1, 1};
@@ -621,6 +668,7 @@ int main(void) {
         cmocka_unit_test(test_cut_at_the_end),
         cmocka_unit_test(test_compaction_gives_way_without_blocks),
         cmocka_unit_test(test_whole_blocks_drop),
+        cmocka_unit_test(test_table_changes),
         cmocka_unit_test(test_own_first),
         cmocka_unit_test(test_own_first_without_blocks),
         cmocka_unit_test(test_a_reader_that_gives_way_leaves_its_forks),

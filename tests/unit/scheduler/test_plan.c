@@ -504,6 +504,39 @@ static void test_queue_is_bounded(void **state) {
     fixture_free(f);
 }
 
+/* While a sequence only grows, its table stays the same to whoever copied it; the next one in the same place is another. */
+static void test_table_changes(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new((struct scheduler_limits){.max_sequences = 2});
+    add(f, ask(f, 1, 1, 40, 90));
+    add(f, ask(f, 2, 2, 40, 3));
+    uint32_t table[3] = {0}, changes[3] = {0};
+    for (uint32_t i = 0; i < 90; i++) {
+        plan(f);
+        for (uint32_t id = 1; id <= 2; id++) {
+            const struct plan_entry *entry = entry_of(f, id, 0);
+            if (!entry) continue;
+            assert_true(entry->table < f->limits.max_sequences && entry->table_changes != 0);
+            if (i == 0) table[id] = entry->table, changes[id] = entry->table_changes;
+            assert_int_equal(entry->table, table[id]);
+            assert_int_equal(entry->table_changes, changes[id]);
+        }
+        commit(f);
+        if (i == 0) assert_int_not_equal(table[1], table[2]);
+    }
+    assert_int_equal(live(f), 0);
+    add(f, ask(f, 3, 3, 40, 3));
+    plan(f);
+    const struct plan_entry *entry = entry_of(f, 3, 0);
+    assert_true(entry->table == table[1] || entry->table == table[2]);
+    assert_int_not_equal(entry->table_changes, changes[entry->table == table[1] ? 1 : 2]);
+    commit(f);
+    drain(f, 5);
+    const struct scheduler_limits limits = {.max_model_len = 100};
+    assert_int_equal(scheduler_table_blocks(&limits), 5);
+    fixture_free(f);
+}
+
 static void test_peak_blocks(void **state) {
     (void)state;
     struct scheduler_limits limits = {.n_lanes = 3};
@@ -561,6 +594,7 @@ int main(void) {
         cmocka_unit_test(test_needed_rows_at_a_replay),
         cmocka_unit_test(test_chunks_fill_the_blocks_there_are),
         cmocka_unit_test(test_queue_is_bounded),
+        cmocka_unit_test(test_table_changes),
         cmocka_unit_test(test_peak_blocks),
 #ifndef KVASIR_SANITIZED
         cmocka_unit_test(test_bytes),

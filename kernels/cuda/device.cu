@@ -1,0 +1,30 @@
+/* Which devices there are, and what memory they have. Owns nothing; any thread, whose current device stays as it was. */
+#include "kernels/cuda/cuda.h"
+
+enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error) {
+    int count = 0;
+    const cudaError_t found = cudaGetDeviceCount(&count);
+    if (found != cudaSuccess || count == 0)
+        return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: %s", found != cudaSuccess ? cudaGetErrorString(found) : "the driver lists none");
+    if (device >= (uint32_t)count) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device %u: there are %d, the first is 0", device, count);
+    CUDA_TRY(error, cudaGetDeviceProperties(properties, (int)device));
+    if (properties->major >= 8) return STATUS_OK;
+    return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; 8.0 is needed", device, properties->name, properties->major,
+                     properties->minor);
+}
+
+enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error) {
+    cudaDeviceProp properties;
+    const enum status status = cuda_find_device(device, &properties, error);
+    if (status != STATUS_OK || (!available_bytes && !total_bytes)) return status;
+    int before = 0;
+    size_t available = 0, total = 0;
+    CUDA_TRY(error, cudaGetDevice(&before));
+    CUDA_TRY(error, cudaSetDevice((int)device));
+    const cudaError_t asked = cudaMemGetInfo(&available, &total);
+    CUDA_TRY(error, cudaSetDevice(before));
+    if (asked != cudaSuccess) return cuda_status(error, asked, "cudaMemGetInfo");
+    if (available_bytes) *available_bytes = available;
+    if (total_bytes) *total_bytes = total;
+    return STATUS_OK;
+}

@@ -1,0 +1,393 @@
+/* Which cached slots stay, on the device (kernels/select.h; the oracle is kernels/select.c: the same keys from the same scores, bit for bit, and the same choice from the same keys). Called by
+ * the engine's thread between steps, runs on cuda->stream. Keys and lists stay in struct score_device from one call to the next; counts come back, and a call waits only for
+ * those that were asked for. Sums of counts are
+ * integers, so that their order does not matter. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/services.h"
+
+/* ---- keys ---- */
+
+struct fold_pass {
+    struct lane_jobs jobs;
+    const float *raw;   /* of a job: [group or 1][n_slots] */
+    const float *norms; /* of a job: [n_slots] */
+    enum rank_source source;
+    enum rank_fold fold;
+    enum rank_pooling pooling;
+    uint64_t seed;
+    uint32_t pooling_kernel, group, value_power, n_kv_heads; /* group: query heads that the kind has numbers for, 1 if it has one a slot */
+    bool per_query_head;
+    int64_t protect_below, protect_above;
+    /* Of the pass's slots, both at the same place: scores become keys. */
+    float *scores;
+    uint32_t *keys;
+    uint32_t *n_protected; /* [n_lanes] */
+};
+
+/* Slot i of n: in the order of the oracle's sums. */
+static __device__ float pooled(const struct fold_pass &pass, const float *in, uint32_t n, uint32_t i) {
+    if (pass.pooling == RANK_POOL_NONE || pass.pooling_kernel <= 1) return in[i];
+    const uint32_t half = pass.pooling_kernel / 2, first = i < half ? 0 : i - half, last = i + half < n ? i + half : n - 1;
+    float sum = 0, max = -3.402823466e+38f;
+    for (uint32_t j = first; j <= last; j++) {
+        sum = __fadd_rn(sum, in[j]);
+        max = in[j] > max ? in[j] : max;
+    }
+    return pass.pooling == RANK_POOL_MAX ? max : __fdiv_rn(sum, (float)pass.pooling_kernel);
+}
+
+/* The mean over the query heads at slot i. */
+static __device__ float mean_of(const struct fold_pass &pass, const float *raw, uint32_t n, uint32_t i) {
+    float sum = 0;
+    for (uint32_t h = 0; h < pass.group; h++) sum = __fadd_rn(sum, raw[(size_t)h * n + i]);
+    return __fdiv_rn(sum, (float)pass.group);
+}
+
+static __device__ float folded(const struct fold_pass &pass, const float *raw, uint32_t n, uint32_t i) {
+    if (!pass.per_query_head) return raw[i];
+    if (pass.fold == RANK_FOLD_MEAN) return mean_of(pass, raw, n, i);
+    float sum = 0;
+    if (pass.fold == RANK_FOLD_SUM_OF_POOLED) {
+        for (uint32_t h = 0; h < pass.group; h++) sum = __fadd_rn(sum, pooled(pass, raw + (size_t)h * n, n, i));
+        return sum;
+    }
+    if (pass.pooling == RANK_POOL_NONE || pass.pooling_kernel <= 1) return mean_of(pass, raw, n, i);
+    const uint32_t half = pass.pooling_kernel / 2, first = i < half ? 0 : i - half, last = i + half < n ? i + half : n - 1;
+    float max = -3.402823466e+38f;
+    for (uint32_t j = first; j <= last; j++) {
+        const float mean = mean_of(pass, raw, n, j);
+        sum = __fadd_rn(sum, mean);
+        max = mean > max ? mean : max;
+    }
+    return pass.pooling == RANK_POOL_MAX ? max : __fdiv_rn(sum, (float)pass.pooling_kernel);
+}
+
+/* base/random.h's, which only the host can call. */
+static __device__ uint64_t mixed(uint64_t x) {
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+static __device__ float random_of(uint64_t seed, uint32_t position) {
+    const uint64_t bits = mixed(mixed(mixed(mixed(seed) ^ position)));
+    return (float)(bits >> 40) * 0x1p-24f;
+}
+
+static __device__ inline int32_t position_of(const struct lane_jobs &jobs, const struct lane_job &job, uint32_t slot) {
+    return jobs.pool.positions[(size_t)jobs.ids[job.first_id + slot / BLOCK_TOKENS] * BLOCK_TOKENS + slot % BLOCK_TOKENS];
+}
+
+/* Grid: splits; a thread a slot. */
+static __global__ void __launch_bounds__(THREADS) fold_kernel(const struct fold_pass pass) {
+    const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
+    const uint32_t slot = (blockIdx.x - job.first_split) * SPLIT_SLOTS + threadIdx.x, n = job.n_slots;
+    if (slot >= n) return;
+    float score;
+    if (pass.source == RANK_SCORES) {
+        score = folded(pass, pass.raw + job.slots_before * pass.group, n, slot);
+        if (pass.value_power > 0) {
+            const float norm = pass.norms[job.slots_before + slot];
+            score = __fmul_rn(score, pass.value_power == 2 ? __fmul_rn(norm, norm) : norm);
+        }
+    } else {
+        const int32_t position = position_of(pass.jobs, job, slot);
+        score = pass.source == RANK_POSITIONS ? (float)position : random_of(pass.seed, (uint32_t)position);
+    }
+    pass.scores[job.slots_before + slot] = score;
+}
+
+/* Grid: jobs. The first lane of a layer, where no lane of it is empty and all hold the same positions, averages all of them. */
+static __global__ void __launch_bounds__(THREADS) layer_mean_kernel(const struct fold_pass pass) {
+    const uint32_t heads = pass.n_kv_heads, at = blockIdx.x;
+    const struct lane_job job = pass.jobs.job[at];
+    if (job.lane % heads != 0 || at + heads > pass.jobs.n_jobs || pass.jobs.job[at + heads - 1].lane != job.lane + heads - 1) return;
+    bool same = true;
+    for (uint32_t h = 1; h < heads; h++) {
+        const struct lane_job other = pass.jobs.job[at + h];
+        if (other.n_slots != job.n_slots) {
+            same = false;
+            break;
+        }
+        for (uint32_t i = threadIdx.x; i < job.n_slots; i += THREADS)
+            same = same && position_of(pass.jobs, job, i) == position_of(pass.jobs, other, i);
+    }
+    if (!__syncthreads_and(same)) return;
+    float *scores = pass.scores + job.slots_before;
+    for (uint32_t i = threadIdx.x; i < job.n_slots; i += THREADS) {
+        float sum = 0;
+        for (uint32_t h = 0; h < heads; h++) sum = __fadd_rn(sum, scores[(size_t)h * job.n_slots + i]);
+        sum = __fdiv_rn(sum, (float)heads);
+        for (uint32_t h = 0; h < heads; h++) scores[(size_t)h * job.n_slots + i] = sum;
+    }
+}
+
+/* Grid: splits; a thread a slot. */
+static __global__ void __launch_bounds__(THREADS) key_kernel(const struct fold_pass pass) {
+    const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
+    const uint32_t slot = (blockIdx.x - job.first_split) * SPLIT_SLOTS + threadIdx.x;
+    bool stays = false;
+    if (slot < job.n_slots) {
+        const int32_t position = position_of(pass.jobs, job, slot);
+        stays = position < pass.protect_below || position > pass.protect_above;
+        const float score = pass.scores[job.slots_before + slot];
+        pass.keys[job.slots_before + slot] = stays ? RANK_PROTECTED : select_key(score);
+    }
+    const int count = __syncthreads_count(stays);
+    if (threadIdx.x == 0 && count > 0) atomicAdd(pass.n_protected + job.lane, (uint32_t)count);
+}
+
+static void rank_pass(struct cuda *cuda, const struct rank_request *request, uint32_t first, const struct pass_plan *plan, float *scores) {
+    struct score_device *score = cuda->score;
+    const bool scored = request->source == RANK_SCORES;
+    const struct lane_jobs jobs = stage_pass(cuda, &request->score, first, plan);
+    struct fold_pass pass = {};
+    pass.jobs = jobs;
+    pass.source = request->source, pass.fold = request->fold, pass.pooling = request->pooling;
+    pass.seed = request->seed;
+    pass.per_query_head = score_per_query_head(request->score.kind);
+    pass.pooling_kernel = request->pooling_kernel, pass.group = pass.per_query_head ? cuda->group : 1;
+    pass.value_power = request->value_power, pass.n_kv_heads = cuda->program->n_kv_heads;
+    pass.protect_below = request->protect_below, pass.protect_above = request->protect_above;
+    pass.raw = score->numbers;
+    pass.norms = score->numbers + plan->n_slots * pass.group;
+    pass.scores = (float *)(void *)(score->keys + score->lane_at[first]);
+    pass.keys = score->keys + score->lane_at[first];
+    pass.n_protected = score->n_protected;
+    if (scored) {
+        score_pass(cuda, &request->score, &jobs, score->numbers);
+        if (request->value_power > 0) {
+            struct score_request norms = request->score;
+            norms.kind = SCORE_VALUE_NORM;
+            score_pass(cuda, &norms, &jobs, score->numbers + plan->n_slots * pass.group);
+        }
+    }
+    fold_kernel<<<jobs.n_splits, THREADS, 0, cuda->stream>>>(pass);
+    if (request->layer_mean) layer_mean_kernel<<<jobs.n_jobs, THREADS, 0, cuda->stream>>>(pass);
+    CUDA_CHECK(cudaGetLastError());
+    if (scores) read_back(cuda, scores + score->lane_at[first], pass.scores, plan->n_slots * sizeof *scores);
+    /* The lists of the pass may have made room for others only once it has run: they were taken before read_back, and nothing was since. */
+    key_kernel<<<jobs.n_splits, THREADS, 0, cuda->stream>>>(pass);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores) {
+    struct cuda *cuda = cuda_of(backend);
+    struct score_device *score = cuda->score;
+    const uint32_t per_slot = (score_per_query_head(request->score.kind) ? cuda->group : 1) + (request->value_power > 0);
+    size_t n_slots = 0;
+    CHECK(score->rank_slots > 0 && request->value_power <= 2);
+    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
+        CHECK(request->score.lane_tokens[lane] <= score->rank_slots);
+        score->lane_slots_ranked[lane] = request->score.lane_tokens[lane];
+        score->lane_at[lane] = n_slots;
+        n_slots += request->score.lane_tokens[lane];
+    }
+    CUDA_CHECK(cudaMemsetAsync(score->n_protected, 0, cuda->n_lanes * sizeof *score->n_protected, cuda->stream));
+    const uint32_t each = request->layer_mean ? cuda->program->n_kv_heads : 1;
+    for (uint32_t first = 0; first < cuda->n_lanes;) {
+        const struct pass_plan plan = plan_pass(cuda, &request->score, first, cuda->n_lanes, each, per_slot);
+        if (plan.n_jobs > 0) rank_pass(cuda, request, first, &plan, scores);
+        first = plan.end;
+    }
+    if (n_protected) read_back(cuda, n_protected, score->n_protected, cuda->n_lanes * sizeof *n_protected);
+}
+
+/* ---- counting keys by a byte ---- */
+
+struct ranked_lane {
+    const uint32_t *keys;
+    uint32_t n_slots;
+};
+
+/* Inclusive sums of one number a thread, in all threads' order. */
+static __device__ uint32_t scan_threads(uint32_t x, uint32_t *shared) {
+    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    for (uint32_t distance = 1; distance < WARP; distance *= 2) {
+        const uint32_t y = __shfl_up_sync(0xffffffffu, x, distance);
+        if (lane >= distance) x += y;
+    }
+    __syncthreads(); /* what was read of the sums before */
+    if (lane == WARP - 1) shared[warp] = x;
+    __syncthreads();
+    for (uint32_t w = 0; w < warp; w++) x += shared[w];
+    return x;
+}
+
+struct byte_counts {
+    uint32_t counts[WARPS][256]; /* a warp has its own: most keys share their high bytes */
+    uint32_t sums[WARPS];
+};
+
+/* Thread t: how many keys of the lane begin with `prefix` (under `mask`) and have a byte <= t at `shift`. Protected keys count only if `all`. */
+static __device__ uint32_t count_bytes(const struct ranked_lane &lane, uint32_t prefix, uint32_t mask, int shift, bool all,
+                                       struct byte_counts *shared) {
+    const uint32_t t = threadIdx.x, warp = t / WARP;
+    __syncthreads();
+    for (int w = 0; w < WARPS; w++) shared->counts[w][t] = 0;
+    __syncthreads();
+    for (uint32_t i = t; i < lane.n_slots; i += THREADS) {
+        const uint32_t key = lane.keys[i];
+        if ((all || key != RANK_PROTECTED) && (key & mask) == prefix) atomicAdd(&shared->counts[warp][key >> shift & 255], 1u);
+    }
+    __syncthreads();
+    uint32_t count = 0;
+    for (int w = 0; w < WARPS; w++) count += shared->counts[w][t];
+    return scan_threads(count, shared->sums);
+}
+
+/* ---- cut ---- */
+
+struct cut_pass {
+    const uint32_t *keys, *n_protected, *needed; /* needed [groups] */
+    const uint2 *lanes;                          /* [n_lanes] where its keys begin, how many */
+    uint32_t lanes_each, unit;
+    uint32_t *below;      /* [n_lanes] slots below the prefix found so far */
+    uint32_t *counted;    /* [n_lanes][256] inclusive counts of the round before */
+    uint32_t *freed;      /* [groups][4][256] units that come free with all keys up to a byte, by round; begins at 0 */
+    struct cut_lane *out; /* [n_lanes] */
+};
+
+/* Grid: lanes. Round r: takes over the byte that round r - 1 found, counts the next one. Round 4 only takes over. */
+static __global__ void __launch_bounds__(THREADS) cut_kernel(const struct cut_pass pass, int round) {
+    __shared__ struct byte_counts shared;
+    const uint32_t lane = blockIdx.x, group = lane / pass.lanes_each, needed = pass.needed[group], t = threadIdx.x;
+    if (needed == 0) {
+        if (round == 4 && t == 0) pass.out[lane] = {0, 0};
+        return;
+    }
+    const uint32_t *freed = pass.freed + (size_t)group * 4 * 256;
+    uint32_t *counted = pass.counted + (size_t)lane * 256;
+    uint32_t prefix = 0, mask = 0, byte = 0;
+    for (int r = 0; r < round; r++) { /* the least byte that frees enough; sums do not fall from byte to byte */
+        byte = (uint32_t)__syncthreads_count(freed[r * 256 + t] < needed);
+        if (byte > 255) byte = 255;
+        prefix |= byte << (24 - 8 * r);
+        mask |= 255u << (24 - 8 * r);
+    }
+    const uint32_t before = round > 0 && byte > 0 ? counted[byte - 1] : 0, upto = round > 0 ? counted[byte] : 0;
+    const uint32_t below = (round > 0 ? pass.below[lane] : 0) + before;
+    __syncthreads(); /* all have read the round before */
+    if (t == 0) pass.below[lane] = below;
+    if (round == 4) {
+        if (t == 0) pass.out[lane] = {below, upto - before};
+        return;
+    }
+    const struct ranked_lane ranked = {pass.keys + pass.lanes[lane].x, pass.lanes[lane].y};
+    const uint32_t count = count_bytes(ranked, prefix, mask, 24 - 8 * round, false, &shared);
+    counted[t] = count;
+    const uint32_t units = select_units(ranked.n_slots, pass.n_protected[lane], pass.unit, below + count);
+    if (units > 0) atomicAdd(pass.freed + ((size_t)group * 4 + (uint32_t)round) * 256 + t, units);
+}
+
+static uint2 *stage_lanes(const struct cuda *cuda, uint2 *lanes) {
+    const struct score_device *score = cuda->score;
+    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) lanes[lane] = make_uint2((uint32_t)score->lane_at[lane], score->lane_slots_ranked[lane]);
+    return lanes + cuda->n_lanes;
+}
+
+void cuda_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes) {
+    struct cuda *cuda = cuda_of(backend);
+    struct score_device *score = cuda->score;
+    CHECK(score->rank_slots > 0 && request->lanes_each > 0 && cuda->n_lanes % request->lanes_each == 0 && request->unit > 0);
+    const uint32_t groups = cuda->n_lanes / request->lanes_each;
+    const size_t bytes = cuda->n_lanes * sizeof(uint2) + groups * sizeof(uint32_t);
+    struct cut_pass pass = {};
+    uint2 *host = (uint2 *)stage_take(cuda, bytes, &pass.lanes);
+    memcpy(stage_lanes(cuda, host), request->needed, groups * sizeof(uint32_t));
+    stage_send(cuda, host, bytes);
+    pass.keys = score->keys, pass.n_protected = score->n_protected;
+    pass.needed = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
+    pass.lanes_each = request->lanes_each, pass.unit = request->unit;
+    pass.below = score->cut_below, pass.counted = score->cut_counted, pass.freed = score->cut_freed;
+    pass.out = (struct cut_lane *)(void *)score->lane_results;
+    CUDA_CHECK(cudaMemsetAsync(pass.freed, 0, (size_t)groups * 4 * 256 * sizeof(uint32_t), cuda->stream));
+    for (int round = 0; round <= 4; round++) cut_kernel<<<cuda->n_lanes, THREADS, 0, cuda->stream>>>(pass, round);
+    CUDA_CHECK(cudaGetLastError());
+    read_back(cuda, lanes, pass.out, cuda->n_lanes * sizeof *lanes);
+}
+
+/* ---- keep ---- */
+
+struct keep_pass {
+    const uint32_t *keys, *n_protected, *evict;
+    const uint2 *lanes;
+    uint32_t *kept;
+    struct kept_lane *out;
+};
+
+/* The key of ascending rank `rank` (< n), how many are below it and how many equal. */
+static __device__ uint32_t key_of_rank(const struct ranked_lane &lane, uint32_t rank, uint32_t *below, uint32_t *equal, struct byte_counts *shared) {
+    __shared__ uint32_t cumulative[256];
+    uint32_t prefix = 0, mask = 0;
+    *below = *equal = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        const uint32_t count = count_bytes(lane, prefix, mask, shift, true, shared);
+        const uint32_t byte = (uint32_t)__syncthreads_count(*below + count <= rank);
+        cumulative[threadIdx.x] = count;
+        __syncthreads();
+        const uint32_t before = byte > 0 ? cumulative[byte - 1] : 0;
+        *below += before;
+        *equal = cumulative[byte] - before;
+        prefix |= byte << shift;
+        mask |= 255u << shift;
+        __syncthreads();
+    }
+    return prefix;
+}
+
+/* Grid: lanes. */
+static __global__ void __launch_bounds__(THREADS) keep_kernel(const struct keep_pass pass) {
+    __shared__ struct byte_counts shared;
+    __shared__ uint32_t first_gone;
+    const uint32_t lane = blockIdx.x, t = threadIdx.x;
+    const struct ranked_lane ranked = {pass.keys + pass.lanes[lane].x, pass.lanes[lane].y};
+    const uint32_t n = ranked.n_slots, evictable = n - pass.n_protected[lane], evict = pass.evict[lane] < evictable ? pass.evict[lane] : evictable;
+    uint32_t *kept = pass.kept + pass.lanes[lane].x, threshold = 0, equal_kept = 0, n_keep = 0, n_equal = 0;
+    if (t == 0) first_gone = n;
+    if (evict > 0) {
+        uint32_t below, equal;
+        threshold = key_of_rank(ranked, evict - 1, &below, &equal, &shared);
+        equal_kept = equal - (evict - below); /* the older ones */
+    }
+    __syncthreads();
+    for (uint32_t begin = 0; begin < n; begin += THREADS) {
+        const uint32_t slot = begin + t;
+        const bool mine = slot < n;
+        const uint32_t key = mine ? ranked.keys[slot] : 0;
+        const bool equals = mine && evict > 0 && key == threshold;
+        const uint32_t equal_rank = n_equal + scan_threads(equals, shared.sums) - equals;
+        n_equal += (uint32_t)__syncthreads_count(equals);
+        const bool stays = mine && (evict == 0 || key > threshold || (equals && equal_rank < equal_kept));
+        const uint32_t at = n_keep + scan_threads(stays, shared.sums) - stays;
+        n_keep += (uint32_t)__syncthreads_count(stays);
+        if (stays)
+            kept[at] = slot;
+        else if (mine)
+            atomicMin(&first_gone, slot);
+    }
+    __syncthreads();
+    if (t == 0) pass.out[lane] = {n_keep, first_gone < n_keep ? first_gone : n_keep};
+}
+
+void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
+    struct cuda *cuda = cuda_of(backend);
+    struct score_device *score = cuda->score;
+    CHECK(score->rank_slots > 0);
+    const size_t bytes = cuda->n_lanes * (sizeof(uint2) + sizeof(uint32_t));
+    struct keep_pass pass = {};
+    uint2 *host = (uint2 *)stage_take(cuda, bytes, &pass.lanes);
+    memcpy(stage_lanes(cuda, host), evict, cuda->n_lanes * sizeof(uint32_t));
+    stage_send(cuda, host, bytes);
+    pass.keys = score->keys, pass.n_protected = score->n_protected, pass.evict = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
+    pass.kept = score->kept;
+    pass.out = (struct kept_lane *)(void *)score->lane_results;
+    keep_kernel<<<cuda->n_lanes, THREADS, 0, cuda->stream>>>(pass);
+    CUDA_CHECK(cudaGetLastError());
+    read_back(cuda, lanes, pass.out, cuda->n_lanes * sizeof *lanes);
+    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) score->n_kept[lane] = lanes[lane].n_keep;
+    const uint32_t last = cuda->n_lanes - 1;
+    if (keep) read_back(cuda, keep, score->kept, (score->lane_at[last] + score->lane_slots_ranked[last]) * sizeof *keep);
+}

@@ -1,0 +1,317 @@
+/* Ranking, cutting and listing the slots that stay, on every backend that computes and for every KV dtype: keys bit for bit those that the backend's own scores make by the oracle
+ * (kernels/select.c), cuts and lists those of slow searches through the keys, and a compaction by a list that stayed in the backend. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "base/check.h"
+#include "base/random.h"
+#include "tests/support/array_backend.h"
+#include "tests/support/backends.h"
+#include "tests/support/tiny_program.h"
+
+enum {
+    TOKENS = 300,
+    LANE_BLOCKS = 10,
+    LANES = 4,
+    HEADS = 2,
+    GROUP = 2,
+    POOL = 2 * LANES * LANE_BLOCKS, /* the second half is free */
+    RING_ROWS = 40,
+    ROUNDS = 60,
+    D = 32,
+};
+
+/* One sequence on one backend, and all that it has about its slots. */
+struct cache {
+    struct program *program;
+    struct backend *backend;
+    const struct backend_ops *ops;
+    uint32_t ids[POOL], lane_first[LANES], lane_tokens[LANES];
+    int32_t positions[LANES][LANE_BLOCKS * BLOCK_TOKENS];
+    float raw[LANES][GROUP * TOKENS], norms[LANES][TOKENS];
+};
+
+static uint32_t blocks_of(uint32_t slots) { return (slots + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
+
+static void run_rows(struct cache *cache, uint32_t rows) {
+    int32_t tokens[TOKENS], positions[TOKENS];
+    struct sample_result result;
+    struct error error;
+    for (uint32_t i = 0; i < rows; i++) {
+        tokens[i] = (int32_t)(random_at(3, 0, 0, i) % 64);
+        positions[i] = (int32_t)i;
+    }
+    const struct batch_sequence sequence = {
+        .n_rows = rows, .lane_first = cache->lane_first, .lane_tokens = cache->lane_tokens, .ring = 2, .accumulate = true};
+    const struct batch batch = {
+        .n_rows = rows, .n_sequences = 1, .tokens = tokens, .positions = positions, .sequences = &sequence, .block_ids = cache->ids};
+    assert_int_equal(cache->ops->submit(cache->backend, &batch, &error), STATUS_OK);
+    assert_int_equal(cache->ops->sync(cache->backend, &result, &error), STATUS_OK);
+    for (uint32_t lane = 0; lane < LANES; lane++) cache->lane_tokens[lane] = rows;
+}
+
+/* Lanes of one layer end up with the same slots, those of the other with their own, one with very few. */
+static void thin_lanes(struct cache *cache, struct random *random) {
+    static uint32_t keep[LANES][TOKENS];
+    struct compaction items[LANES];
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        uint32_t n = 0, *ids = cache->ids + cache->lane_first[lane];
+        for (uint32_t i = 0; i < cache->lane_tokens[lane]; i++) {
+            bool stays = lane < HEADS ? random_at(5, 0, 0, i) % 8 != 0 : random_below(random, lane == LANES - 1 ? 40 : 2) == 0;
+            if (stays || i == 7) keep[lane][n++] = i;
+        }
+        items[lane] = (struct compaction){.source = ids, .n_slots = cache->lane_tokens[lane], .keep = keep[lane], .n_keep = n, .destination = ids};
+    }
+    cache->ops->compact(cache->backend, LANES, items);
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        cache->lane_tokens[lane] = items[lane].n_keep;
+        cache->ops->read_positions(cache->backend, blocks_of(items[lane].n_keep), cache->ids + cache->lane_first[lane], cache->positions[lane]);
+    }
+}
+
+static void open_cache(struct cache *cache, const struct backend_ops *ops, enum kv_dtype dtype, struct random *random) {
+    struct tiny_shape shape = tiny_shape_default();
+    *cache = (struct cache){.program = tiny_program_new(&shape), .ops = ops};
+    const struct backend_limits limits = {.kv_dtype = dtype,
+                                          .n_blocks = POOL,
+                                          .max_rows = TOKENS,
+                                          .max_sequences = 1,
+                                          .max_samples = 1,
+                                          .threads = 2,
+                                          .n_rings = 2,
+                                          .ring_rows = RING_ROWS,
+                                          .accumulators = true,
+                                          .rank_slots = TOKENS};
+    struct error error = {0};
+    if (ops->prepare(cache->program, &limits, &cache->backend, &error) != STATUS_OK) fail_msg("%s: %s", ops->name, error.text);
+    for (uint32_t i = 0; i < POOL; i++) cache->ids[i] = i * 37 % POOL; /* 37 and the pool's size have no common divisor */
+    for (uint32_t lane = 0; lane < LANES; lane++) cache->lane_first[lane] = lane * LANE_BLOCKS;
+    run_rows(cache, TOKENS);
+    thin_lanes(cache, random);
+}
+
+static struct rank_request draw_request(const struct cache *cache, struct random *random) {
+    return (struct rank_request){.source = random_below(random, 5) ? RANK_SCORES : RANK_POSITIONS + random_below(random, 2),
+                                 .seed = random_next(random),
+                                 .score = {.kind = (enum score_kind)random_below(random, SCORE_KINDS),
+                                           .ring = 2,
+                                           .last_position = TOKENS - 1,
+                                           .n_window = 1 + random_below(random, RING_ROWS),
+                                           .ahead = 64,
+                                           .block_ids = cache->ids,
+                                           .lane_first = cache->lane_first,
+                                           .lane_tokens = cache->lane_tokens},
+                                 .fold = (enum rank_fold)random_below(random, 3),
+                                 .pooling = (enum rank_pooling)random_below(random, 3),
+                                 .pooling_kernel = 1 + 2 * random_below(random, 4),
+                                 .value_power = random_below(random, 3),
+                                 .layer_mean = random_below(random, 3) == 0,
+                                 .protect_below = random_below(random, 6),
+                                 .protect_above = (int64_t)TOKENS - random_below(random, random_below(random, 10) ? 40 : TOKENS)};
+}
+
+/* What the backend itself scores, as arrays. */
+static void read_scores(struct cache *cache, const struct rank_request *request) {
+    size_t offset[LANES];
+    static float numbers[LANES * GROUP * TOKENS];
+    for (int values = 0; values < 2; values++) {
+        struct score_request score = request->score;
+        if (values) score.kind = SCORE_VALUE_NORM;
+        score.n_lanes = LANES;
+        score.offset = offset;
+        for (uint32_t lane = 0; lane < LANES; lane++) offset[lane] = (size_t)lane * GROUP * TOKENS;
+        cache->ops->score(cache->backend, &score, numbers);
+        for (uint32_t lane = 0; lane < LANES; lane++) {
+            size_t n = (score_per_query_head(score.kind) ? GROUP : 1) * (size_t)cache->lane_tokens[lane];
+            memcpy(values ? cache->norms[lane] : cache->raw[lane], numbers + offset[lane], n * sizeof *numbers);
+        }
+    }
+}
+
+static int ascending(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* The least of the group's keys at which enough comes free, tried one after another. */
+static void expect_cut(const struct cache *cache, uint32_t (*keys)[TOKENS], const uint32_t *n_protected, const struct cut_request *request,
+                       uint32_t group, const struct cut_lane *got) {
+    uint32_t first = group * request->lanes_each, end = first + request->lanes_each, n = 0, threshold = 0;
+    static uint32_t all[LANES * TOKENS];
+    uint64_t possible = 0;
+    for (uint32_t l = first; l < end; l++) {
+        for (uint32_t i = 0; i < cache->lane_tokens[l]; i++)
+            if (keys[l][i] != RANK_PROTECTED) all[n++] = keys[l][i];
+        possible += select_units(cache->lane_tokens[l], n_protected[l], request->unit, UINT32_MAX);
+    }
+    if (request->needed[group] == 0 || request->needed[group] > possible) {
+        for (uint32_t l = first; l < end && request->needed[group] == 0; l++) assert_true(got[l].below == 0 && got[l].equal == 0);
+        return; /* nothing is asked, or more than there is: all count as below */
+    }
+    qsort(all, n, sizeof *all, ascending);
+    for (uint32_t k = 0; k < n; k++) {
+        uint64_t freed = 0;
+        threshold = all[k];
+        for (uint32_t l = first; l < end; l++) {
+            uint32_t count = 0;
+            for (uint32_t i = 0; i < cache->lane_tokens[l]; i++) count += keys[l][i] != RANK_PROTECTED && keys[l][i] <= threshold;
+            freed += select_units(cache->lane_tokens[l], n_protected[l], request->unit, count);
+        }
+        if (freed >= request->needed[group]) break;
+    }
+    for (uint32_t l = first; l < end; l++) {
+        uint32_t below = 0, equal = 0;
+        for (uint32_t i = 0; i < cache->lane_tokens[l]; i++) {
+            below += keys[l][i] < threshold;
+            equal += keys[l][i] == threshold;
+        }
+        if (got[l].below != below || got[l].equal != equal)
+            fail_msg("%s: unit %u, %u needed: lane %u has %u below and %u equal, expected %u and %u", cache->ops->name, request->unit,
+                     request->needed[group], l, got[l].below, got[l].equal, below, equal);
+    }
+}
+
+static void check_cuts(const struct cache *cache, struct array_backend *array, uint32_t (*keys)[TOKENS], const uint32_t *n_protected,
+                       struct random *random) {
+    static const uint32_t each[] = {1, HEADS, LANES}, units[] = {1, 8, BLOCK_TOKENS};
+    uint32_t needed[LANES];
+    struct cut_lane got[LANES], host[LANES];
+    struct cut_request request = {.lanes_each = each[random_below(random, 3)], .unit = units[random_below(random, 3)], .needed = needed};
+    for (uint32_t g = 0; g < LANES / request.lanes_each; g++)
+        needed[g] = random_below(random, 4) ? random_below(random, TOKENS / request.unit + 2) : random_below(random, 2) * 5000;
+    memset(got, 0xa5, sizeof got);
+    cache->ops->cut(cache->backend, &request, got);
+    host_cut(&array->backend, &request, host);
+    assert_memory_equal(got, host, sizeof got);
+    for (uint32_t g = 0; g < LANES / request.lanes_each; g++) expect_cut(cache, keys, n_protected, &request, g, got);
+}
+
+/* Lists, and a compaction into free blocks by the lists that stayed in the backend: each slot is known by its position. */
+static void check_keep(const struct cache *cache, struct array_backend *array, struct random *random) {
+    static uint32_t lists[LANES * TOKENS], host_lists[LANES * TOKENS];
+    uint32_t evict[LANES], next = POOL / 2;
+    int32_t positions[LANE_BLOCKS * BLOCK_TOKENS];
+    struct kept_lane got[LANES], host[LANES];
+    struct compaction items[LANES];
+    for (uint32_t l = 0; l < LANES; l++)
+        evict[l] = random_below(random, 4) ? random_below(random, cache->lane_tokens[l] + 1) : random_below(random, 2) * TOKENS;
+    memset(got, 0xa5, sizeof got);
+    cache->ops->keep(cache->backend, evict, got, random_below(random, 2) ? lists : NULL);
+    host_keep(&array->backend, evict, host, host_lists);
+    assert_memory_equal(got, host, sizeof got);
+    cache->ops->keep(cache->backend, evict, got, lists); /* asking again changes nothing */
+    size_t at = 0;
+    for (uint32_t l = 0; l < LANES; at += cache->lane_tokens[l++]) {
+        assert_memory_equal(lists + at, host_lists + at, got[l].n_keep * sizeof *lists);
+        items[l] = (struct compaction){.source = cache->ids + cache->lane_first[l],
+                                       .n_slots = cache->lane_tokens[l],
+                                       .n_keep = got[l].n_keep,
+                                       .destination = cache->ids + next,
+                                       .lane = l};
+        next += blocks_of(got[l].n_keep);
+    }
+    cache->ops->compact(cache->backend, LANES, items);
+    at = 0;
+    for (uint32_t l = 0; l < LANES; at += cache->lane_tokens[l++]) {
+        cache->ops->read_positions(cache->backend, blocks_of(got[l].n_keep), items[l].destination, positions);
+        for (uint32_t i = 0; i < got[l].n_keep; i++) assert_int_equal(positions[i], cache->positions[l][lists[at + i]]);
+    }
+}
+
+static void check_round(struct cache *cache, struct random *random) {
+    static float scores[LANES * TOKENS], host_scores[LANES * TOKENS];
+    static uint32_t keys[LANES][TOKENS];
+    struct rank_request request = draw_request(cache, random);
+    uint32_t n_protected[LANES], host_protected[LANES];
+    struct array_lane lanes[LANES];
+    read_scores(cache, &request);
+    for (uint32_t l = 0; l < LANES; l++)
+        lanes[l] =
+            (struct array_lane){.n_slots = cache->lane_tokens[l], .positions = cache->positions[l], .raw = cache->raw[l], .norms = cache->norms[l]};
+    struct array_backend *array = array_backend_new(LANES / HEADS, HEADS, GROUP, lanes);
+    struct rank_request host = request;
+    host.score.block_ids = array->block_ids;
+    host.score.lane_first = array->lane_first;
+    host.score.lane_tokens = array->lane_tokens;
+    host_rank(&array->backend, &host, host_protected, host_scores);
+    memset(scores, 0xa5, sizeof scores);
+    memset(n_protected, 0xa5, sizeof n_protected);
+    cache->ops->rank(cache->backend, &request, n_protected, random_below(random, 2) ? scores : NULL);
+    assert_memory_equal(n_protected, host_protected, sizeof n_protected);
+    cache->ops->rank(cache->backend, &request, n_protected, scores);
+    size_t at = 0;
+    for (uint32_t l = 0; l < LANES; at += cache->lane_tokens[l++])
+        for (uint32_t i = 0; i < cache->lane_tokens[l]; i++) {
+            if (memcmp(&scores[at + i], &host_scores[at + i], sizeof *scores) != 0)
+                fail_msg("%s, kind %d, fold %d, pooling %d of %u, value power %u: lane %u slot %u has %.9g, expected %.9g", cache->ops->name,
+                         request.score.kind, request.fold, request.pooling, request.pooling_kernel, request.value_power, l, i, (double)scores[at + i],
+                         (double)host_scores[at + i]);
+            bool stays = cache->positions[l][i] < request.protect_below || cache->positions[l][i] > request.protect_above;
+            keys[l][i] = stays ? RANK_PROTECTED : select_key(scores[at + i]);
+        }
+    for (int i = 0; i < 3; i++) check_cuts(cache, array, keys, n_protected, random);
+    for (int i = 0; i < 2; i++) check_keep(cache, array, random);
+    array_backend_free(array);
+}
+
+static void test_choice(const struct backend_ops *ops, enum kv_dtype dtype) {
+    static struct cache cache;
+    struct random random = {(uint64_t)dtype + 11};
+    open_cache(&cache, ops, dtype, &random);
+    for (int round = 0; round < ROUNDS; round++) check_round(&cache, &random);
+    ops->close(cache.backend);
+    tiny_program_free(cache.program);
+}
+
+static void test_on_every_backend(void **state) {
+    (void)state;
+    const struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    for (const struct backend_ops *const *ops = backends; *ops; ops++) {
+        if (*ops == &backend_mock || !test_runs_on(*ops)) continue;
+        for (int dtype = 0; dtype < KV_DTYPES; dtype++)
+            if ((*ops)->block_bytes(program, (enum kv_dtype)dtype) > 0) test_choice(*ops, (enum kv_dtype)dtype);
+    }
+    tiny_program_free(program);
+}
+
+/* Bits of floats in the order of floats; NaN below all. */
+static void test_keys_are_in_order(void **state) {
+    (void)state;
+    static const float ascending_floats[] = {-1e30f, -2, -1, -1e-30f, 0, 1e-40f, 1, 2, 3e38f};
+    for (size_t i = 1; i < sizeof ascending_floats / sizeof *ascending_floats; i++)
+        assert_true(select_key(ascending_floats[i - 1]) < select_key(ascending_floats[i]));
+    const uint32_t largest_nan = 0x7fffffffu, negative_nan = UINT32_MAX;
+    float nan_value;
+    memcpy(&nan_value, &largest_nan, sizeof nan_value);
+    assert_int_equal(select_key(nan_value), 0);
+    memcpy(&nan_value, &negative_nan, sizeof nan_value);
+    assert_int_equal(select_key(nan_value), 0);
+    assert_true(select_key(-1e30f) > 0 && select_key(3e38f) < RANK_PROTECTED);
+}
+
+/* Freeing and evicting are each other's inverse, whatever the tail. */
+static void test_units(void **state) {
+    (void)state;
+    for (uint32_t unit = 1; unit <= 40; unit += 13)
+        for (uint32_t n = 0; n < 200; n++)
+            for (uint32_t units = 1; units * unit < n + unit; units++) {
+                uint32_t evict = select_evictions(n, unit, units), held = (n + unit - 1) / unit;
+                assert_true(evict <= n && (n - evict + unit - 1) / unit == held - units);
+                assert_int_equal(select_units(n, 0, unit, evict), units);
+                assert_int_equal(select_units(n, 0, unit, evict - 1), units - 1);
+                assert_true(select_units(n, n - evict + 1 > n ? n : n - evict + 1, unit, UINT32_MAX) < units); /* one too few may go */
+            }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_keys_are_in_order), cmocka_unit_test(test_units),
+                                       cmocka_unit_test(test_on_every_backend)};
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
