@@ -29,6 +29,7 @@ enum {
     BINS = 1024, /* of a histogram; a multiple of THREADS and RANKS_MAX */
     BIN_BITS = 10,
     LIST_MAX = 256, /* tokens that are ranked by comparing each with each */
+    BATCH = 4,      /* loads of a thread in flight */
     MARKS_MAX = 36 * BINS / 4,
 };
 #define ALL_LANES 0xffffffffu
@@ -267,10 +268,16 @@ template <bool COPIED> static __device__ __forceinline__ uint32_t key_of(const s
     return x > t->floor ? __float_as_uint(fabsf(x)) : NO_KEY;
 }
 
-/* Once keys are made. */
-template <bool COPIED> static __device__ __forceinline__ uint32_t key_at(const struct team<COPIED> *t, uint32_t i) {
-    if (COPIED) return __float_as_uint(block_logits()[i]);
-    return t->own ? __float_as_uint(t->values[i]) : key_of(t, value_at(t, i));
+/* What value_at(i), value_at(i + THREADS), ... are made of: loads that do not wait for what is done with the one before. */
+template <bool COPIED> static __device__ __forceinline__ void load_batch(const struct team<COPIED> *t, uint32_t i, float stored[BATCH]) {
+#pragma unroll
+    for (uint32_t j = 0; j < BATCH; j++)
+        if (i + j * THREADS < t->count) stored[j] = COPIED ? block_logits()[i + j * THREADS] : t->values[i + j * THREADS];
+}
+
+/* From what is stored, once keys are made. */
+template <bool COPIED> static __device__ __forceinline__ uint32_t stored_key(const struct team<COPIED> *t, float stored) {
+    return COPIED || t->own ? __float_as_uint(stored) : key_of(t, clean(stored));
 }
 
 template <bool COPIED> static __device__ __forceinline__ uint64_t weight_of(const struct team<COPIED> *t, uint32_t key) {
