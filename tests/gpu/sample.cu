@@ -1,7 +1,8 @@
 /* Sampling on the device against the host's sampler. A plain program; needs a device.
  *
- *   sample --check [CASES [SEED]]   random steps of every combination of parameters, ties, logits that are no numbers, lists that do not fit: tokens equal, log-probabilities within 1e-4,
- *                                   logits untouched; with clusters and without, launched, from a graph, and in parts. Prints the first differences; exit status 1 if there is one.
+ *   sample --check [CASES [SEED]]   random steps of every combination of parameters, ties, logits that are no numbers, lists that do not fit: tokens equal,
+ *                                   log-probabilities within 1e-4, logits untouched; with clusters and without, launched, from a graph, and in parts.
+ *                                   Prints the first differences; exit status 1 if there is one.
  *   sample --bench                  one line a case: median time of a step's sampling from 128,256 logits a row. */
 #include "kernels/cuda/cuda.h"
 
