@@ -137,8 +137,8 @@ struct backend_ops {
     void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
     /* Scores of cached slots (kernels/score.h). Bit-identical whatever the chunks and batches in which the rows ran. */
     void (*score)(struct backend *backend, const struct score_request *request, float *scores);
-    /* Which slots of one sequence stay (kernels/select.h). rank makes a key of every slot of every lane: n_protected [n_lanes] of them always stay; scores (NULL: not wanted) lane after lane, as they
-     * are before protection. */
+    /* Which slots of one sequence stay (kernels/select.h). rank makes a key of every slot of every lane: n_protected [n_lanes] (NULL: not wanted) of them always stay; scores (NULL: not wanted) lane
+     * after lane, as they are before protection. */
     void (*rank)(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
     void (*cut)(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes); /* lanes [n_lanes] */
     /* Of each lane the `evict` lowest go, or all that may. lanes [n_lanes]; keep (NULL: the lists stay in the backend): the list of lane l begins where its slots would if lanes lay one after

@@ -208,7 +208,7 @@ void host_rank(struct backend *backend, const struct rank_request *request, uint
         }
         for (uint32_t layer = first; layer < first + count; layer++) rank_layer(backend, request, layer, scores);
     }
-    memcpy(n_protected, r->n_protected, r->n_lanes * sizeof *n_protected);
+    if (n_protected) memcpy(n_protected, r->n_protected, r->n_lanes * sizeof *n_protected);
 }
 
 /* ---- cut ---- */

@@ -49,7 +49,8 @@ struct rank_request {
     int64_t protect_above; /* and those above this one */
 };
 
-/* For groups of lanes_each lanes (one after another), the least key at which the lanes of group g together can free `needed[g]` units or more. */
+/* For groups of lanes_each lanes (one after another), the least key at which the lanes of group g together can free `needed[g]` units or more;
+ * a key above all others where they cannot. */
 struct cut_request {
     uint32_t lanes_each;
     uint32_t unit;          /* slots: 1, or those of a block (select_units) */

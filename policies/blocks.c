@@ -8,11 +8,6 @@
 #include "base/check.h"
 #include "policies/chooser.h"
 
-/* Blocks that the lowest `count` slots of a lane can free. */
-static uint32_t blocks_of(const struct chooser *chooser, uint32_t lane, uint32_t count) {
-    return select_units(chooser->lanes[lane].n_slots, chooser->n_protected[lane], chooser->request.block_tokens, count);
-}
-
 /* Deals out what is left among the blocks that cost exactly the threshold: j ascending, lanes ascending. chooser->budgets holds blocks to free meanwhile, chooser->needed how many could
  * be up to the threshold. */
 static void deal(struct chooser *chooser, uint64_t left) {
@@ -30,14 +25,15 @@ static void deal(struct chooser *chooser, uint64_t left) {
     }
 }
 
-/* The least key at which all lanes together can free `wanted` blocks; then those below it, and of those at it as many as are missing. */
+/* The least key at which all lanes together can free `wanted` blocks; then those below it, and of those at it as many as are missing. Where they cannot, all that may go is below. */
 static void free_blocks(struct chooser *chooser, uint32_t wanted) {
     uint64_t below = 0;
     const struct cut_request cut = {.lanes_each = chooser->n_lanes, .unit = chooser->request.block_tokens, .needed = &wanted};
     chooser->backend->ops->cut(chooser->backend, &cut, chooser->cut);
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
-        chooser->budgets[l] = blocks_of(chooser, l, chooser->cut[l].below);
-        chooser->needed[l] = blocks_of(chooser, l, chooser->cut[l].below + chooser->cut[l].equal);
+        uint32_t n = chooser->lanes[l].n_slots; /* protected slots are in neither count */
+        chooser->budgets[l] = select_units(n, 0, cut.unit, chooser->cut[l].below);
+        chooser->needed[l] = select_units(n, 0, cut.unit, chooser->cut[l].below + chooser->cut[l].equal);
         below += chooser->budgets[l];
     }
     CHECK(below <= wanted);
@@ -46,14 +42,12 @@ static void free_blocks(struct chooser *chooser, uint32_t wanted) {
 
 void chooser_blocks(struct chooser *chooser) {
     uint32_t size = chooser->request.block_tokens;
-    uint64_t held = 0, possible = 0, target = (uint64_t)((chooser->request.budget + size - 1) / size) * chooser->n_lanes;
+    uint64_t held = 0, target = (uint64_t)((chooser->request.budget + size - 1) / size) * chooser->n_lanes;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
         held += (chooser->lanes[l].n_slots + size - 1) / size;
-        possible += blocks_of(chooser, l, UINT32_MAX);
         chooser->budgets[l] = 0;
     }
     uint64_t wanted = held > target ? held - target : 0;
-    if (wanted > possible) wanted = possible;
     CHECK(wanted <= UINT32_MAX);
     if (wanted > 0) free_blocks(chooser, (uint32_t)wanted);
     for (uint32_t l = 0; l < chooser->n_lanes; l++) chooser->evict[l] = select_evictions(chooser->lanes[l].n_slots, size, chooser->budgets[l]);

@@ -162,7 +162,8 @@ void choose(const struct choose_request *request, struct backend *backend, struc
     }
     if (policy->scorer == SCORER_NONE || (slots_max <= request->budget && policy->budget != BUDGET_LADDER)) return;
     struct chooser *chooser = begin(request, backend, lanes, slots_max, slots_total, scratch);
-    backend->ops->rank(backend, &chooser->rank, chooser->n_protected, policy->budget == BUDGET_LADDER ? chooser->scores : NULL);
+    backend->ops->rank(backend, &chooser->rank, policy->budget == BUDGET_BLOCKS ? NULL : chooser->n_protected,
+                       policy->budget == BUDGET_LADDER ? chooser->scores : NULL);
     switch (policy->budget) {
     case BUDGET_LADDER: chooser_ladder(chooser); return;
     case BUDGET_BLOCKS: chooser_blocks(chooser); break;

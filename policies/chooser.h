@@ -9,7 +9,7 @@ struct chooser {
     struct rank_request rank;
     struct choose_lane *lanes; /* [n_lanes] the caller's */
     uint32_t n_lanes;
-    uint32_t *n_protected;   /* [n_lanes] */
+    uint32_t *n_protected;   /* [n_lanes]; not of BUDGET_BLOCKS */
     uint32_t *budgets;       /* [n_lanes] slots to keep */
     uint32_t *evict;         /* [n_lanes] slots to let go */
     uint32_t *layer_budgets; /* [n_layers] beyond what is protected */

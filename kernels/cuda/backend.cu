@@ -234,10 +234,7 @@ static void cuda_close(struct backend *backend) {
 static enum status check_program(const struct cuda *cuda, struct error *error) {
     const struct program *p = cuda->program;
     if (cuda->limits.kv_dtype == KV_F32) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype f32; f16, bf16 and q8 are supported");
-    if (p->head_dim > HEAD_DIM_MAX || p->head_dim % 8 != 0)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: head_dim %u; multiples of 8 up to %d are supported", p->head_dim, HEAD_DIM_MAX);
-    if (p->n_embd % 8 != 0 || p->n_ff % 8 != 0 || cuda->n_q % 8 != 0)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: n_embd %u, n_ff %u, query dims %u; multiples of 8 are supported", p->n_embd, p->n_ff, cuda->n_q);
+    if (p->n_ff % 2 != 0) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: n_ff %u; even numbers are supported", p->n_ff);
     if (ids_of_tables(cuda) + (size_t)cuda->n_tables * cuda->n_lanes > UINT32_MAX)
         return error_set(error, STATUS_UNSUPPORTED, "cuda backend: block tables of %u sequences, %u lanes, %u blocks exceed 2^32 entries", cuda->n_tables, cuda->n_lanes, cuda->lane_blocks);
     return STATUS_OK;

@@ -30,13 +30,22 @@ enum {
     SKINNY_ROWS = 16,  /* products of up to so many rows are ours, larger ones cuBLAS's */
     HEAD_DIM_MAX = 128,
     WORKSPACE_BYTES = 32 << 20, /* struct cuda's workspace */
+    WIDENED_BYTES = 32 << 20,   /* and `widened`: it stays in the L2 cache until it is multiplied with */
 };
 
-/* A weight matrix on the device: out[row] = W in[row]. f16 rows x cols, row-major; or, where `type` is a quantised one, as weights.cu lays it out. */
-struct matrix {
+/* Rows of a matrix that lie together. `type` is F16 (row-major), or the file's, laid out as native.h says. */
+struct matrix_part {
     enum tensor_type type;
-    uint32_t rows, cols;
+    uint32_t first_row, rows;
     void *data;
+};
+
+/* A weight matrix on the device: out[row] = W in[row]. One part, or, where not all is of one type, one for each tensor whose rows it has. */
+struct matrix {
+    enum tensor_type type; /* F16 if all parts are, else that of the first which is not */
+    uint32_t rows, cols;
+    uint32_t n_parts;
+    struct matrix_part parts[3];
 };
 
 struct device_layer {
@@ -125,6 +134,7 @@ struct cuda {
     float *head_norm;
     double *rope_frequency; /* [rope_dims / 2] on the device */
     uint8_t *workspace;     /* [WORKSPACE_BYTES] of the products; before the first step, weights pass through it */
+    __half *widened;        /* [WIDENED_BYTES]: native weights as f16, some rows at a time; NULL: all are f16 */
 
     struct device_pool pool;
     uint32_t *tables; /* block ids on the device */
@@ -197,11 +207,12 @@ enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *to
 /* ---- weights.cu ---- */
 /* Bytes on the device of all weights, with 16-bit and with native types; which of both `auto` takes. */
 size_t weights_bytes(const struct program *program, bool native);
-/* Lays out cuda->layers, embedding, head, norms, rope_frequency in `arena` (counting or not), by cuda->limits. cuda->layers (the host's array, if still NULL) is
- * allocated and is then the caller's to free. */
+/* Lays out cuda->layers, embedding, head, norms in `arena` (counting or not), by cuda->limits and, where those leave it open, the memory in cuda->properties. */
 void weights_lay_out(struct cuda *cuda, struct device_arena *arena);
-/* Copies or makes them, and rope_frequency. Progress as limits.progress. */
+/* Copies or makes them. Progress as limits.progress. After products_lay_out: they pass through the workspace. */
 enum status weights_load(struct cuda *cuda, struct error *error);
+/* Bytes of a matrix on the device. */
+size_t weights_matrix_bytes(const struct matrix *matrix);
 /* x[row] = embedding[token] for rows < header.n_rows, widened to f32. */
 void weights_embed(struct cuda *cuda, const struct step_shape *shape);
 
@@ -211,17 +222,15 @@ enum product_out {
     PRODUCT_F16,    /* beyond +-65504: that where the product is ours, infinite where it is cuBLAS's. Who reads it clamps */
     PRODUCT_ADD_F32 /* out += */
 };
-void products_lay_out(struct cuda *cuda, struct device_arena *arena); /* workspace */
+void products_lay_out(struct cuda *cuda, struct device_arena *arena); /* workspace, widened; after weights_lay_out */
 enum status products_open(struct cuda *cuda, struct error *error);
 void products_close(struct cuda *cuda);
-/* What product() with so many rows has to look up, for all matrices, outside of a capture. */
+/* What product() with so many rows has to look up, for all matrices, outside of a capture. Runs each once on whatever the activations hold, and overwrites them: cuBLAS
+ * loads its kernels when they first run. */
 void products_warm(struct cuda *cuda, uint32_t rows);
 /* out[rows][w->rows] from in[rows][w->cols], launched on the stream. rows: host number, <= max_rows rounded up to 64; buffers have room for rows rounded up to 64. A row's result does
  * not depend on `rows` up to SKINNY_ROWS, nor ever with cuda->deterministic. */
 void product(struct cuda *cuda, const struct matrix *w, const __half *in, uint32_t rows, void *out, enum product_out kind);
-/* Runs each product of a step with so many rows once, on whatever the activations hold, which are written: so that cuBLAS has chosen and loaded what a capture will
- * need. Not while capturing. */
-void products_warm(struct cuda *cuda, uint32_t rows);
 
 /* ---- rows.cu ---- */
 /* out[i] = f16 of rmsnorm(x[i]) * norm, for the step's rows. */

@@ -1,5 +1,6 @@
 /* Which cached slots stay, on the device (kernels/select.h; the oracle is kernels/select.c: the same keys from the same scores, bit for bit, and the same choice from the same keys). Called by
- * the engine's thread between steps, runs on cuda->stream. Keys and lists stay in struct score_device from one call to the next; counts come back, each call waits once. Sums of counts are
+ * the engine's thread between steps, runs on cuda->stream. Keys and lists stay in struct score_device from one call to the next; counts come back, and a call waits only for
+ * those that were asked for. Sums of counts are
  * integers, so that their order does not matter. */
 #include <stdlib.h>
 #include <string.h>
@@ -191,7 +192,7 @@ void cuda_rank(struct backend *backend, const struct rank_request *request, uint
         if (plan.n_jobs > 0) rank_pass(cuda, request, first, &plan, scores);
         first = plan.end;
     }
-    read_back(cuda, n_protected, score->n_protected, cuda->n_lanes * sizeof *n_protected);
+    if (n_protected) read_back(cuda, n_protected, score->n_protected, cuda->n_lanes * sizeof *n_protected);
 }
 
 /* ---- counting keys by a byte ---- */

@@ -124,7 +124,7 @@ class Bench(Case):
     def test_requests_with_several_prompts(self):
         result = self.requests("--backend", "mock", "--requests", "3", "-p", "5,70", "-n", "4", "--max-sequences", "2")
         self.assertEqual([(run["n_prompt"], run["policy"], run["max_sequences"]) for run in result["runs"]], [(5, "none", 2), (70, "none", 2)])
-        printed = self.works("bench", "--dummy", "tiny", "--requests", "3", "-p", "20", "-n", "4", "--policies", "streaming_llm", "--keep", "0.9")
+        printed = self.works("bench", "--dummy", "tiny", "--backend", "cpu", "--requests", "3", "-p", "20", "-n", "4", "--policies", "streaming_llm", "--keep", "0.9")
         self.assertRegex(printed, r"\| streaming_llm +\| +0.9 \| 3 x 20\+4 +\|")
 
     def test_requests_that_cannot_be(self):

@@ -27,14 +27,11 @@ static bool shown(uint32_t *count) {
 
 static void open_device(struct cuda *cuda) {
     struct error error;
-    struct device_arena arena = {};
     memset(cuda, 0, sizeof *cuda);
     CUDA_CHECK(cudaGetDeviceProperties(&cuda->properties, 0));
     CUDA_CHECK(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
-    products_lay_out(cuda, &arena);
-    CUDA_CHECK(cudaMalloc((void **)&arena.base, arena.used));
-    arena.used = 0;
-    products_lay_out(cuda, &arena);
+    CUDA_CHECK(cudaMalloc((void **)&cuda->workspace, WORKSPACE_BYTES));
+    CUDA_CHECK(cudaMalloc((void **)&cuda->widened, WIDENED_BYTES));
     if (products_open(cuda, &error) != STATUS_OK) {
         fprintf(stderr, "%s\n", error.text);
         exit(1);
@@ -43,8 +40,15 @@ static void open_device(struct cuda *cuda) {
 
 static void close_device(struct cuda *cuda) {
     products_close(cuda);
-    CUDA_CHECK(cudaFree(cuda->workspace)); /* first in its arena */
+    CUDA_CHECK(cudaFree(cuda->widened));
+    CUDA_CHECK(cudaFree(cuda->workspace));
     CUDA_CHECK(cudaStreamDestroy(cuda->stream));
+}
+
+static struct matrix matrix_f16(uint32_t rows, uint32_t cols, void *data) {
+    struct matrix matrix = {.type = TENSOR_F16, .rows = rows, .cols = cols, .n_parts = 1, .parts = {}};
+    matrix.parts[0] = {.type = TENSOR_F16, .first_row = 0, .rows = rows, .data = data};
+    return matrix;
 }
 
 static void *device_copy(const void *host, size_t bytes) {
@@ -56,13 +60,12 @@ static void *device_copy(const void *host, size_t bytes) {
 
 /* ---- weights ---- */
 
-static void check_matrix(const struct cuda *cuda, const char *what, const struct matrix *matrix, const struct tensor *tensors, uint32_t count) {
+static void check_matrix(const char *what, const struct matrix *matrix, const struct tensor *tensors, uint32_t count) {
     uint32_t wrong = 0, row = 0;
     float *row_f32 = (float *)check_calloc(matrix->cols, sizeof *row_f32);
     uint16_t *got = (uint16_t *)check_calloc((size_t)matrix->rows * matrix->cols, sizeof *got);
-    (void)cuda;
-    CHECK(matrix->type == TENSOR_F16);
-    CUDA_CHECK(cudaMemcpy(got, matrix->data, (size_t)matrix->rows * matrix->cols * sizeof *got, cudaMemcpyDeviceToHost));
+    CHECK(matrix->type == TENSOR_F16 && matrix->n_parts == 1);
+    CUDA_CHECK(cudaMemcpy(got, matrix->parts[0].data, (size_t)matrix->rows * matrix->cols * sizeof *got, cudaMemcpyDeviceToHost));
     for (uint32_t t = 0; t < count; t++)
         for (uint32_t r = 0; r < tensors[t].rows; r++, row++) {
             tensor_row_f32(&tensors[t], r, row_f32);
@@ -95,18 +98,20 @@ static void check_vector(const char *what, const float *device, const struct ten
 }
 
 /* Loads the program; the arena is returned. */
-static void *load_weights(struct cuda *cuda, const struct program *program, enum status expected) {
+static void *load_weights(struct cuda *cuda, const struct program *program, bool native, enum status expected) {
     struct error error = {};
     struct device_arena arena = {};
     cuda->program = program;
-    cuda->limits.weights = WEIGHTS_F16;
+    cuda->limits.weights = native ? WEIGHTS_NATIVE : WEIGHTS_F16;
+    cuda->layers = (struct device_layer *)check_calloc(program->n_layers, sizeof *cuda->layers);
     weights_lay_out(cuda, &arena);
-    if (arena.used != weights_bytes(program, false)) {
+    if (arena.used != weights_bytes(program, native)) {
         failures++;
-        printf("WRONG weights_bytes: %zu, laid out %zu\n", weights_bytes(program, false), arena.used);
+        printf("WRONG weights_bytes: %zu, laid out %zu\n", weights_bytes(program, native), arena.used);
     }
     CUDA_CHECK(cudaMalloc((void **)&arena.base, arena.used));
     CUDA_CHECK(cudaMemset(arena.base, 0xff, arena.used));
+    CUDA_CHECK(cudaDeviceSynchronize());
     arena.used = 0;
     weights_lay_out(cuda, &arena);
     enum status status = weights_load(cuda, &error);
@@ -126,17 +131,53 @@ static void unload_weights(struct cuda *cuda, void *arena) {
     cuda->head_norm = NULL;
 }
 
+/* Rows of the embedding; `loose`: of a type whose scales are rounded on the device. */
+static void check_embedding(struct cuda *cuda, const struct tensor *tensor, bool loose) {
+    uint32_t n = tensor->rows, k = tensor->cols, wrong = 0;
+    struct step_header header = {.n_rows = n};
+    int32_t *tokens = (int32_t *)check_calloc(n, sizeof *tokens);
+    float *want = (float *)check_calloc(k, sizeof *want), *got = (float *)check_calloc((size_t)(n + 1) * k, sizeof *got);
+    for (uint32_t i = 0; i < n; i++) tokens[i] = (int32_t)(i * 5 % n);
+    cuda->dev.header = (struct step_header *)device_copy(&header, sizeof header);
+    cuda->dev.tokens = (int32_t *)device_copy(tokens, n * sizeof *tokens);
+    memset(got, 0xff, (size_t)(n + 1) * k * sizeof *got);
+    cuda->x = (float *)device_copy(got, (size_t)(n + 1) * k * sizeof *got);
+    struct step_shape shape = {.rows = n + 1}; /* the grid is larger than the step */
+    weights_embed(cuda, &shape);
+    CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
+    CUDA_CHECK(cudaMemcpy(got, cuda->x, (size_t)(n + 1) * k * sizeof *got, cudaMemcpyDeviceToHost));
+    for (uint32_t i = 0; i < n; i++) {
+        float largest = 0;
+        tensor_row_f32(tensor, (uint32_t)tokens[i], want);
+        for (uint32_t c = 0; c < k; c++) largest = fmaxf(largest, fabsf(want[c]));
+        for (uint32_t c = 0; c < k; c++) {
+            float x = got[(size_t)i * k + c], exact = float_from_f16(f16_from_float(want[c]));
+            if (!(fabsf(x - exact) <= (loose ? largest * 0x1p-9f : 0)) && shown(&wrong))
+                printf("WRONG embedding, type %s: token %d column %u is %g, expected %g\n", tensor_type_info(tensor->type)->name, tokens[i], c,
+                       (double)x, (double)exact);
+        }
+    }
+    for (uint32_t c = 0; c < k; c++)
+        if (!isnan(got[(size_t)n * k + c]) && shown(&wrong)) printf("WRONG embedding: column %u past the last row was written\n", c);
+    CUDA_CHECK(cudaFree(cuda->x));
+    CUDA_CHECK(cudaFree(cuda->dev.tokens));
+    CUDA_CHECK(cudaFree(cuda->dev.header));
+    free(got);
+    free(want);
+    free(tokens);
+}
+
 static void check_program(struct cuda *cuda, const struct tiny_shape *shape) {
     struct program *program = tiny_program_new(shape);
-    void *arena = load_weights(cuda, program, STATUS_OK);
-    check_matrix(cuda, "embedding", &cuda->embedding, &program->phases[0].weight[0], 1);
+    void *arena = load_weights(cuda, program, false, STATUS_OK);
+    check_matrix("embedding", &cuda->embedding, &program->phases[0].weight[0], 1);
     for (uint32_t i = 0; i < shape->n_layers; i++) {
         const struct phase *phases = &program->phases[1 + 5 * i];
         const struct device_layer *layer = &cuda->layers[i];
-        check_matrix(cuda, "qkv", &layer->qkv, phases[0].weight, 3);
-        check_matrix(cuda, "o", &layer->o, phases[2].weight, 1);
-        check_matrix(cuda, "gate_up", &layer->gate_up, phases[3].weight, 2);
-        check_matrix(cuda, "down", &layer->down, phases[4].weight, 1);
+        check_matrix("qkv", &layer->qkv, phases[0].weight, 3);
+        check_matrix("o", &layer->o, phases[2].weight, 1);
+        check_matrix("gate_up", &layer->gate_up, phases[3].weight, 2);
+        check_matrix("down", &layer->down, phases[4].weight, 1);
         check_vector("attention norm", layer->attention_norm, &phases[0].norm);
         check_vector("MLP norm", layer->mlp_norm, &phases[3].norm);
         check_vector("q norm", layer->q_norm, &phases[0].q_norm);
@@ -144,10 +185,11 @@ static void check_program(struct cuda *cuda, const struct tiny_shape *shape) {
         for (uint32_t w = 0, at = 0; w < 3; at += phases[0].weight[w++].rows)
             check_vector("bias", layer->qkv_bias ? layer->qkv_bias + at : NULL, &phases[0].bias[w]);
     }
+    check_embedding(cuda, &program->phases[0].weight[0], false);
     const struct phase *head = &program->phases[program->n_phases - 1];
-    check_matrix(cuda, "head", &cuda->head, head->weight, 1);
+    check_matrix("head", &cuda->head, head->weight, 1);
     check_vector("head norm", cuda->head_norm, &head->norm);
-    if (program->tied_head != (cuda->embedding.data == cuda->head.data)) {
+    if (program->tied_head != (cuda->embedding.parts[0].data == cuda->head.parts[0].data)) {
         failures++;
         printf("WRONG embedding and head: one matrix if and only if they are tied\n");
     }
@@ -164,9 +206,9 @@ static void check_random(struct cuda *cuda) {
     uint16_t *made[3];
     for (int i = 0; i < 3; i++) {
         program->random_seed = seeds[i];
-        void *arena = load_weights(cuda, program, STATUS_OK);
+        void *arena = load_weights(cuda, program, false, STATUS_OK);
         made[i] = (uint16_t *)check_calloc(count, sizeof **made);
-        CUDA_CHECK(cudaMemcpy(made[i], cuda->layers[1].gate_up.data, count * sizeof **made, cudaMemcpyDeviceToHost));
+        CUDA_CHECK(cudaMemcpy(made[i], cuda->layers[1].gate_up.parts[0].data, count * sizeof **made, cudaMemcpyDeviceToHost));
         unload_weights(cuda, arena);
     }
     double sum = 0, squares = 0;
@@ -186,17 +228,24 @@ static void check_random(struct cuda *cuda) {
     tiny_program_free(program);
 }
 
-/* One weight that f16 cannot hold, in each place where it may hide. */
+/* The last weight of layer 1's v is the largest that rounds to one f16 holds; then the smallest that does not. */
 static void check_refusal(struct cuda *cuda) {
     struct tiny_shape shape = tiny_shape_default();
-    struct program *program = tiny_program_new(&shape);
-    const struct tensor *v = &program->phases[6].weight[WEIGHT_V];
-    float *element = (float *)(uintptr_t)v->data + (size_t)(v->rows - 1) * v->cols + v->cols - 1;
-    const float held = 65519.0f, beyond = -65520.0f;
-    memcpy(element, &held, sizeof held);
-    unload_weights(cuda, load_weights(cuda, program, STATUS_OK));
-    memcpy(element, &beyond, sizeof beyond);
-    unload_weights(cuda, load_weights(cuda, program, STATUS_UNSUPPORTED));
+    struct program *program = tiny_program_new(&shape), changed = *program;
+    struct phase *phases = (struct phase *)check_calloc(program->n_phases, sizeof *phases);
+    struct tensor *v = &phases[6].weight[WEIGHT_V];
+    memcpy(phases, program->phases, program->n_phases * sizeof *phases);
+    float *values = (float *)check_calloc(1, tensor_bytes(v));
+    size_t last = (size_t)v->rows * v->cols - 1;
+    memcpy(values, v->data, tensor_bytes(v));
+    v->data = values;
+    changed.phases = phases;
+    values[last] = 65519.0f;
+    unload_weights(cuda, load_weights(cuda, &changed, false, STATUS_OK));
+    values[last] = -65520.0f;
+    unload_weights(cuda, load_weights(cuda, &changed, false, STATUS_UNSUPPORTED));
+    free(values);
+    free(phases);
     tiny_program_free(program);
 }
 
@@ -223,9 +272,9 @@ static void check_weights(struct cuda *cuda) {
     mixed.n_vocab = 9000; /* several stages */
     check_program(cuda, &mixed);
     struct tiny_shape odd = tiny_shape_default();
-    odd.n_embd = 37;
-    odd.n_ff = 51;
-    odd.head_dim = 6;
+    odd.n_embd = 40;
+    odd.n_ff = 56;
+    odd.head_dim = 8;
     odd.type = TENSOR_F16;
     check_program(cuda, &odd);
     check_random(cuda);
@@ -235,10 +284,11 @@ static void check_weights(struct cuda *cuda) {
 /* ---- products ---- */
 
 struct subject {
+    const char *name;
     uint32_t n, k;
-    uint16_t *w, *in;         /* [n][k], [ROWS_MAX][k] */
-    double *want, *magnitude; /* [ROWS_MAX][n]: sums of w x and of |w x| */
-    float *before;            /* [ROWS_MAX][n]: what PRODUCT_ADD_F32 adds to */
+    uint16_t *in;         /* [ROWS_MAX][k] */
+    double *want, *bound; /* [ROWS_MAX][n]: sums of w x, and by how much they may differ */
+    float *before;        /* [ROWS_MAX][n]: what PRODUCT_ADD_F32 adds to */
     struct matrix matrix;
     uint16_t *in_device;
     void *out_device;
@@ -246,46 +296,57 @@ struct subject {
 
 static float random_value(struct random *random) { return 2 * random_unit(random_next(random)) - 1; }
 
-/* scale: of the weights. */
-static void make_subject(struct subject *s, uint32_t n, uint32_t k, float scale) {
+/* w: [n][k], what the matrix stands for. weight_error: how far the device's weights may be from it, relative to the largest of the row. */
+static void make_subject(struct subject *s, const char *name, const struct matrix *matrix, const float *w, double weight_error) {
+    const uint32_t n = matrix->rows, k = matrix->cols;
     struct random random = {.state = (uint64_t)n << 32 | k};
-    *s = {.n = n, .k = k};
-    s->w = (uint16_t *)check_calloc((size_t)n * k, sizeof *s->w);
+    *s = {.name = name, .n = n, .k = k};
+    s->matrix = *matrix;
     s->in = (uint16_t *)check_calloc((size_t)ROWS_MAX * k, sizeof *s->in);
     s->want = (double *)check_calloc((size_t)ROWS_MAX * n, sizeof *s->want);
-    s->magnitude = (double *)check_calloc((size_t)ROWS_MAX * n, sizeof *s->magnitude);
+    s->bound = (double *)check_calloc((size_t)ROWS_MAX * n, sizeof *s->bound);
     s->before = (float *)check_calloc((size_t)ROWS_MAX * n, sizeof *s->before);
-    float *w = (float *)check_calloc((size_t)n * k, sizeof *w), *in = (float *)check_calloc((size_t)ROWS_MAX * k, sizeof *in);
-    for (size_t i = 0; i < (size_t)n * k; i++) w[i] = float_from_f16(s->w[i] = f16_from_float(random_value(&random) * scale));
+    float *in = (float *)check_calloc((size_t)ROWS_MAX * k, sizeof *in);
     for (size_t i = 0; i < (size_t)ROWS_MAX * k; i++) in[i] = float_from_f16(s->in[i] = f16_from_float(random_value(&random)));
     for (size_t i = 0; i < (size_t)ROWS_MAX * n; i++) s->before[i] = 10 * random_value(&random);
-    for (uint32_t row = 0; row < ROWS_MAX; row++)
-        for (uint32_t out = 0; out < n; out++) {
+    for (uint32_t out = 0; out < n; out++) {
+        double largest = 0;
+        for (uint32_t i = 0; i < k; i++) largest = fmax(largest, fabs((double)w[(size_t)out * k + i]));
+        for (uint32_t row = 0; row < ROWS_MAX; row++) {
             double sum[4] = {}, size[4] = {};
             for (uint32_t i = 0; i < k; i++) {
-                double term = (double)w[(size_t)out * k + i] * (double)in[(size_t)row * k + i];
+                double x = (double)in[(size_t)row * k + i], term = (double)w[(size_t)out * k + i] * x;
                 sum[i % 4] += term;
-                size[i % 4] += fabs(term);
+                size[i % 4] += fabs(term) * 0x1p-19 + fabs(x) * largest * weight_error; /* f32 sums in blocks; weights */
             }
             s->want[(size_t)row * n + out] = sum[0] + sum[1] + sum[2] + sum[3];
-            s->magnitude[(size_t)row * n + out] = size[0] + size[1] + size[2] + size[3];
+            s->bound[(size_t)row * n + out] = size[0] + size[1] + size[2] + size[3];
         }
+    }
     free(in);
-    free(w);
-    s->matrix = {.type = TENSOR_F16, .rows = n, .cols = k, .data = device_copy(s->w, (size_t)n * k * sizeof *s->w)};
     CUDA_CHECK(cudaMalloc((void **)&s->in_device, (size_t)ROWS_MAX * k * sizeof *s->in));
     CUDA_CHECK(cudaMalloc(&s->out_device, (size_t)ROWS_MAX * n * sizeof(float)));
+}
+
+/* Random f16 weights, uniform to +-scale. The matrix is the caller's to free. */
+static void make_f16_subject(struct subject *s, uint32_t n, uint32_t k, float scale) {
+    struct random random = {.state = (uint64_t)k << 32 | n};
+    uint16_t *bits = (uint16_t *)check_calloc((size_t)n * k, sizeof *bits);
+    float *w = (float *)check_calloc((size_t)n * k, sizeof *w);
+    for (size_t i = 0; i < (size_t)n * k; i++) w[i] = float_from_f16(bits[i] = f16_from_float(random_value(&random) * scale));
+    struct matrix matrix = matrix_f16(n, k, device_copy(bits, (size_t)n * k * sizeof *bits));
+    make_subject(s, "F16", &matrix, w, 0);
+    free(w);
+    free(bits);
 }
 
 static void free_subject(struct subject *s) {
     CUDA_CHECK(cudaFree(s->out_device));
     CUDA_CHECK(cudaFree(s->in_device));
-    CUDA_CHECK(cudaFree(s->matrix.data));
     free(s->before);
-    free(s->magnitude);
+    free(s->bound);
     free(s->want);
     free(s->in);
-    free(s->w);
 }
 
 static const char *const kind_names[] = {"f32", "f16", "f32 +="};
@@ -314,16 +375,16 @@ static void check_product(struct cuda *cuda, const struct subject *s, uint32_t r
     run_product(cuda, s, rows, kind, results);
     for (size_t i = 0; i < (size_t)rows * s->n; i++) {
         double want = s->want[i] + (kind == PRODUCT_ADD_F32 ? (double)s->before[i] : 0), got = result_at(results, kind, i);
-        /* f32 sums in blocks; then the rounding of what is stored */
-        double bound = s->magnitude[i] * 0x1p-19 + fabs(want) * (kind == PRODUCT_F16 ? 0x1p-10 : 0x1p-22) + (kind == PRODUCT_F16 ? 0x1p-24 : 0);
+        /* of the sum, then of what is stored */
+        double bound = s->bound[i] + fabs(want) * (kind == PRODUCT_F16 ? 0x1p-10 : 0x1p-22) + (kind == PRODUCT_F16 ? 0x1p-24 : 0);
         if (fabs(got - want) / bound > *worst) *worst = fabs(got - want) / bound;
         if (!(fabs(got - want) <= bound) && shown(&wrong))
-            printf("WRONG product %ux%u, %u rows, %s%s: row %zu, output %zu is %.9g, expected %.9g +- %.3g\n", s->n, s->k, rows, kind_names[kind],
-                   cuda->deterministic ? ", deterministic" : "", i / s->n, i % s->n, got, want, bound);
+            printf("WRONG product %s %ux%u, %u rows, %s%s: row %zu, output %zu is %.9g, expected %.9g +- %.3g\n", s->name, s->n, s->k, rows,
+                   kind_names[kind], cuda->deterministic ? ", deterministic" : "", i / s->n, i % s->n, got, want, bound);
     }
     for (size_t i = end; i < (size_t)ROWS_MAX * s->n * sizeof(float); i++)
         if (results[i] != 0xff && shown(&wrong))
-            printf("WRONG product %ux%u, %u rows, %s: byte %zu past the rows was written\n", s->n, s->k, rows, kind_names[kind], i - end);
+            printf("WRONG product %s %ux%u, %u rows, %s: byte %zu past the rows was written\n", s->name, s->n, s->k, rows, kind_names[kind], i - end);
     if (wrong > SHOWN) printf("      ... %u in all\n", wrong);
 }
 
@@ -334,61 +395,129 @@ static void check_bits(const struct cuda *cuda, const struct subject *s, uint32_
     size_t each = kind == PRODUCT_F16 ? sizeof(uint16_t) : sizeof(float);
     for (size_t i = 0; i < (size_t)rows * s->n; i++)
         if (memcmp(one + i * each, results + i * each, each) != 0 && shown(&wrong))
-            printf("WRONG product %ux%u, %s%s: with %u rows, row %zu output %zu is %.9g; with all, %.9g\n", s->n, s->k, kind_names[kind],
+            printf("WRONG product %s %ux%u, %s%s: with %u rows, row %zu output %zu is %.9g; with all, %.9g\n", s->name, s->n, s->k, kind_names[kind],
                    cuda->deterministic ? ", deterministic" : "", rows, i / s->n, i % s->n, result_at(results, kind, i), result_at(one, kind, i));
     if (wrong > SHOWN) printf("      ... %u in all\n", wrong);
 }
 
 static const uint32_t row_counts[] = {300, 97, 64, 33, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1};
 
-static void check_shape(struct cuda *cuda, uint32_t n, uint32_t k) {
-    struct subject s;
+/* Every kind and number of rows, and which bits agree. */
+static void check_subject(struct cuda *cuda, const struct subject *s) {
     double worst = 0;
     uint32_t before = failures;
-    make_subject(&s, n, k, 1);
-    size_t bytes = (size_t)ROWS_MAX * n * sizeof(float);
+    size_t bytes = (size_t)ROWS_MAX * s->n * sizeof(float);
     uint8_t *results = (uint8_t *)check_calloc(bytes, 1), *all = (uint8_t *)check_calloc(bytes, 1);
     for (int deterministic = 0; deterministic < 2; deterministic++)
         for (int kind = 0; kind < 3; kind++) {
             cuda->deterministic = deterministic;
             for (size_t i = 0; i < sizeof row_counts / sizeof *row_counts; i++) {
                 uint32_t rows = row_counts[i];
-                check_product(cuda, &s, rows, (enum product_out)kind, results, &worst);
+                check_product(cuda, s, rows, (enum product_out)kind, results, &worst);
                 bool same = deterministic ? i > 0 : rows < SKINNY_ROWS;
-                if (same) check_bits(cuda, &s, rows, (enum product_out)kind, all, results);
+                if (same) check_bits(cuda, s, rows, (enum product_out)kind, all, results);
                 if (i == 0 || (!deterministic && rows == SKINNY_ROWS)) memcpy(all, results, bytes);
             }
         }
     cuda->deterministic = false;
-    printf("%s product %u x %u: largest error %.3f of its bound\n", failures == before ? "ok   " : "WRONG", n, k, worst);
+    printf("%s product %s %u x %u: largest error %.3f of its bound\n", failures == before ? "ok   " : "WRONG", s->name, s->n, s->k, worst);
     free(all);
     free(results);
+}
+
+static void check_shape(struct cuda *cuda, uint32_t n, uint32_t k) {
+    struct subject s;
+    make_f16_subject(&s, n, k, 1);
+    check_subject(cuda, &s);
+    CUDA_CHECK(cudaFree(s.matrix.parts[0].data));
     free_subject(&s);
+}
+
+static void check_native_matrix(struct cuda *cuda, const struct matrix *matrix, const struct tensor *tensors, uint32_t count) {
+    struct subject s;
+    float *w = (float *)check_calloc((size_t)matrix->rows * matrix->cols, sizeof *w);
+    for (uint32_t t = 0, row = 0; t < count; t++)
+        for (uint32_t r = 0; r < tensors[t].rows; r++, row++) tensor_row_f32(&tensors[t], r, w + (size_t)row * matrix->cols);
+    make_subject(&s, tensor_type_info(matrix->type)->name, matrix, w, 0x1p-10);
+    check_subject(cuda, &s);
+    free_subject(&s);
+    free(w);
+}
+
+static void check_native_program(struct cuda *cuda, const struct tiny_shape *shape) {
+    struct program *program = tiny_program_new(shape);
+    void *arena = load_weights(cuda, program, true, STATUS_OK);
+    check_embedding(cuda, &program->phases[0].weight[0], true);
+    for (uint32_t i = 0; i < shape->n_layers; i++) {
+        const struct phase *phases = &program->phases[1 + 5 * i];
+        const struct device_layer *layer = &cuda->layers[i];
+        check_native_matrix(cuda, &layer->qkv, phases[0].weight, 3);
+        check_native_matrix(cuda, &layer->o, phases[2].weight, 1);
+        check_native_matrix(cuda, &layer->gate_up, phases[3].weight, 2);
+        check_native_matrix(cuda, &layer->down, phases[4].weight, 1);
+    }
+    check_native_matrix(cuda, &cuda->head, program->phases[program->n_phases - 1].weight, 1);
+    if (!shape->mixed_types && (cuda->head.type != shape->type || cuda->layers[0].qkv.type != shape->type)) {
+        failures++;
+        printf("WRONG native weights: type %s is kept as %s\n", tensor_type_info(shape->type)->name, tensor_type_info(cuda->head.type)->name);
+    }
+    unload_weights(cuda, arena);
+    tiny_program_free(program);
+}
+
+static void check_native(struct cuda *cuda) {
+    static const enum tensor_type types[] = {TENSOR_Q4_0, TENSOR_Q4_1, TENSOR_Q8_0, TENSOR_Q4_K, TENSOR_Q6_K};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        struct tiny_shape shape = tiny_shape_default();
+        shape.n_layers = 1;
+        shape.type = types[i];
+        shape.n_vocab = 1003;
+        shape.tied_head = i % 2 == 0;
+        shape.n_embd = 256;
+        shape.n_heads = 8;
+        shape.n_kv_heads = 4;
+        shape.n_ff = 1536;
+        check_native_program(cuda, &shape);
+        if (tensor_type_info(types[i])->block_size != 32) continue;
+        shape.n_embd = 96; /* the last tile of a band is half empty */
+        shape.n_heads = 3;
+        shape.n_kv_heads = 1;
+        shape.n_ff = 160;
+        check_native_program(cuda, &shape);
+    }
+    struct tiny_shape mixed = tiny_shape_default();
+    mixed.mixed_types = true;
+    mixed.n_embd = 512;
+    mixed.n_ff = 256;
+    mixed.n_vocab = 61;
+    check_native_program(cuda, &mixed); /* q, k, v: F16, BF16, Q8_0; then Q4_K, Q5_K, Q6_K */
 }
 
 /* f16 results beyond its range, from our kernel: the largest number there is. */
 static void check_saturation(struct cuda *cuda) {
     struct subject s;
     uint32_t wrong = 0, beyond = 0;
-    make_subject(&s, 32, 512, 60000);
+    make_f16_subject(&s, 32, 512, 60000);
     uint8_t *results = (uint8_t *)check_calloc((size_t)ROWS_MAX * s.n, sizeof(float));
     run_product(cuda, &s, SKINNY_ROWS, PRODUCT_F16, results);
     for (size_t i = 0; i < (size_t)SKINNY_ROWS * s.n; i++) {
         double want = s.want[i] > 65504 ? 65504 : s.want[i] < -65504 ? -65504 : s.want[i], got = result_at(results, PRODUCT_F16, i);
         beyond += fabs(s.want[i]) > 65504;
-        if (!(fabs(got - want) <= s.magnitude[i] * 0x1p-19 + fabs(want) * 0x1p-10) && shown(&wrong))
+        if (!(fabs(got - want) <= s.bound[i] + fabs(want) * 0x1p-10) && shown(&wrong))
             printf("WRONG saturation: output %zu is %g, expected %g\n", i, got, want);
     }
     if (beyond < s.n && shown(&wrong)) printf("WRONG saturation: only %u results are beyond the range\n", beyond);
     free(results);
+    CUDA_CHECK(cudaFree(s.matrix.parts[0].data));
     free_subject(&s);
 }
 
 static void check_products(struct cuda *cuda) {
-    static const uint32_t shapes[][2] = {{16, 32},   {1, 8},      {33, 64},    {40, 96},    {17, 576},  {576, 576}, {960, 576}, {192, 1536},
-                                         {64, 4096}, {50, 14336}, {1000, 520}, {3100, 328}, {3073, 64}, {49, 30},   {7, 13},    {3, 1}};
+    static const uint32_t shapes[][2] = {{16, 32},    {1, 8},     {33, 64},    {40, 96},    {17, 576},   {576, 576}, {960, 576},
+                                         {192, 1536}, {64, 4096}, {50, 14336}, {1000, 520}, {3100, 328}, {3073, 64}, {200, 2056}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_shape(cuda, shapes[i][0], shapes[i][1]);
     check_saturation(cuda);
+    check_native(cuda);
 }
 
 /* ---- bench ---- */
@@ -465,7 +594,7 @@ static void bench_shape(struct cuda *cuda, const char *name, uint32_t n, uint32_
             cuda->deterministic = deterministic;
             uint32_t launches = rows[i] > 256 ? count : count < 20 ? 20 : count;
             double seconds = seconds_each(cuda, launches, [&](uint32_t launch) {
-                struct matrix matrix = {.type = TENSOR_F16, .rows = n, .cols = k, .data = w + (size_t)(launch % count) * n * k};
+                struct matrix matrix = matrix_f16(n, k, w + (size_t)(launch % count) * n * k);
                 product(cuda, &matrix, in, rows[i], out, kind);
             });
             double out_bytes = (double)rows[i] * n * (kind == PRODUCT_F16 ? 2 : kind == PRODUCT_F32 ? 4 : 8);

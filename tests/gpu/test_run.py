@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,17 +93,26 @@ class Pack(Case):
         pack = self.folder / "pack"
         done = subprocess.run([sys.executable, str(HERE / "run"), "--pack", str(pack), "--build", str(BUILD)], capture_output=True, text=True, timeout=DEADLINE)
         self.assertIn(done.returncode, (0, 1) if os.environ.get("KVASIR_SANITIZED") else (0,), done.stdout + done.stderr)  # sanitized programs are large
-        for name in ("run", "compare_torch.py", "bin/kvasir", "tests/golden/tiny/logits.txt", "tests/golden/llama/llama.bin"):
-            self.assertTrue((pack / name).exists(), name)
-        libraries = {path.name for path in (pack / "lib").iterdir()}
+        self.assertEqual({path.name for path in pack.iterdir()}, {"run", "compare_torch.py", "files.tar.xz"})
+        self.run_stages("--stage", "facts", "--stage", "bench", script=pack / "run", cwd="/")
+        for name in ("bin/kvasir", "tests/golden/tiny/logits.txt", "tests/golden/llama/llama.bin"):
+            self.assertTrue((pack / "unpacked" / name).exists(), name)
+        libraries = {path.name for path in (pack / "unpacked/lib").iterdir()}
         self.assertTrue(any(name.startswith("libuv.so") for name in libraries), libraries)
         self.assertFalse({name for name in libraries if name.startswith(("libc.so", "libm.so", "libcuda", "libcublas"))})
-        self.run_stages("--stage", "facts", "--stage", "bench", script=pack / "run", cwd="/")
+        self.assertEqual(self.steps("facts")["machine"]["result"]["lacking"], {})
         self.assertEqual(self.steps("facts")["machine"]["status"], "ok")
         self.assertEqual(self.steps("bench")["8b-decode"]["status"], "ok")
         # Made again in the same place, and never over what it did not make.
         subprocess.run([sys.executable, str(HERE / "run"), "--pack", str(self.folder / "out"), "--build", str(BUILD)], capture_output=True, timeout=DEADLINE)
         self.assertTrue((self.folder / "out/bench.json").exists())
+
+    def test_without_a_device(self):
+        if shutil.which("nvidia-smi"):
+            self.skipTest("there may be a device")
+        self.run_stages("--build", str(BUILD), "--backend", "cuda")
+        for stage in ("checks", "sanitizer", "golden", "bench", "headline", "torch"):
+            self.assertEqual([step["status"] for step in self.steps(stage).values()], ["skipped"], stage)
 
 
 class Pieces(unittest.TestCase):
