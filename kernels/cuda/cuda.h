@@ -271,8 +271,8 @@ enum status sampling_open(struct cuda *cuda, struct error *error);
 void sampling_close(struct cuda *cuda);
 /* Host side of a step: parameters, biases, bans, histories into pinned memory. Before the launches. */
 void sampling_stage(struct cuda *cuda, const struct batch *batch);
-/* logits [head rows][n_vocab] -> results of samples [first_sample, first_sample + samples) (row of logits: sample_head_row[i] - first_head_row), on the stream, ending with a copy to
- * pinned memory. Logits are left as they are. */
+/* logits [head rows][n_vocab] -> results of samples [first_sample, first_sample + samples) (row of logits: sample_head_row[i] - first_head_row), on the stream, into
+ * pinned memory: there when the stream has been waited for. Logits are left as they are. */
 void sampling_run(struct cuda *cuda, const struct step_shape *shape);
 /* After the stream was waited for. */
 void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results);
