@@ -39,6 +39,15 @@ static void describe(struct serving *serving, struct engine *engine, struct serv
     snprintf(result->architecture, sizeof result->architecture, "%.31s", model_architecture(model));
 }
 
+/* A better backend is in this build: why "auto" is not that one. */
+static void say_why_not(const struct config *config) {
+    const struct backend_ops *chosen = backend_find(config->backend);
+    for (const struct backend_ops *const *ops = backends; strcmp(config->backend, "auto") == 0 && *ops != chosen; ops++) {
+        struct error error;
+        if ((*ops)->memory(0, NULL, NULL, &error) != STATUS_OK) log_info("engine.backend: %s, not %s: %s", chosen->name, (*ops)->name, error.text);
+    }
+}
+
 static enum status load(struct serving *serving, const struct engine_hooks *hooks, struct engine **engine, struct error *error) {
     enum status status = open_model(serving->config, &serving->model, error);
     if (status != STATUS_OK) return status;
@@ -46,6 +55,7 @@ static enum status load(struct serving *serving, const struct engine_hooks *hook
     struct engine_hooks mine = *hooks;
     mine.progress = report;
     mine.progress_context = serving;
+    say_why_not(serving->config);
     progress_begin(&serving->progress, "loading");
     status = engine_start(serving->config, serving->model, &mine, engine, error);
     progress_end(&serving->progress);

@@ -11,7 +11,6 @@
 
 #include "base/check.h"
 #include "base/clock.h"
-#include "base/log.h"
 #include "engine/compression.h"
 #include "engine/internal.h"
 #include "engine/step_cost.h"
@@ -140,19 +139,10 @@ enum status engine_start_on(const struct backend_ops *ops, const struct config *
     return STATUS_OK;
 }
 
-/* A better backend is in this build: why it is not "auto". */
-static void say_why_not(const struct backend_ops *chosen) {
-    for (const struct backend_ops *const *ops = backends; *ops != chosen; ops++) {
-        struct error error;
-        if ((*ops)->memory(0, NULL, NULL, &error) != STATUS_OK) log_info("backend: %s, not %s: %s", chosen->name, (*ops)->name, error.text);
-    }
-}
-
 enum status engine_start(const struct config *config, const struct model *model, const struct engine_hooks *hooks, struct engine **engine,
                          struct error *error) {
     const struct backend_ops *ops = backend_find(config->backend);
     if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
-    if (strcmp(config->backend, "auto") == 0) say_why_not(ops);
     return engine_start_on(ops, config, model, hooks, engine, error);
 }
 

@@ -70,9 +70,15 @@ static __device__ __forceinline__ uint32_t bits_of(__half2 h) {
 
 static const uint32_t EXPONENTS = 0x64006400; /* two f16 of 1024, whose last bit is 1: integers below 1024 go into the mantissa */
 
-/* Two 16-bit integers of q, less `offset`, exactly. */
-static __device__ __forceinline__ __half2 integers(uint32_t q, float offset) {
-    return __hsub2(half2_of(q | EXPONENTS), __float2half2_rn(1024 + offset));
+/* (bits & MASK) | base: one instruction, of which the compiler would make two. */
+template <uint32_t MASK> static __device__ __forceinline__ uint32_t masked_into(uint32_t base, uint32_t bits) {
+    asm("lop3.b32 %0, %1, %2, %0, 0xea;" : "+r"(base) : "r"(bits), "n"(MASK));
+    return base;
+}
+
+/* Two integers under EXPONENTS, less `offset`, exactly. */
+static __device__ __forceinline__ __half2 integers(uint32_t mantissas, float offset) {
+    return __hsub2(half2_of(mantissas), __float2half2_rn(1024 + offset));
 }
 
 /* The four pairs of a word of nibbles, less `offset`. */
@@ -80,8 +86,8 @@ static __device__ __forceinline__ void nibble_pairs(uint32_t word, float offset,
     const __half2 sixteenth = __float2half2_rn(1.0f / 16), shifted = __float2half2_rn(-64 - offset);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        pairs[2 * i] = integers(word & 0x000f000f, offset);
-        pairs[2 * i + 1] = __hfma2(half2_of((word & 0x00f000f0) | EXPONENTS), sixteenth, shifted); /* (1024 + 16 q) / 16 - 64 */
+        pairs[2 * i] = integers(masked_into<0x000f000f>(EXPONENTS, word), offset);
+        pairs[2 * i + 1] = __hfma2(half2_of(masked_into<0x00f000f0>(EXPONENTS, word)), sixteenth, shifted); /* (1024 + 16 q) / 16 - 64 */
         word >>= 8;
     }
 }
@@ -93,15 +99,16 @@ template <enum native_form FORM> static __device__ __forceinline__ uint4 native_
     if constexpr (FORM == FORM_4_OFFSET) nibble_pairs(lane.quants[half * 2 + high], 0, pairs);
     if constexpr (FORM == FORM_8) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) { /* bytes 2 i and 2 i + 1, of q + 128 */
-            uint32_t bytes = __byte_perm(lane.quants[half * 4 + high * 2 + i / 2], 0, i % 2 ? 0x4342 : 0x4140);
-            pairs[i] = integers(bytes, 128);
-        }
+        for (int i = 0; i < 4; i++) /* bytes 2 i and 2 i + 1, of q + 128, below those of EXPONENTS */
+            pairs[i] = integers(__byte_perm(lane.quants[half * 4 + high * 2 + i / 2], EXPONENTS, i % 2 ? 0x5352 : 0x5150), 128);
     }
     if constexpr (FORM == FORM_6) {
-        uint32_t low_bits = lane.quants[half * 2 + high], high_bits = lane.quants[4 + half] >> (high * 8);
 #pragma unroll
-        for (int i = 0; i < 4; i++) pairs[i] = integers((low_bits >> (4 * i) & 0x000f000f) | ((high_bits >> (2 * i) & 0x00030003) << 4), 32);
+        for (int i = 0; i < 4; i++) {
+            const int down = 2 * i + 8 * high - 4; /* the two high bits to bits 4 and 5 */
+            uint32_t bits = lane.quants[4 + half], top = down < 0 ? bits << -down : bits >> (down < 0 ? 0 : down);
+            pairs[i] = integers(masked_into<0x000f000f>(masked_into<0x00300030>(EXPONENTS, top), lane.quants[half * 2 + high] >> (4 * i)), 32);
+        }
     }
     uint4 v;
     if constexpr (FORM == FORM_4_OFFSET) {

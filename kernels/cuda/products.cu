@@ -2,6 +2,7 @@
  * backend's arena. Runs on the engine's thread and the backend's stream.
  *
  * Up to SKINNY_ROWS rows a product is skinny.cu's; more are cuBLASLt's, or broad.cu's when deterministic. Of native weights those two get some rows at a time, widened. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,6 +16,8 @@ enum {
     ALGORITHMS = 1024, /* of cuBLASLt, remembered by shape: far more than a model has */
     PROBES = 8,
     ALIGNMENT = 256, /* of everything in an arena */
+    CANDIDATES = 8,  /* algorithms that cuBLASLt is asked for */
+    TRIED = 8,       /* matrices of a shape that they are timed on: together they are larger than the L2 cache where it matters */
 };
 
 /* ---- cuBLASLt ---- */
@@ -27,13 +30,15 @@ struct lt_shape {
 
 struct algorithm {
     struct lt_shape shape;
-    bool usable; /* false: cuBLASLt has none */
+    bool usable; /* false: cuBLASLt has none, or broad.cu is faster */
+    bool tuned;  /* the fastest, not the first guess */
     cublasLtMatmulAlgo_t algorithm;
 };
 
 struct product_device {
     struct skinny_device *skinny;
     cublasLtHandle_t handle;
+    cudaEvent_t begin, end;                  /* of a timing */
     struct algorithm algorithms[ALGORITHMS]; /* by hash, PROBES places each */
 };
 
@@ -69,28 +74,25 @@ static void describe(struct lt_problem *problem, const struct lt_shape *shape, u
     check_lt(cublasLtMatrixLayoutInit(&problem->out, out, shape->n, rows, shape->out_stride), "layout of results");
 }
 
-/* Asks cuBLASLt for its best. */
-static void choose(const struct product_device *products, struct algorithm *entry) {
-    enum { ASKED = 8 };
+/* What cuBLASLt thinks best first; how many. */
+static uint32_t candidates(const struct product_device *products, const struct lt_shape *shape, cublasLtMatmulAlgo_t found[CANDIDATES]) {
     const uint64_t most = WORKSPACE_BYTES;
-    const uint32_t alignment = entry->shape.out_alignment;
+    const uint32_t alignment = shape->out_alignment;
     const cublasLtMatmulPreferenceAttributes_t aligned[] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
     struct lt_problem problem;
     cublasLtMatmulPreferenceOpaque_t preference;
-    cublasLtMatmulHeuristicResult_t found[ASKED];
-    int count = 0;
-    describe(&problem, &entry->shape, entry->shape.rows);
+    cublasLtMatmulHeuristicResult_t results[CANDIDATES];
+    int returned = 0;
+    describe(&problem, shape, shape->rows);
     check_lt(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
     check_lt(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most), "workspace");
     for (int i = 0; i < 2; i++) check_lt(cublasLtMatmulPreferenceSetAttribute(&preference, aligned[i], &alignment, sizeof alignment), "alignment");
-    cublasStatus_t result = cublasLtMatmulAlgoGetHeuristic(products->handle, &problem.operation, &problem.w, &problem.in, &problem.out, &problem.out,
-                                                           &preference, ASKED, found, &count);
-    entry->usable = false;
-    for (int i = 0; result == CUBLAS_STATUS_SUCCESS && i < count && !entry->usable; i++) {
-        if (found[i].state != CUBLAS_STATUS_SUCCESS || found[i].workspaceSize > WORKSPACE_BYTES) continue;
-        entry->algorithm = found[i].algo;
-        entry->usable = true;
-    }
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(products->handle, &problem.operation, &problem.w, &problem.in, &problem.out, &problem.out,
+                                                           &preference, CANDIDATES, results, &returned);
+    uint32_t count = 0;
+    for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < returned; i++)
+        if (results[i].state == CUBLAS_STATUS_SUCCESS && results[i].workspaceSize <= WORKSPACE_BYTES) found[count++] = results[i].algo;
+    return count;
 }
 
 static bool same_shape(const struct lt_shape *a, const struct lt_shape *b) {
@@ -98,37 +100,92 @@ static bool same_shape(const struct lt_shape *a, const struct lt_shape *b) {
            a->kind == b->kind;
 }
 
-static const struct algorithm *algorithm_for(struct product_device *products, const struct lt_shape *shape) {
+/* The shape's entry; `known` says whether it was there. */
+static struct algorithm *entry_for(struct product_device *products, const struct lt_shape *shape, bool *known) {
     uint64_t hash =
         random_at((uint64_t)shape->rows << 32 | shape->n, shape->k, (uint64_t)shape->out_stride << 32 | shape->out_alignment, shape->kind);
     struct algorithm *entry = NULL;
     for (uint32_t i = 0; i < PROBES; i++) {
         entry = &products->algorithms[(hash + i) % ALGORITHMS];
-        if (same_shape(&entry->shape, shape)) return entry;
+        *known = same_shape(&entry->shape, shape);
+        if (*known) return entry;
         if (entry->shape.rows == 0) break;
     } /* all taken: the last one looked at is forgotten */
     entry->shape = *shape;
-    choose(products, entry);
+    entry->tuned = false;
     return entry;
 }
 
-/* false: cuBLASLt cannot. */
-static bool lt_run(struct cuda *cuda, const struct product_call *call) {
+static struct lt_shape shape_of(const struct product_call *call) {
     struct lt_shape shape = {
         .rows = bucket_of(call->rows), .n = call->n, .k = call->k, .out_stride = call->out_stride, .out_alignment = ALIGNMENT, .kind = call->kind};
     while ((uintptr_t)call->out % shape.out_alignment != 0) shape.out_alignment /= 2;
-    const struct algorithm *entry = algorithm_for(cuda->products, &shape);
-    if (!entry->usable) return false;
+    return shape;
+}
+
+/* false: not with this number of rows, where the algorithm was chosen for the bucket's; nothing was launched. */
+static bool lt_launch(struct cuda *cuda, const struct lt_shape *shape, const cublasLtMatmulAlgo_t *algorithm, const struct product_call *call) {
     struct lt_problem problem;
     const float one = 1, beta = call->kind == PRODUCT_ADD_F32 ? 1 : 0;
-    describe(&problem, &shape, call->rows);
+    describe(&problem, shape, call->rows);
     cublasStatus_t result =
         cublasLtMatmul(cuda->products->handle, &problem.operation, &one, call->w, &problem.w, call->in, &problem.in, &beta, call->out, &problem.out,
-                       call->out, &problem.out, &entry->algorithm, cuda->workspace, WORKSPACE_BYTES, cuda->stream);
-    if (result == CUBLAS_STATUS_NOT_SUPPORTED || result == CUBLAS_STATUS_INVALID_VALUE)
-        return false; /* the bucket's algorithm does not do fewer rows; nothing was launched */
+                       call->out, &problem.out, algorithm, cuda->workspace, WORKSPACE_BYTES, cuda->stream);
+    if (result == CUBLAS_STATUS_NOT_SUPPORTED || result == CUBLAS_STATUS_INVALID_VALUE) return false;
     check_lt(result, "cublasLtMatmul");
     return true;
+}
+
+/* false: cuBLASLt cannot, or slower than broad.cu. Calls nothing that a capture forbids, once its kernel is loaded. */
+static bool lt_run(struct cuda *cuda, const struct product_call *call) {
+    const struct lt_shape shape = shape_of(call);
+    bool known;
+    struct algorithm *entry = entry_for(cuda->products, &shape, &known);
+    if (!known) {
+        cublasLtMatmulAlgo_t found[CANDIDATES];
+        entry->usable = candidates(cuda->products, &shape, found) > 0;
+        if (entry->usable) entry->algorithm = found[0];
+    }
+    return entry->usable && lt_launch(cuda, &shape, &entry->algorithm, call);
+}
+
+/* Seconds of all calls with an algorithm, NULL: broad.cu; the better of two passes after a first. */
+static double seconds_with(struct cuda *cuda, const struct lt_shape *shape, const cublasLtMatmulAlgo_t *algorithm, const struct product_call *calls,
+                           uint32_t count) {
+    float best = INFINITY;
+    for (int pass = 0; pass < 3; pass++) {
+        float ms;
+        CUDA_CHECK(cudaEventRecord(cuda->products->begin, cuda->stream));
+        for (uint32_t i = 0; i < count; i++) {
+            if (!algorithm)
+                broad_run(cuda, &calls[i]);
+            else if (!lt_launch(cuda, shape, algorithm, &calls[i]))
+                return INFINITY;
+        }
+        CUDA_CHECK(cudaEventRecord(cuda->products->end, cuda->stream));
+        CUDA_CHECK(cudaEventSynchronize(cuda->products->end));
+        CUDA_CHECK(cudaEventElapsedTime(&ms, cuda->products->begin, cuda->products->end));
+        if (pass > 0 && ms < best) best = ms;
+    }
+    return best;
+}
+
+void products_tune(struct cuda *cuda, const struct product_call *calls, uint32_t count) {
+    const struct lt_shape shape = shape_of(&calls[0]);
+    cublasLtMatmulAlgo_t found[CANDIDATES];
+    bool known;
+    struct algorithm *entry = entry_for(cuda->products, &shape, &known);
+    if (known && entry->tuned) return;
+    entry->tuned = true;
+    entry->usable = false;
+    double best = seconds_with(cuda, &shape, NULL, calls, count);
+    for (uint32_t i = 0, n = candidates(cuda->products, &shape, found); i < n; i++) {
+        double seconds = seconds_with(cuda, &shape, &found[i], calls, count);
+        if (seconds >= best) continue;
+        best = seconds;
+        entry->algorithm = found[i];
+        entry->usable = true;
+    }
 }
 
 /* ---- native weights as f16 ---- */
@@ -180,19 +237,22 @@ static void many_rows_native(struct cuda *cuda, const struct product_call *call)
     }
 }
 
+static struct product_call call_of(const struct matrix *w, uint32_t part, const __half *in, uint32_t rows, void *out, enum product_out kind) {
+    return {.form = native_form_of(w->parts[part].type),
+            .w = w->parts[part].data,
+            .in = in,
+            .out = (uint8_t *)out + (size_t)w->parts[part].first_row * element_bytes(kind),
+            .n = w->parts[part].rows,
+            .k = w->cols,
+            .rows = rows,
+            .out_stride = w->rows,
+            .kind = kind};
+}
+
 void product(struct cuda *cuda, const struct matrix *w, const __half *in, uint32_t rows, void *out, enum product_out kind) {
     CHECK(rows > 0 && w->n_parts > 0 && w->cols > 0 && w->cols % 8 == 0 && in && out);
     for (uint32_t i = 0; i < w->n_parts; i++) {
-        const struct matrix_part *part = &w->parts[i];
-        const struct product_call call = {.form = native_form_of(part->type),
-                                          .w = part->data,
-                                          .in = in,
-                                          .out = (uint8_t *)out + (size_t)part->first_row * element_bytes(kind),
-                                          .n = part->rows,
-                                          .k = w->cols,
-                                          .rows = rows,
-                                          .out_stride = w->rows,
-                                          .kind = kind};
+        const struct product_call call = call_of(w, i, in, rows, out, kind);
         if (rows <= SKINNY_ROWS)
             skinny_run(cuda, cuda->products->skinny, &call);
         else if (call.form == FORM_F16)
@@ -225,6 +285,8 @@ enum status products_open(struct cuda *cuda, struct error *error) {
         cuda->products->handle = NULL;
         return error_set(error, STATUS_DEVICE, "cuBLASLt: %s", cublasLtGetStatusString(result));
     }
+    CUDA_TRY(error, cudaEventCreate(&cuda->products->begin));
+    CUDA_TRY(error, cudaEventCreate(&cuda->products->end));
     enum status status = skinny_open(cuda, &cuda->products->skinny, error);
     return status == STATUS_OK ? broad_open(error) : status;
 }
@@ -232,20 +294,33 @@ enum status products_open(struct cuda *cuda, struct error *error) {
 void products_close(struct cuda *cuda) {
     if (!cuda->products) return;
     if (cuda->products->handle) (void)cublasLtDestroy(cuda->products->handle);
+    if (cuda->products->begin) (void)cudaEventDestroy(cuda->products->begin);
+    if (cuda->products->end) (void)cudaEventDestroy(cuda->products->end);
     free(cuda->products->skinny);
     free(cuda->products);
     cuda->products = NULL;
 }
 
-void products_warm(struct cuda *cuda, uint32_t rows) {
-    const uint32_t head_rows = rows < cuda->max_head_rows ? rows : cuda->max_head_rows;
-    for (uint32_t i = 0; i < cuda->program->n_layers; i++) { /* layers may differ in their types */
-        const struct device_layer *layer = &cuda->layers[i];
-        if (i > 0 && layer->qkv.type == cuda->layers[0].qkv.type && layer->down.type == cuda->layers[0].down.type) continue;
-        product(cuda, &layer->qkv, cuda->h, rows, cuda->qkv, PRODUCT_F32);
-        product(cuda, &layer->o, cuda->a, rows, cuda->x, PRODUCT_ADD_F32);
-        product(cuda, &layer->gate_up, cuda->h, rows, cuda->gate_up, PRODUCT_F16);
-        product(cuda, &layer->down, cuda->g, rows, cuda->x, PRODUCT_ADD_F32);
+/* One of the products of a layer, for all layers; the head's `matrix` is its only one. */
+static void warm(struct cuda *cuda, const struct matrix *first, size_t stride, uint32_t count, const __half *in, uint32_t rows, void *out,
+                 enum product_out kind) {
+    struct product_call calls[TRIED];
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < count && n < TRIED; i++) {
+        const struct matrix *matrix = (const struct matrix *)(const void *)((const uint8_t *)first + i * stride);
+        if (matrix->type == TENSOR_F16) calls[n++] = call_of(matrix, 0, in, rows, out, kind);
     }
-    if (head_rows > 0) product(cuda, &cuda->head, cuda->head_h, head_rows, cuda->logits, PRODUCT_F32);
+    if (n > 0 && rows > SKINNY_ROWS && !cuda->deterministic) products_tune(cuda, calls, n);
+    for (uint32_t i = 0; i < count; i++) /* layers may differ in their types */
+        product(cuda, (const struct matrix *)(const void *)((const uint8_t *)first + i * stride), in, rows, out, kind);
+}
+
+void products_warm(struct cuda *cuda, uint32_t rows) {
+    const uint32_t head_rows = rows < cuda->max_head_rows ? rows : cuda->max_head_rows, n = cuda->program->n_layers;
+    const struct device_layer *layer = &cuda->layers[0];
+    warm(cuda, &layer->qkv, sizeof *layer, n, cuda->h, rows, cuda->qkv, PRODUCT_F32);
+    warm(cuda, &layer->o, sizeof *layer, n, cuda->a, rows, cuda->x, PRODUCT_ADD_F32);
+    warm(cuda, &layer->gate_up, sizeof *layer, n, cuda->h, rows, cuda->gate_up, PRODUCT_F16);
+    warm(cuda, &layer->down, sizeof *layer, n, cuda->g, rows, cuda->x, PRODUCT_ADD_F32);
+    if (head_rows > 0) warm(cuda, &cuda->head, 0, 1, cuda->head_h, head_rows, cuda->logits, PRODUCT_F32);
 }

@@ -27,6 +27,9 @@ struct product_call {
     enum product_out kind;
 };
 
+/* products.cu. Times what cuBLASLt proposes, and broad.cu, on these calls of one shape, and keeps the fastest: for a few dozen rows the first proposal is often not. Their
+ * results are written, PRODUCT_ADD_F32's several times. */
+void products_tune(struct cuda *cuda, const struct product_call *calls, uint32_t count);
 /* skinny.cu. rows <= SKINNY_ROWS. */
 struct skinny_device;
 enum status skinny_open(const struct cuda *cuda, struct skinny_device **skinny, struct error *error);

@@ -176,7 +176,9 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
 void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores) {
     struct cuda *cuda = cuda_of(backend);
     struct score_device *score = cuda->score;
-    const uint32_t per_slot = (score_per_query_head(request->score.kind) ? cuda->group : 1) + (request->value_power > 0);
+    const bool scored = request->source == RANK_SCORES;
+    const uint32_t per_slot = !scored ? 0 : (score_per_query_head(request->score.kind) ? cuda->group : 1) + (request->value_power > 0);
+    const struct work_need need = scored ? score_need(cuda, &request->score) : (struct work_need){0, 0, 0};
     size_t n_slots = 0;
     CHECK(score->rank_slots > 0 && request->value_power <= 2);
     for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
@@ -188,7 +190,7 @@ void cuda_rank(struct backend *backend, const struct rank_request *request, uint
     CUDA_CHECK(cudaMemsetAsync(score->n_protected, 0, cuda->n_lanes * sizeof *score->n_protected, cuda->stream));
     const uint32_t each = request->layer_mean ? cuda->program->n_kv_heads : 1;
     for (uint32_t first = 0; first < cuda->n_lanes;) {
-        const struct pass_plan plan = plan_pass(cuda, &request->score, first, cuda->n_lanes, each, per_slot);
+        const struct pass_plan plan = plan_pass(cuda, request->score.lane_tokens, first, cuda->n_lanes, each, per_slot, need);
         if (plan.n_jobs > 0) rank_pass(cuda, request, first, &plan, scores);
         first = plan.end;
     }
@@ -247,7 +249,7 @@ struct cut_pass {
     uint32_t *below;      /* [n_lanes] slots below the prefix found so far */
     uint32_t *counted;    /* [n_lanes][256] inclusive counts of the round before */
     uint32_t *freed;      /* [groups][4][256] units that come free with all keys up to a byte, by round; begins at 0 */
-    struct cut_lane *out; /* [n_lanes] */
+    struct cut_lane *out; /* [n_lanes] pinned memory of the host */
 };
 
 /* Grid: lanes. Round r: takes over the byte that round r - 1 found, counts the next one. Round 4 only takes over. */
@@ -302,11 +304,12 @@ void cuda_cut(struct backend *backend, const struct cut_request *request, struct
     pass.needed = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
     pass.lanes_each = request->lanes_each, pass.unit = request->unit;
     pass.below = score->cut_below, pass.counted = score->cut_counted, pass.freed = score->cut_freed;
-    pass.out = (struct cut_lane *)(void *)score->lane_results;
+    pass.out = (struct cut_lane *)(void *)score->back_host;
     CUDA_CHECK(cudaMemsetAsync(pass.freed, 0, (size_t)groups * 4 * 256 * sizeof(uint32_t), cuda->stream));
     for (int round = 0; round <= 4; round++) cut_kernel<<<cuda->n_lanes, THREADS, 0, cuda->stream>>>(pass, round);
     CUDA_CHECK(cudaGetLastError());
-    read_back(cuda, lanes, pass.out, cuda->n_lanes * sizeof *lanes);
+    stage_wait(cuda);
+    memcpy(lanes, pass.out, cuda->n_lanes * sizeof *lanes);
 }
 
 /* ---- keep ---- */
@@ -315,7 +318,7 @@ struct keep_pass {
     const uint32_t *keys, *n_protected, *evict;
     const uint2 *lanes;
     uint32_t *kept;
-    struct kept_lane *out;
+    struct kept_lane *out; /* [n_lanes] pinned memory of the host */
 };
 
 /* The key of ascending rank `rank` (< n), how many are below it and how many equal. */
@@ -383,10 +386,11 @@ void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane 
     stage_send(cuda, host, bytes);
     pass.keys = score->keys, pass.n_protected = score->n_protected, pass.evict = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
     pass.kept = score->kept;
-    pass.out = (struct kept_lane *)(void *)score->lane_results;
+    pass.out = (struct kept_lane *)(void *)score->back_host;
     keep_kernel<<<cuda->n_lanes, THREADS, 0, cuda->stream>>>(pass);
     CUDA_CHECK(cudaGetLastError());
-    read_back(cuda, lanes, pass.out, cuda->n_lanes * sizeof *lanes);
+    stage_wait(cuda);
+    memcpy(lanes, pass.out, cuda->n_lanes * sizeof *lanes);
     for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) score->n_kept[lane] = lanes[lane].n_keep;
     const uint32_t last = cuda->n_lanes - 1;
     if (keep) read_back(cuda, keep, score->kept, (score->lane_at[last] + score->lane_slots_ranked[last]) * sizeof *keep);

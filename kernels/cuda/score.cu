@@ -141,13 +141,21 @@ static void plain_score(struct cuda *cuda, const struct score_request *request, 
     CUDA_CHECK(cudaGetLastError());
 }
 
-struct pass_plan plan_pass(const struct cuda *cuda, const struct score_request *request, uint32_t first, uint32_t end, uint32_t lanes_each,
-                           uint32_t per_slot) {
+struct work_need score_need(const struct cuda *cuda, const struct score_request *request) {
+    CHECK(request->kind < SCORE_KINDS && (request->kind != SCORE_ACCUMULATED || cuda->pool.accumulated));
+    if (score_per_query_head(request->kind)) {
+        CHECK(request->ring >= 1 && request->ring <= cuda->limits.n_rings && request->n_window <= cuda->limits.ring_rows);
+        CHECK((int64_t)request->last_position + 1 >= (int64_t)request->n_window);
+    }
+    return need_of(cuda, request->kind, request->n_window);
+}
+
+struct pass_plan plan_pass(const struct cuda *cuda, const uint32_t *lane_tokens, uint32_t first, uint32_t end, uint32_t lanes_each, uint32_t per_slot,
+                           struct work_need need) {
     const struct score_device *score = cuda->score;
-    const struct work_need need = need_of(cuda, request->kind, request->n_window);
     struct pass_plan plan = {}, more = {};
     for (uint32_t lane = first; lane < end; lane++) {
-        const uint32_t n = request->lane_tokens[lane];
+        const uint32_t n = lane_tokens[lane];
         CHECK(n <= score->lane_slots);
         more.n_jobs += n > 0;
         more.n_splits += splits_of(n);
@@ -188,14 +196,10 @@ struct lane_jobs stage_pass(struct cuda *cuda, const struct score_request *reque
 }
 
 void score_pass(struct cuda *cuda, const struct score_request *request, const struct lane_jobs *jobs, float *numbers) {
-    CHECK(request->kind < SCORE_KINDS && (request->kind != SCORE_ACCUMULATED || cuda->pool.accumulated));
-    if (!score_per_query_head(request->kind)) {
+    if (score_per_query_head(request->kind))
+        window_score(cuda, request, jobs, numbers);
+    else
         plain_score(cuda, request, jobs, numbers);
-        return;
-    }
-    CHECK(request->ring >= 1 && request->ring <= cuda->limits.n_rings && request->n_window <= cuda->limits.ring_rows);
-    CHECK((int64_t)request->last_position + 1 >= (int64_t)request->n_window);
-    window_score(cuda, request, jobs, numbers);
 }
 
 /* Lanes that lie one after another in `scores` come in one piece. */
@@ -213,9 +217,10 @@ static void return_pass(struct cuda *cuda, const struct score_request *request, 
 void cuda_score(struct backend *backend, const struct score_request *request, float *scores) {
     struct cuda *cuda = cuda_of(backend);
     const uint32_t per_slot = score_per_query_head(request->kind) ? cuda->group : 1;
+    const struct work_need need = score_need(cuda, request);
     CHECK(request->n_lanes <= cuda->n_lanes && request->first_lane <= cuda->n_lanes - request->n_lanes);
     for (uint32_t first = request->first_lane, last = first + request->n_lanes; first < last;) {
-        const struct pass_plan plan = plan_pass(cuda, request, first, last, 1, per_slot);
+        const struct pass_plan plan = plan_pass(cuda, request->lane_tokens, first, last, 1, per_slot, need);
         if (plan.n_jobs > 0) {
             const struct lane_jobs jobs = stage_pass(cuda, request, first, &plan);
             score_pass(cuda, request, &jobs, cuda->score->numbers);

@@ -35,7 +35,7 @@ static void measure(const struct cuda *cuda, struct score_device *score) {
     score_sizes(cuda, score->lane_slots, &numbers, &work);
     numbers *= heads, work *= heads;
     score->stage_bytes = aligned_16(most(most(most(lists, layer), most(sinks, counts)), STAGE_BYTES));
-    score->back_bytes = BACK_BYTES;
+    score->back_bytes = most(BACK_BYTES, cuda->n_lanes * sizeof(uint2)); /* counts of all lanes at once */
     score->n_numbers = most(numbers, least(numbers * layers, NUMBERS_BYTES)) / sizeof(float);
     score->work_bytes = most(work, least(work * layers, WORK_BYTES));
 }
@@ -50,7 +50,6 @@ static void lay_out_ranking(const struct cuda *cuda, struct device_arena *arena,
     score->cut_below = (uint32_t *)device_take(arena, lanes, sizeof *score->cut_below);
     score->cut_counted = (uint32_t *)device_take(arena, lanes * 256, sizeof *score->cut_counted);
     score->cut_freed = (uint32_t *)device_take(arena, lanes * 4 * 256, sizeof *score->cut_freed);
-    score->lane_results = (uint2 *)device_take(arena, lanes, sizeof *score->lane_results);
 }
 
 void services_lay_out(struct cuda *cuda, struct device_arena *arena) {

@@ -22,7 +22,6 @@ struct score_device {
     uint32_t *cut_below;                  /* on the device, [n_lanes] */
     uint32_t *cut_counted;                /* on the device, [n_lanes][256] */
     uint32_t *cut_freed;                  /* on the device, [n_lanes][4][256] */
-    uint2 *lane_results;                  /* on the device, [n_lanes] */
     size_t *lane_at;                      /* [n_lanes] where a lane's keys begin */
     uint32_t *lane_slots_ranked, *n_kept; /* [n_lanes] */
 };
@@ -57,22 +56,25 @@ struct lane_jobs {
     uint32_t n_jobs, n_splits;
 };
 
+/* Bytes of score->work that a pass takes; each a multiple of 16. */
+struct work_need {
+    size_t fixed, per_job, per_split;
+};
+/* Of what is scored; checks what is asked for. */
+struct work_need score_need(const struct cuda *cuda, const struct score_request *request);
+
 /* Lanes [first, end) of one pass, and what they take. */
 struct pass_plan {
     uint32_t end, n_jobs, n_splits;
     size_t n_ids, n_slots;
 };
 /* As many lanes from `first` on, a multiple of lanes_each, as staging and scratch take with `per_slot` numbers a slot. */
-struct pass_plan plan_pass(const struct cuda *cuda, const struct score_request *request, uint32_t first, uint32_t end, uint32_t lanes_each,
-                           uint32_t per_slot);
+struct pass_plan plan_pass(const struct cuda *cuda, const uint32_t *lane_tokens, uint32_t first, uint32_t end, uint32_t lanes_each, uint32_t per_slot,
+                           struct work_need need);
+/* The pass's lanes and block ids, by the request's tables. */
 struct lane_jobs stage_pass(struct cuda *cuda, const struct score_request *request, uint32_t first, const struct pass_plan *plan);
-/* Scores of the pass's lanes to `numbers`. request->kind and what it takes of the request are checked here. */
+/* Scores of the pass's lanes to `numbers`, launched on the stream. */
 void score_pass(struct cuda *cuda, const struct score_request *request, const struct lane_jobs *jobs, float *numbers);
-
-/* Bytes of score->work that a pass takes; each a multiple of 16. */
-struct work_need {
-    size_t fixed, per_job, per_split;
-};
 
 /* score_window.cu: kinds per query head, from the ring; launched on the stream. */
 struct work_need window_need(const struct cuda *cuda, enum score_kind kind, uint32_t n_window);

@@ -9,8 +9,9 @@
 
 enum {
     WARPS = SUMS,
-    TILE_OUT = 16, /* rows of W of a matrix instruction */
-    NARROW = 3072, /* rows of W: below, a block per 16 of them, or units are left without work */
+    TILE_OUT = 16,            /* rows of W of a matrix instruction */
+    HALF_STEP = STEP / 2 * 2, /* bytes of f16 */
+    NARROW = 3072,            /* rows of W: below, a block per 16 of them, or units are left without work */
 };
 
 /* Where a launch may overlap the end of the one before (compute capability 9.0), weights are asked for before this and activations after it. */
@@ -30,6 +31,11 @@ template <enum native_form FORM> static __host__ __device__ constexpr uint32_t l
     return FORM == FORM_F16 ? 64 : native_quant_bytes(FORM) + native_scale_bytes(FORM);
 }
 
+/* Bytes in memory from a step of a lane to the next. */
+template <enum native_form FORM> static __host__ __device__ constexpr uint32_t step_bytes() {
+    return FORM == FORM_F16 ? STEP * sizeof(__half) : native_tile_bytes(FORM);
+}
+
 template <enum native_form FORM, int OUTS, int TILES, int DEEP> struct skinny_shape {
     static const uint32_t WEIGHTS = OUTS * 32 * lane_bytes<FORM>(); /* of a stage; activations follow */
     static const uint32_t STAGE = WEIGHTS + TILES * 32 * 32;
@@ -38,54 +44,57 @@ template <enum native_form FORM, int OUTS, int TILES, int DEEP> struct skinny_sh
     static_assert(RING >= WARPS * TILES * 8 * STRIDE * 4, "partial sums lie where the ring was");
 };
 
+/* Where a lane reads next: pointers run, so that a step costs an addition each. */
 template <int OUTS, int TILES> struct skinny_lane {
-    const uint8_t *w[OUTS][2]; /* f16: rows g and g + 8 of each 16; native: [0] is the first tile of each 16 */
-    const __half *in[TILES];   /* row g of each 8 */
+    const uint8_t *w[OUTS][2]; /* f16: rows g and g + 8 of each 16; native: quants and scales of the tile */
+    const uint8_t *in[TILES];  /* row g of each 8 */
     bool w_inside[OUTS][2], in_inside[TILES];
-    uint32_t lane, k, steps, column; /* column: of the lane's 8 within half a step */
+    uint32_t lane, k;
+    uint32_t w_column, in_column; /* the first of the step that is asked for next */
 };
 
-/* A step's weights, if there is such a step, to the stage. */
+/* The warp's next step of weights, if there is one, to the stage. */
 template <enum native_form FORM, int OUTS, int TILES>
-static __device__ __forceinline__ void ask_weights(const skinny_lane<OUTS, TILES> &lane, uint32_t step, uint32_t stage) {
-    if (step >= lane.steps) return;
+static __device__ __forceinline__ void ask_weights(skinny_lane<OUTS, TILES> &lane, uint32_t stage) {
+    if (lane.w_column >= lane.k) return;
 #pragma unroll
     for (int i = 0; i < OUTS; i++, stage += 32 * lane_bytes<FORM>()) {
+        const uint32_t to = stage + lane.lane * 16;
         if constexpr (FORM == FORM_F16) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint32_t column = step * STEP + (uint32_t)half * (STEP / 2) + lane.column;
+            for (int half = 0; half < 2; half++)
 #pragma unroll
                 for (int high = 0; high < 2; high++)
-                    copy_weights(stage + (uint32_t)(half * 2 + high) * 512 + lane.lane * 16, lane.w[i][high] + (size_t)column * sizeof(__half),
-                                 lane.w_inside[i][high] && column < lane.k);
-            }
+                    copy_weights(to + (uint32_t)(half * 2 + high) * 512, lane.w[i][high] + half * HALF_STEP,
+                                 lane.w_inside[i][high] && lane.w_column + (uint32_t)half * (STEP / 2) + lane.lane % 4 * 8 < lane.k);
         } else {
-            const uint8_t *tile = lane.w[i][0] + (size_t)step * native_tile_bytes(FORM);
-            copy_weights(stage + lane.lane * 16, tile + native_quants_at(lane.lane), true);
-            if constexpr (FORM == FORM_8) copy_weights(stage + 512 + lane.lane * 16, tile + 512 + native_quants_at(lane.lane), true);
-            if constexpr (FORM == FORM_6) copy_8_bytes(stage + 512 + lane.lane * 8, tile + native_high_bits_at(lane.lane));
-            const uint8_t *scales = tile + native_scales_at(FORM, lane.lane);
-            const uint32_t to = stage + 32 * native_quant_bytes(FORM) + lane.lane * native_scale_bytes(FORM);
+            copy_weights(to, lane.w[i][0], true);
+            if constexpr (FORM == FORM_8) copy_weights(to + 512, lane.w[i][0] + 512, true);
+            if constexpr (FORM == FORM_6)
+                copy_8_bytes(stage + 512 + lane.lane * 8, lane.w[i][0] - native_quants_at(lane.lane) + native_high_bits_at(lane.lane));
+            const uint32_t scales = stage + 32 * native_quant_bytes(FORM) + lane.lane * native_scale_bytes(FORM);
             if constexpr (FORM == FORM_4_OFFSET)
-                copy_weights(to, scales, true);
+                copy_weights(scales, lane.w[i][1], true);
             else
-                copy_8_bytes(to, scales);
+                copy_8_bytes(scales, lane.w[i][1]);
         }
+        lane.w[i][0] += WARPS * step_bytes<FORM>();
+        lane.w[i][1] += WARPS * step_bytes<FORM>();
     }
+    lane.w_column += WARPS * STEP;
 }
 
-template <int OUTS, int TILES>
-static __device__ __forceinline__ void ask_activations(const skinny_lane<OUTS, TILES> &lane, uint32_t step, uint32_t to) {
-    if (step >= lane.steps) return;
+template <int OUTS, int TILES> static __device__ __forceinline__ void ask_activations(skinny_lane<OUTS, TILES> &lane, uint32_t to) {
+    if (lane.in_column >= lane.k) return;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint32_t column = step * STEP + (uint32_t)half * (STEP / 2) + lane.column;
+    for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
-            copy_activations(to + (uint32_t)(half * TILES + tile) * 512 + lane.lane * 16, lane.in[tile] + column,
-                             lane.in_inside[tile] && column < lane.k);
+        for (int half = 0; half < 2; half++)
+            copy_activations(to + (uint32_t)(half * TILES + tile) * 512 + lane.lane * 16, lane.in[tile] + half * HALF_STEP,
+                             lane.in_inside[tile] && lane.in_column + (uint32_t)half * (STEP / 2) + lane.lane % 4 * 8 < lane.k);
+        lane.in[tile] += WARPS * STEP * sizeof(__half);
     }
+    lane.in_column += WARPS * STEP;
 }
 
 static __device__ __forceinline__ void put_16(uint32_t *to, const uint4 &v) {
@@ -156,23 +165,31 @@ static __device__ __forceinline__ void add_up(const float (&sums)[OUTS][TILES][4
 
 template <enum native_form FORM, int OUTS, int TILES>
 static __device__ __forceinline__ void find_lane(skinny_lane<OUTS, TILES> &lane, const struct product_call &call, uint32_t first) {
-    const uint32_t g = threadIdx.x % 32 / 4;
+    const uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, column = warp * STEP + threadIdx.x % 4 * 8;
     lane.lane = threadIdx.x % 32;
-    lane.column = threadIdx.x % 4 * 8;
     lane.k = call.k;
-    lane.steps = (call.k + STEP - 1) / STEP;
+    lane.w_column = lane.in_column = warp * STEP;
 #pragma unroll
-    for (int i = 0; i < OUTS * 2; i++) {
-        uint32_t row = first + (uint32_t)i * 8 + g, band = min(first / TILE_OUT + (uint32_t)i / 2, (call.n - 1) / TILE_OUT);
-        lane.w_inside[i / 2][i % 2] = row < call.n;
-        lane.w[i / 2][i % 2] = (const uint8_t *)call.w + (FORM == FORM_F16 ? (size_t)min(row, call.n - 1) * call.k * sizeof(__half)
-                                                                           : (size_t)band * lane.steps * native_tile_bytes(FORM));
+    for (int i = 0; i < OUTS; i++) {
+        if constexpr (FORM == FORM_F16) {
+#pragma unroll
+            for (int high = 0; high < 2; high++) {
+                uint32_t row = first + (uint32_t)(i * 16 + high * 8) + g;
+                lane.w_inside[i][high] = row < call.n;
+                lane.w[i][high] = (const uint8_t *)call.w + ((size_t)min(row, call.n - 1) * call.k + column) * sizeof(__half);
+            }
+        } else { /* past the last band: the last again; its results are not stored */
+            const uint32_t band = min(first / TILE_OUT + (uint32_t)i, (call.n - 1) / TILE_OUT), steps = (call.k + STEP - 1) / STEP;
+            const uint8_t *tile = (const uint8_t *)call.w + ((size_t)band * steps + warp) * native_tile_bytes(FORM);
+            lane.w[i][0] = tile + native_quants_at(lane.lane);
+            lane.w[i][1] = tile + native_scales_at(FORM, lane.lane);
+        }
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         uint32_t row = (uint32_t)tile * 8 + g;
         lane.in_inside[tile] = row < call.rows;
-        lane.in[tile] = call.in + (size_t)min(row, call.rows - 1) * call.k;
+        lane.in[tile] = (const uint8_t *)call.in + ((size_t)min(row, call.rows - 1) * call.k + column) * sizeof(__half);
     }
 }
 
@@ -184,19 +201,19 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) skinny_product(const str
     skinny_lane<OUTS, TILES> lane;
     find_lane<FORM>(lane, call, first);
     const uint32_t mine = (uint32_t)__cvta_generic_to_shared(ring) + warp * DEEP * shape::STAGE, end = mine + DEEP * shape::STAGE;
-    for (uint32_t i = 0; i < DEEP; i++) ask_weights<FORM>(lane, warp + i * WARPS, mine + i * shape::STAGE);
+    for (uint32_t stage = mine; stage < end; stage += shape::STAGE) ask_weights<FORM>(lane, stage);
     let_next_begin();
     wait_for_previous();
-    for (uint32_t i = 0; i < DEEP; i++) {
-        ask_activations(lane, warp + i * WARPS, mine + i * shape::STAGE + shape::WEIGHTS);
+    for (uint32_t stage = mine; stage < end; stage += shape::STAGE) {
+        ask_activations(lane, stage + shape::WEIGHTS);
         end_group();
     }
     float sums[OUTS][TILES][4] = {};
-    for (uint32_t step = warp, stage = mine; step < lane.steps; step += WARPS) {
+    for (uint32_t column = warp * STEP, stage = mine; column < call.k; column += WARPS * STEP) {
         wait_for_groups<DEEP - 1>();
         use_step<FORM>(sums, stage, stage + shape::WEIGHTS, lane.lane);
-        ask_weights<FORM>(lane, step + DEEP * WARPS, stage);
-        ask_activations(lane, step + DEEP * WARPS, stage + shape::WEIGHTS);
+        ask_weights<FORM>(lane, stage);
+        ask_activations(lane, stage + shape::WEIGHTS);
         end_group();
         stage += shape::STAGE;
         if (stage == end) stage = mine;

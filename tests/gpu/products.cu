@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/products.h"
 
 extern "C" {
 #include "base/half.h"
@@ -471,12 +471,12 @@ static void check_native(struct cuda *cuda) {
         struct tiny_shape shape = tiny_shape_default();
         shape.n_layers = 1;
         shape.type = types[i];
-        shape.n_vocab = 1003;
+        shape.n_vocab = 203;
         shape.tied_head = i % 2 == 0;
         shape.n_embd = 256;
         shape.n_heads = 8;
         shape.n_kv_heads = 4;
-        shape.n_ff = 1536;
+        shape.n_ff = 512;
         check_native_program(cuda, &shape);
         if (tensor_type_info(types[i])->block_size != 32) continue;
         shape.n_embd = 96; /* the last tile of a band is half empty */
@@ -514,7 +514,7 @@ static void check_saturation(struct cuda *cuda) {
 
 static void check_products(struct cuda *cuda) {
     static const uint32_t shapes[][2] = {{16, 32},    {1, 8},     {33, 64},    {40, 96},    {17, 576},   {576, 576}, {960, 576},
-                                         {192, 1536}, {64, 4096}, {50, 14336}, {1000, 520}, {3100, 328}, {3073, 64}, {200, 2056}};
+                                         {192, 1536}, {64, 4096}, {50, 14336}, {1000, 136}, {3100, 72}, {3073, 64}, {200, 2056}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_shape(cuda, shapes[i][0], shapes[i][1]);
     check_saturation(cuda);
     check_native(cuda);
@@ -576,34 +576,73 @@ static __global__ void fill(__half *to, size_t count) {
         to[i] = __float2half(((float)(uint32_t)(i * 2654435761u >> 16 & 1023) - 511.5f) / 8192);
 }
 
-/* As many matrices as are 4 times the L2 cache, in turn. */
-static void bench_shape(struct cuda *cuda, const char *name, uint32_t n, uint32_t k, enum product_out kind, const uint32_t *rows, uint32_t row_counts,
-                        double copy) {
-    size_t bytes = (size_t)n * k * sizeof(__half);
-    uint32_t count = (uint32_t)(4 * (size_t)cuda->properties.l2CacheSize / bytes) + 1, most = rows[row_counts - 1];
-    __half *w, *in;
+struct bench_shape {
+    const char *name;
+    uint32_t n, k;
+    enum product_out kind;
+};
+
+static size_t bytes_of(enum tensor_type type, uint32_t n, uint32_t k) {
+    enum native_form form = native_form_of(type);
+    return form == FORM_F16 ? (size_t)n * k * sizeof(__half) : native_bytes(form, n, k);
+}
+
+static void print_line(const struct bench_shape *s, enum tensor_type type, uint32_t rows, const char *how, double seconds, double copy) {
+    double out_bytes = (double)rows * s->n * (s->kind == PRODUCT_F16 ? 2 : s->kind == PRODUCT_F32 ? 4 : 8);
+    double moved = (double)bytes_of(type, s->n, s->k) + (double)rows * s->k * 2 + out_bytes;
+    printf("%-12s %-4s %6u x %-5u rows %4u %-13s %9.2f us %8.1f MB %7.1f GB/s %5.1f %% of copy %6.1f TFLOP/s\n", s->name,
+           tensor_type_info(type)->name, s->n, s->k, rows, how, seconds * 1e6, moved / 1e6, moved / seconds / 1e9, moved / seconds / copy * 100,
+           2 * (double)rows * s->n * s->k / seconds / 1e12);
+}
+
+/* As many matrices as are 4 times the L2 cache and more, in turn. What is in them takes no time. */
+static void bench_one(struct cuda *cuda, const struct bench_shape *s, enum tensor_type type, const uint32_t *rows, uint32_t row_counts, double copy) {
+    enum { CALLS = 8 };
+    size_t bytes = bytes_of(type, s->n, s->k);
+    uint32_t count = (uint32_t)(4 * (size_t)cuda->properties.l2CacheSize / bytes) + 2, most = rows[row_counts - 1];
+    uint8_t *w;
+    __half *in;
     void *out;
     CUDA_CHECK(cudaMalloc((void **)&w, count * bytes));
-    CUDA_CHECK(cudaMalloc((void **)&in, (size_t)most * k * sizeof *in));
-    CUDA_CHECK(cudaMalloc(&out, (size_t)most * n * sizeof(float)));
-    fill<<<1024, 256, 0, cuda->stream>>>(w, (size_t)count * n * k);
-    fill<<<1024, 256, 0, cuda->stream>>>(in, (size_t)most * k);
-    CUDA_CHECK(cudaMemsetAsync(out, 0, (size_t)most * n * sizeof(float), cuda->stream));
-    for (uint32_t i = 0; i < row_counts; i++)
-        for (int deterministic = 0; deterministic < (rows[i] > SKINNY_ROWS ? 2 : 1); deterministic++) {
-            cuda->deterministic = deterministic;
-            uint32_t launches = rows[i] > 256 ? count : count < 20 ? 20 : count;
+    CUDA_CHECK(cudaMalloc((void **)&in, (size_t)most * s->k * sizeof *in));
+    CUDA_CHECK(cudaMalloc(&out, (size_t)most * s->n * sizeof(float)));
+    fill<<<1024, 256, 0, cuda->stream>>>((__half *)w, count * bytes / sizeof(__half));
+    fill<<<1024, 256, 0, cuda->stream>>>(in, (size_t)most * s->k);
+    CUDA_CHECK(cudaMemsetAsync(out, 0, (size_t)most * s->n * sizeof(float), cuda->stream));
+    for (uint32_t i = 0; i < row_counts; i++) {
+        uint32_t launches = rows[i] > 256 || count > 20 ? count : 20 / count * count + count;
+        auto measure = [&](const char *how) {
             double seconds = seconds_each(cuda, launches, [&](uint32_t launch) {
-                struct matrix matrix = matrix_f16(n, k, w + (size_t)(launch % count) * n * k);
-                product(cuda, &matrix, in, rows[i], out, kind);
+                struct matrix matrix = matrix_f16(s->n, s->k, w + launch % count * bytes);
+                matrix.type = matrix.parts[0].type = type;
+                product(cuda, &matrix, in, rows[i], out, s->kind);
             });
-            double out_bytes = (double)rows[i] * n * (kind == PRODUCT_F16 ? 2 : kind == PRODUCT_F32 ? 4 : 8);
-            double moved = (double)bytes + (double)rows[i] * k * 2 + out_bytes;
-            printf("%-22s %6u x %-5u rows %4u%s %9.2f us %8.1f MB %7.1f GB/s %5.1f %% of copy %7.1f TFLOP/s\n", name, n, k, rows[i],
-                   deterministic ? " deterministic" : "              ", seconds * 1e6, moved / 1e6, moved / seconds / 1e9,
-                   moved / seconds / copy * 100, 2 * (double)rows[i] * n * k / seconds / 1e12);
+            print_line(s, type, rows[i], how, seconds, copy);
+        };
+        if (rows[i] <= SKINNY_ROWS) {
+            measure("");
+            continue;
         }
-    cuda->deterministic = false;
+        measure("first guess");
+        if (type != TENSOR_F16) continue;
+        struct product_call calls[CALLS];
+        uint32_t n = 0;
+        for (; n < CALLS && n < count; n++)
+            calls[n] = {.form = FORM_F16,
+                        .w = w + n * bytes,
+                        .in = in,
+                        .out = out,
+                        .n = s->n,
+                        .k = s->k,
+                        .rows = rows[i],
+                        .out_stride = s->n,
+                        .kind = s->kind};
+        products_tune(cuda, calls, n);
+        measure("tuned");
+        cuda->deterministic = true;
+        measure("deterministic");
+        cuda->deterministic = false;
+    }
     CUDA_CHECK(cudaFree(out));
     CUDA_CHECK(cudaFree(in));
     CUDA_CHECK(cudaFree(w));
@@ -611,20 +650,19 @@ static void bench_shape(struct cuda *cuda, const char *name, uint32_t n, uint32_
 
 static void bench(struct cuda *cuda) {
     static const uint32_t rows[] = {1, 4, 8, 16, 64, 256, 2048};
-    static const struct {
-        const char *name;
-        uint32_t n, k;
-        enum product_out kind;
-    } shapes[] = {
+    static const enum tensor_type types[] = {TENSOR_Q4_0, TENSOR_Q4_K, TENSOR_Q8_0, TENSOR_Q6_K};
+    static const struct bench_shape shapes[] = {
         {"8B qkv", 6144, 4096, PRODUCT_F32},       {"8B o", 4096, 4096, PRODUCT_ADD_F32},    {"8B gate_up", 28672, 4096, PRODUCT_F16},
         {"8B down", 4096, 14336, PRODUCT_ADD_F32}, {"8B head", 128256, 4096, PRODUCT_F32},   {"135M qkv", 960, 576, PRODUCT_F32},
         {"135M o", 576, 576, PRODUCT_ADD_F32},     {"135M gate_up", 3072, 576, PRODUCT_F16}, {"135M down", 576, 1536, PRODUCT_ADD_F32},
         {"135M head", 49152, 576, PRODUCT_F32},
     };
+    const size_t of_8b = 5;
     double copy = copy_rate(cuda);
     printf("%s: copy within the device %.1f GB/s (read + written)\n", cuda->properties.name, copy / 1e9);
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-        bench_shape(cuda, shapes[i].name, shapes[i].n, shapes[i].k, shapes[i].kind, rows, sizeof rows / sizeof *rows, copy);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) bench_one(cuda, &shapes[i], TENSOR_F16, rows, sizeof rows / sizeof *rows, copy);
+    for (size_t t = 0; t < sizeof types / sizeof *types; t++)
+        for (size_t i = 0; i < of_8b; i++) bench_one(cuda, &shapes[i], types[t], rows, 5, copy);
 }
 
 int main(int argc, char **argv) {
