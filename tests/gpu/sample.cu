@@ -418,6 +418,11 @@ static int bench(void) {
 }
 
 int main(int argc, char **argv) {
+    int n_devices = 0;
+    if (cudaGetDeviceCount(&n_devices) != cudaSuccess || n_devices == 0) {
+        printf("SKIP: no CUDA device\n");
+        return 77;
+    }
     if (argc >= 2 && strcmp(argv[1], "--check") == 0)
         return check(argc > 2 ? (uint32_t)strtoul(argv[2], NULL, 10) : 3000, argc > 3 ? strtoull(argv[3], NULL, 10) : 1);
     if (argc == 2 && strcmp(argv[1], "--bench") == 0) return bench();
