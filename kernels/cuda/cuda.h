@@ -255,6 +255,8 @@ void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *s
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
+/* What was read of the pool is out of date. */
+void services_pool_changes(struct cuda *cuda);
 void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
