@@ -1,7 +1,7 @@
 """Model files, good, broken and hostile: each ends in a description or in one clear line and exit 2, never in a crash."""
 import os
-import re
 import random
+import re
 import struct
 import unittest
 
