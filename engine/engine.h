@@ -56,6 +56,7 @@ struct request {
     struct sample_result *prompt_results;
     struct kv_plan kv; /* compression; policy "none": everything stays */
     bool measure_hits; /* fill hits_kept and hits_all of the report */
+    struct head_hits *head_hits; /* [n_layers * n_kv_heads] with measure_hits: of each head, added before the last terminal event. NULL: not asked */
     void *owner;       /* the loop's own; the engine only hands it back */
 
     /* Written by the engine before the last terminal event. */
@@ -101,6 +102,7 @@ struct engine_stats {
     uint64_t compressions[ENGINE_POLICIES_MAX][TRIGGER_KINDS]; /* by policy_index() and bit of the trigger */
     uint64_t slots_kept, slots_evicted, kv_blocks_freed, compression_ns;
     uint64_t layer_kept[ENGINE_LAYERS_MAX]; /* slots kept by compressions, layer by layer; the last one stands for all above */
+    uint64_t layer_hits_kept[ENGINE_LAYERS_MAX], layer_hits[ENGINE_LAYERS_MAX]; /* struct head_hits, of requests that had them measured */
     uint64_t admissions_by_compression;
     uint32_t n_layers;
 };
@@ -108,6 +110,7 @@ struct engine_stats {
 /* What everything large will take, from config, model, free memory (the host's, within the cgroup limit, and the device's). Printed at start; each line count x bytes. */
 struct memory_plan {
     uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows, max_choices;
+    uint32_t n_layers, n_kv_heads;           /* of the model: a lane for each */
     uint32_t n_rings, ring_rows, sink_slots; /* for compression */
     bool accumulators;
     uint32_t n_blocks, extent_blocks;

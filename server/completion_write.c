@@ -190,6 +190,23 @@ void write_answer_choice(struct json_writer *json, const struct answer_head *hea
     write_choice(json, head, index, choice, piece, true);
 }
 
+/* [layers][heads]: each one's own rate; null for one without pairs. */
+static void write_head_rates(struct json_writer *json, const struct kv_answer *kv) {
+    json_array(json);
+    for (uint32_t layer = 0; layer < kv->n_layers; layer++) {
+        json_array(json);
+        for (uint32_t head = 0; head < kv->n_kv_heads; head++) {
+            const struct head_hits *hits = &kv->hits[layer * kv->n_kv_heads + head];
+            if (hits->all > 0)
+                json_float(json, (float)(hits->kept / hits->all));
+            else
+                json_null(json);
+        }
+        json_array_end(json);
+    }
+    json_array_end(json);
+}
+
 static void write_kv(struct json_writer *json, const struct kv_answer *kv) {
     const struct kv_report *report = &kv->report;
     const struct {
@@ -219,6 +236,11 @@ static void write_kv(struct json_writer *json, const struct kv_answer *kv) {
     json_key(json, "hit_rate");
     if (report->hits_all > 0)
         json_double(json, report->hits_kept / report->hits_all);
+    else
+        json_null(json);
+    json_key(json, "hit_rate_heads");
+    if (kv->hits)
+        write_head_rates(json, kv);
     else
         json_null(json);
     json_key(json, "pressure_compressions");

@@ -184,6 +184,15 @@ static void compression_metrics(struct page *page, const struct metrics_view *vi
         (void)snprintf(labels, sizeof labels, ",layer=\"%u\"", layer);
         sample(page, "kvasir_kv_layer_slots_kept_total", labels, (double)engine->layer_kept[layer]);
     }
+    head(page, "kvasir_kv_layer_hits_total", "counter",
+         "Pairs of a row and a key with at least an even share of its attention, when a request with a report was compressed: all, and those whose "
+         "key was kept, by layer.");
+    for (uint32_t layer = 0; layer < engine->n_layers && layer < ENGINE_LAYERS_MAX; layer++) {
+        (void)snprintf(labels, sizeof labels, ",layer=\"%u\",key=\"kept\"", layer);
+        sample(page, "kvasir_kv_layer_hits_total", labels, (double)engine->layer_hits_kept[layer]);
+        (void)snprintf(labels, sizeof labels, ",layer=\"%u\",key=\"evicted\"", layer);
+        sample(page, "kvasir_kv_layer_hits_total", labels, (double)(engine->layer_hits[layer] - engine->layer_hits_kept[layer]));
+    }
 }
 
 static void request_metrics(struct page *page, const struct metrics *metrics, const struct metrics_view *view) {

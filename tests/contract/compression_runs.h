@@ -33,6 +33,7 @@ struct run_answer {
 struct run_answers {
     struct run_answer of[RUN_JOBS_MAX][RUN_CANDIDATES];
     struct kv_report reports[RUN_JOBS_MAX];
+    struct head_hits head_hits[RUN_JOBS_MAX][RUN_LANES_MAX];
     uint32_t cached[RUN_JOBS_MAX];
 };
 
@@ -158,6 +159,8 @@ static inline struct scheduler_stats run_scheduler_stats(struct client *client) 
 
 /* ---- the requests ---- */
 
+static struct head_hits run_hits[RUN_JOBS_MAX][RUN_LANES_MAX]; /* of the job with this number that was made last */
+
 static inline void run_wish(const struct config *config, struct job *job, const char *policy, uint32_t budget, double ratio) {
     struct kv_wish wish = {.budget_tokens = budget, .keep_ratio = ratio};
     struct error error = {0};
@@ -192,6 +195,8 @@ static inline struct job *run_job(const struct config *config, const struct run_
     job->request.sampling.n_top = 1;
     if (asked->temperature > 0) job->request.sampling.temperature = asked->temperature, job->request.sampling.seed = 77 + asked->number;
     job->request.arrival_ns = 1 + asked->number;
+    job->request.head_hits = run_hits[asked->number];
+    memset(run_hits[asked->number], 0, sizeof run_hits[asked->number]);
     run_wish(config, job, asked->policy, asked->budget, asked->ratio);
     return job;
 }
@@ -200,6 +205,7 @@ static inline void run_finish(struct job *job, struct run_answers *answers) {
     uint32_t number = run_number(job);
     answers->reports[number] = job->request.kv_report;
     answers->cached[number] = job->choices[0].cached;
+    memcpy(answers->head_hits[number], run_hits[number], sizeof answers->head_hits[number]);
     job_free(job);
 }
 

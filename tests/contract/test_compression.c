@@ -50,6 +50,20 @@ static void expect_report(const char *what, uint32_t number, const struct kv_rep
             b->slots_kept, b->slots_kept + b->slots_evicted, b->blocks, b->head_min, b->head_max, b->hits_kept, b->hits_all);
 }
 
+/* Head by head, they are what the report sums. */
+static void expect_hits(const char *what, uint32_t number, const struct run_answers *a, const struct run_answers *b) {
+    struct head_hits sum = {0};
+    if (memcmp(a->head_hits[number], b->head_hits[number], sizeof a->head_hits[number]) != 0)
+        fail_msg("%s: request %u: hits of heads differ", what, number);
+    for (uint32_t lane = 0; lane < RUN_LANES_MAX; lane++) {
+        const struct head_hits *hits = &a->head_hits[number][lane];
+        assert_true(hits->kept >= 0 && hits->kept <= hits->all);
+        sum.kept += hits->kept;
+        sum.all += hits->all;
+    }
+    assert_true(sum.kept == a->reports[number].hits_kept && sum.all == a->reports[number].hits_all);
+}
+
 static void expect_same(const char *what, const struct run_request *asked, uint32_t n, const struct run_answers *a, const struct run_answers *b) {
     for (uint32_t i = 0; i < n; i++) {
         char words[128];
@@ -58,6 +72,7 @@ static void expect_same(const char *what, const struct run_request *asked, uint3
         for (uint32_t c = 0; c < (asked[i].n_candidates ? asked[i].n_candidates : 1); c++)
             expect_answer(words, number, c, &a->of[number][c], &b->of[number][c]);
         expect_report(words, number, &a->reports[number], &b->reports[number]);
+        expect_hits(words, number, a, b);
     }
 }
 
