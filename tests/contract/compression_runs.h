@@ -8,7 +8,15 @@
 #include "engine/compression.h"
 #include "tests/support/engine_client.h"
 
-enum { RUN_NEW_MAX = 160, RUN_CANDIDATES = 3, RUN_PROMPT_MAX = 400, RUN_JOBS_MAX = 128, RUN_MODEL_LEN = 640, RUN_LANES_MAX = 64 };
+enum {
+    RUN_NEW_MAX = 160,
+    RUN_CANDIDATES = 3,
+    RUN_PROMPT_MAX = 400,
+    RUN_JOBS_MAX = 128,
+    RUN_MODEL_LEN = 640,
+    RUN_LANES_MAX = 64,
+    RUN_MOVES_MAX = 4096
+};
 
 static struct model *run_model; /* model_dummy("tiny") */
 
@@ -41,7 +49,9 @@ struct run_answers {
 
 static struct backend_ops run_ops;
 static const struct backend_ops *run_below;
-static uint64_t run_kept; /* a hash over all compactions, in order */
+static uint64_t run_kept;                 /* a hash over all compactions, in order */
+static uint64_t run_moves[RUN_MOVES_MAX]; /* a hash of each */
+static uint32_t n_run_moves;
 static uint64_t
     run_scores_after_prompt; /* a sum of hashes of accumulated attention, as asked for once a prompt of 200 tokens was read: in any order */
 
@@ -74,11 +84,16 @@ static void run_keep(struct backend *backend, const uint32_t *evict, struct kept
 }
 
 static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
+    uint64_t before = run_kept;
+    run_kept = 0;
     for (uint32_t n = 0; n < count; n++) {
         const uint32_t *keep = items[n].keep ? items[n].keep : run_listed + run_first[items[n].lane];
         run_kept = random_mix(run_kept ^ items[n].n_slots);
         for (uint32_t i = 0; i < items[n].n_keep; i++) run_kept = random_mix(run_kept ^ keep[i]);
     }
+    CHECK(n_run_moves < RUN_MOVES_MAX);
+    run_moves[n_run_moves++] = run_kept;
+    run_kept = random_mix(before ^ run_kept);
     run_below->compact(backend, count, items);
 }
 
@@ -139,7 +154,7 @@ static inline void run_open(struct client *client, const struct run_setting *set
     run_ops.rank = run_rank;
     run_ops.keep = run_keep;
     run_ops.prepare = run_prepare;
-    run_kept = run_scores_after_prompt = 0;
+    run_kept = run_scores_after_prompt = n_run_moves = 0;
     struct engine_hooks hooks = client_init(client);
     client->on_event = run_record;
     client->context = answers;
