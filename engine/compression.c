@@ -80,7 +80,7 @@ static enum status check_allowed(const struct config *config, struct error *erro
     return STATUS_OK;
 }
 
-enum status compression_check(const struct config *config, struct error *error) {
+static enum status check(const struct config *config, struct error *error) {
     const struct policy *policy = policy_find(config->compression_policy);
     char words[64], allowed[64];
     if (!policy)
@@ -103,9 +103,16 @@ enum status compression_check(const struct config *config, struct error *error) 
             "prompt_end or budget");
     uint32_t least = config->sink_tokens + config->recent_tokens;
     if (config->min_budget && config->min_budget < least)
-        return error_set(error, STATUS_INVALID, "compression.min_budget: %u is less than sink_tokens + recent_tokens, %u, which always stay",
+        return error_set(error, STATUS_INVALID,
+                         "compression.min_budget: %u is less than compression.sink_tokens + compression.recent_tokens, %u, which always stay",
                          config->min_budget, least);
     return check_allowed(config, error);
+}
+
+enum status compression_check(const struct config *config, struct error *error) {
+    enum status status = check(config, error);
+    if (status != STATUS_OK) config_locate(config, error);
+    return status;
 }
 
 /* The operator's triggers where the policy has one of them, else its own: the end of the prompt where that makes sense, and the budget. */
