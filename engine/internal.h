@@ -182,7 +182,8 @@ struct engine {
     struct batch_builder builder;
     struct compress compress;
     struct engine_stats stats;
-    bool must_wake; /* events were posted since the last wake */
+    bool must_wake;   /* events were posted since the last wake */
+    bool times_steps; /* they take what a step takes: the scheduler hears of it */
 };
 
 /* engine_start below `ops` rather than the backend that the config names. */

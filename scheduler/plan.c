@@ -129,7 +129,7 @@ static void plan_decode(struct builder *b) {
 static uint32_t rows_within_cost(const struct builder *b, uint32_t n_computed) {
     const struct step_cost *cost = &b->s->limits.cost;
     if (!b->decoding) return UINT32_MAX;
-    double left = b->s->limits.step_budget_us - b->cost_us, each = cost->per_row_us + cost->per_row_context_us * n_computed,
+    double left = b->s->limits.step_budget_us / b->s->stats.cost_ratio - b->cost_us, each = cost->per_row_us + cost->per_row_context_us * n_computed,
            half = cost->per_row_context_us / 2;
     double root = left <= 0 ? 0 : half > 0 ? (sqrt(each * each + 4 * half * left) - each) / (2 * half) : each > 0 ? left / each : UINT32_MAX;
     uint32_t rows = root >= UINT32_MAX ? UINT32_MAX : (uint32_t)root;
@@ -348,5 +348,6 @@ const struct plan *scheduler_plan(struct scheduler *s, uint64_t now_ns) {
     s->preemptions_before = s->stats.preemptions;
     s->freed_since_plan = 0;
     s->planned = s->plan.n_entries > 0;
+    s->planned_us = b.decoding && !b.one_chunk ? b.cost_us : 0;
     return &s->plan;
 }

@@ -130,6 +130,66 @@ static void test_budget_counts_context(void **state) {
     }
 }
 
+/* A stream that decodes, and prompts one after the other beside it. Takes a step, which costs `times` what the model says; returns the rows of a chunk that only the budget bounded. */
+static uint32_t costly_step(struct fixture *f, uint64_t reader, double times) {
+    plan(f);
+    const struct plan_entry *entry = entry_of(f, reader, 0);
+    uint32_t rows = entry && entry->first_token + entry->n_rows < entry->n_tokens ? entry->n_rows : 0;
+    double us = times * f->plan->n_rows;
+    commit(f);
+    scheduler_took(f->scheduler, us);
+    return rows;
+}
+
+static uint32_t read_costly(struct fixture *f, uint64_t reader, double times) {
+    uint32_t last = 0;
+    add(f, ask(f, reader, (int32_t)reader, 480, 1));
+    for (uint32_t rows, n = 0; n == 0 || (rows > 0 && n < 40); n++)
+        if ((rows = costly_step(f, reader, times)) > 0) last = rows;
+    costly_step(f, reader, times);
+    return last;
+}
+
+/* Steps that read beside a stream come to take what they may, whatever the model thinks of them. */
+static void test_cost_follows_what_steps_take(void **state) {
+    (void)state;
+    const double machines[] = {2, 1, 0.6, 3};
+    struct fixture *f = fixture_new((struct scheduler_limits){.cost = {0, 1, 0}, .step_budget_us = 200});
+    add(f, ask(f, 1, 1, 1, 500));
+    step(f);
+    assert_int_equal(read_costly(f, 2, 1), 199); /* as the model says */
+    for (size_t m = 0; m < sizeof machines / sizeof *machines; m++) {
+        uint32_t rows = 0;
+        for (uint64_t reader = 2; reader < 10; reader++) rows = read_costly(f, reader, machines[m]);
+        assert_in_range((uint32_t)(machines[m] * (rows + 1)), 170, 210);
+    }
+    fixture_free(f);
+}
+
+static void test_cost_is_bounded(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new((struct scheduler_limits){.cost = {0, 1, 0}, .step_budget_us = 400});
+    add(f, ask(f, 1, 1, 1, 500));
+    for (int i = 0; i < 20; i++) { /* nobody reads: what such steps take says nothing of those in which somebody does */
+        step(f);
+        scheduler_took(f->scheduler, 1e9);
+    }
+    assert_true(stats_of(f).cost_ratio == 1);
+    add(f, ask(f, 2, 2, 480, 1));
+    plan(f);
+    assert_int_equal(rows_of(f, 2), 399);
+    commit(f);
+    scheduler_took(f->scheduler, 1e12); /* held up once: half as much again, and soon forgotten */
+    assert_true(stats_of(f).cost_ratio == 1.5);
+    steps(f, 3);
+    for (uint64_t reader = 3; reader < 7; reader++) (void)read_costly(f, reader, 1e9);
+    assert_true(stats_of(f).cost_ratio == SCHEDULER_COST_RATIO_MAX);
+    assert_int_equal(read_costly(f, 7, 1e9), 400 / 8 - 1);
+    for (uint64_t reader = 2; reader < 12; reader++) (void)read_costly(f, reader, 0);
+    assert_true(stats_of(f).cost_ratio >= SCHEDULER_COST_RATIO_MIN && stats_of(f).cost_ratio < 1);
+    fixture_free(f);
+}
+
 /* The oldest reader gets BLOCK_TOKENS rows however dear the step, and nobody else gets any. */
 static void test_one_chunk_always(void **state) {
     (void)state;
@@ -577,6 +637,8 @@ int main(void) {
         cmocka_unit_test(test_max_new_zero_samples_nothing),
         cmocka_unit_test(test_budget),
         cmocka_unit_test(test_budget_counts_context),
+        cmocka_unit_test(test_cost_follows_what_steps_take),
+        cmocka_unit_test(test_cost_is_bounded),
         cmocka_unit_test(test_budget_counts_the_hit),
         cmocka_unit_test(test_one_chunk_always),
         cmocka_unit_test(test_priority_and_ageing),
