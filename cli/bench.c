@@ -79,11 +79,7 @@ static struct bench_size size_needed(const struct bench *bench) {
 
 static enum status open_driver(struct bench *bench, struct error *error) {
     struct bench_size size = size_needed(bench);
-    struct progress progress;
-    progress_begin(&progress, "loading");
-    enum status status = bench_driver_open(bench->config, bench->model, &size, &progress, &bench->driver, error);
-    progress_end(&progress);
-    return status;
+    return bench_driver_open(bench->config, bench->model, &size, &bench->driver, error);
 }
 
 static int ascending(const void *a, const void *b) {

@@ -23,8 +23,6 @@
 
 #define BENCH_LIST_MAX 32
 
-struct progress; /* cli/cli.h */
-
 struct bench_list {
     uint32_t count;
     uint32_t values[BENCH_LIST_MAX];
@@ -49,8 +47,8 @@ struct bench_size {
     uint32_t max_tokens;    /* of one sequence */
     uint32_t max_rows;      /* of one step */
 };
-enum status bench_driver_open(const struct config *config, const struct model *model, const struct bench_size *size, struct progress *progress,
-                              struct bench_driver **driver, struct error *error);
+enum status bench_driver_open(const struct config *config, const struct model *model, const struct bench_size *size, struct bench_driver **driver,
+                              struct error *error);
 void bench_driver_close(struct bench_driver *driver); /* NULL is fine */
 const char *bench_driver_describe(const struct bench_driver *driver);
 enum kv_dtype bench_driver_kv_dtype(const struct bench_driver *driver);

@@ -66,10 +66,11 @@ static void allocate(struct bench_driver *driver) {
     driver->greedy = (struct sampling){.temperature = 0, .top_p = 1, .repetition_penalty = 1, .n_top = -1};
 }
 
-enum status bench_driver_open(const struct config *config, const struct model *model, const struct bench_size *size, struct progress *progress,
-                              struct bench_driver **result, struct error *error) {
+enum status bench_driver_open(const struct config *config, const struct model *model, const struct bench_size *size, struct bench_driver **result,
+                              struct error *error) {
     const struct program *program = model_program(model);
     struct cli_backend chosen;
+    struct progress progress;
     enum status status = cli_choose_backend(config, program, &chosen, error);
     if (status != STATUS_OK) return status;
     if (chosen.ops == &backend_mock)
@@ -93,7 +94,7 @@ enum status bench_driver_open(const struct config *config, const struct model *m
     limits.max_sequences = size->max_sequences;
     limits.max_samples = size->max_sequences;
     limits.progress = progress_report;
-    limits.progress_context = progress;
+    limits.progress_context = &progress;
     struct bench_driver *driver = check_calloc(1, sizeof *driver);
     *driver = (struct bench_driver){.program = program, .size = *size, .kv_dtype = limits.kv_dtype};
     if (config->bench.phases) limits.phase_ns = driver->phase_ns;
@@ -102,7 +103,9 @@ enum status bench_driver_open(const struct config *config, const struct model *m
     /* Before anything else has that memory, or computes. */
     driver->copy_bandwidth = chosen.ops->copy_bandwidth(&limits);
     driver->weight_bytes = chosen.ops->weight_bytes(program, &limits);
+    progress_begin(&progress, "loading"); /* what was before is not part of it */
     status = chosen.ops->prepare(program, &limits, &driver->backend, error);
+    progress_end(&progress);
     if (status != STATUS_OK) {
         free(driver);
         return status;

@@ -18,7 +18,7 @@
 #define LOOK_S 5                          /* how long to wait for a sign before asking whether the engine lives */
 #define STALL_NS (600ull * 1000000000ull) /* a step that takes longer will never end */
 #define WARM_UP_PROMPT 512u
-#define WARM_UP_TOKENS 8u
+#define WARM_UP_SHORT 16u
 
 struct one {
     struct request request;
@@ -51,23 +51,23 @@ static enum status wait_for_engine(struct client *client, struct error *error) {
     return STATUS_OK;
 }
 
-static void make(struct client *client, uint32_t n, uint32_t n_prompt, uint32_t max_new, const struct kv_plan *kv, uint32_t n_vocab, uint64_t seed) {
+static void make_one(struct one *one, uint64_t id, uint32_t n_prompt, uint32_t max_new, const struct kv_plan *kv, uint32_t n_vocab) {
+    one->tokens = check_calloc((size_t)n_prompt + max_new, sizeof *one->tokens);
+    for (uint32_t t = 0; t < n_prompt; t++) one->tokens[t] = (int32_t)(random_at(id, t, 0, 0) % n_vocab);
+    one->request = (struct request){.id = id,
+                                    .n_candidates = 1,
+                                    .n_prompt = n_prompt,
+                                    .max_new = max_new,
+                                    .tokens = &one->tokens,
+                                    .sampling = {.top_p = 1, .repetition_penalty = 1, .n_top = -1},
+                                    .arrival_ns = id,
+                                    .kv = *kv};
+}
+
+static void begin(struct client *client, uint32_t n) {
     client->all = check_calloc(n, sizeof *client->all);
     client->n = client->n_open = n;
     client->n_tokens = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        struct one *one = &client->all[i];
-        one->tokens = check_calloc((size_t)n_prompt + max_new, sizeof *one->tokens);
-        for (uint32_t t = 0; t < n_prompt; t++) one->tokens[t] = (int32_t)(random_at(seed, i, t, 0) % n_vocab);
-        one->request = (struct request){.id = seed << 32 | (i + 1),
-                                        .n_candidates = 1,
-                                        .n_prompt = n_prompt,
-                                        .max_new = max_new,
-                                        .tokens = &one->tokens,
-                                        .sampling = {.top_p = 1, .repetition_penalty = 1, .n_top = -1},
-                                        .arrival_ns = i + 1,
-                                        .kv = *kv};
-    }
 }
 
 static void unmake(struct client *client) {
@@ -164,10 +164,24 @@ static void take_stats(struct bench_run *run, const struct engine_stats *before,
         for (uint32_t t = 0; t < TRIGGER_KINDS; t++) run->compressions += after->compressions[p][t] - before->compressions[p][t];
 }
 
-/* Once over a short one, so that what happens once at the first step of its kind is not measured; then all. */
+/* Before the clock runs: one prompt of some length, and as many short ones as can run at once, which end one after the other. What happens once, at the first step of its kind and
+ * batch, has happened then. */
+static enum status warm_up(struct client *client, const struct bench_run *run, const struct kv_plan *kv, uint32_t n_vocab, struct error *error) {
+    uint32_t n = run->requests < run->max_sequences ? run->requests : run->max_sequences;
+    uint64_t wall_ns;
+    begin(client, n);
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t most = i == 0 ? WARM_UP_PROMPT : WARM_UP_SHORT, n_prompt = run->n_prompt < most ? run->n_prompt : most;
+        make_one(&client->all[i], i + 1, n_prompt, 1 + i % run->n_gen, kv, n_vocab);
+    }
+    enum status status = run_all(client, &wall_ns, error);
+    if (status == STATUS_OK) unmake(client); /* else the engine may still hold them */
+    return status;
+}
+
 static enum status run_in(struct engine *engine, const struct config *own, const struct model *model, const struct kv_plan *kv, struct client *client,
                           struct bench_run *run, struct error *error) {
-    uint32_t n_vocab = model_program(model)->n_vocab, short_prompt = run->n_prompt < WARM_UP_PROMPT ? run->n_prompt : WARM_UP_PROMPT;
+    uint32_t n_vocab = model_program(model)->n_vocab;
     uint64_t wall_ns;
     struct engine_stats before, after;
     client->engine = engine;
@@ -177,12 +191,11 @@ static enum status run_in(struct engine *engine, const struct config *own, const
     if (!engine_can_hold(engine, kv, run->n_prompt, run->n_gen))
         return error_set(error, STATUS_INVALID, "engine.kv_memory: does not hold one request of %" PRIu32 " + %" PRIu32 " tokens under %s",
                          run->n_prompt, run->n_gen, own->compression_policy);
-    make(client, 1, short_prompt, run->n_gen < WARM_UP_TOKENS ? run->n_gen : WARM_UP_TOKENS, kv, n_vocab, 1);
-    enum status status = run_all(client, &wall_ns, error);
+    enum status status = warm_up(client, run, kv, n_vocab, error);
     if (status != STATUS_OK) return status;
-    unmake(client);
     engine_stats(engine, &before);
-    make(client, run->requests, run->n_prompt, run->n_gen, kv, n_vocab, 2);
+    begin(client, run->requests);
+    for (uint32_t i = 0; i < run->requests; i++) make_one(&client->all[i], run->requests + i + 1, run->n_prompt, run->n_gen, kv, n_vocab);
     status = run_all(client, &wall_ns, error);
     if (status != STATUS_OK) return status;
     engine_stats(engine, &after);

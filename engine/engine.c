@@ -293,6 +293,7 @@ static bool step(struct engine *engine) {
     const struct plan *plan = scheduler_plan(engine->scheduler, start);
     if (plan->n_copies > 0) engine->backend->ops->copy_blocks(engine->backend, plan->n_copies, plan->copy_source, plan->copy_destination);
     if (plan->n_entries == 0) return false;
+    if (engine->rested) engine->stats.decode_rows_max = 0;
     note_entries(engine, plan, start);
     batch_build(&engine->builder, &engine->requests, plan);
     count_rows(&engine->stats, plan->n_rows);
@@ -314,6 +315,7 @@ static bool step(struct engine *engine) {
     }
     uint64_t end = clock_now_ns();
     engine->stats.schedule_ns += (built - start) + (end - synced);
+    engine->rested = !engine->requests.oldest;
     count_time(engine, decodes, n_rows, blocks_used, end - start);
     if (engine->times_steps && status == STATUS_OK) scheduler_took(engine->scheduler, (double)(end - start) / 1000);
     return true;

@@ -98,7 +98,8 @@ struct engine_stats {
     /* Steps in which every sequence took in one token of its answer, and all others, which read some prompt, or a sequence again that had been preempted: busy_ns is the sum of both. */
     uint64_t decode_steps, decode_ns, reading_steps, reading_ns;
     double cost_ratio; /* of what steps in which some read while others decode take to what was fitted at start */
-    uint64_t decode_rows, decode_rows_max, decode_blocks; /* of decode steps: sequences, most in one step, blocks in use, each summed over the steps */
+    uint64_t decode_rows, decode_blocks; /* of decode steps: sequences, blocks in use, each summed over the steps */
+    uint64_t decode_rows_max;            /* most sequences of one of them, since a step last left no request */
     /* Compression */
     uint64_t compressions[ENGINE_POLICIES_MAX][TRIGGER_KINDS]; /* by policy_index() and bit of the trigger */
     uint64_t slots_kept, slots_evicted, kv_blocks_freed, compression_ns;

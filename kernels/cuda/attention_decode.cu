@@ -223,7 +223,7 @@ ATTENTION_INLINE void write_partial(const struct attention_args &args, uint32_t 
 template <int KV>
 ATTENTION_INLINE void merge_partials(const struct attention_args &args, const struct attention_lane &work, uint32_t head, uint32_t n_queries,
                                      uint32_t n_splits) {
-    constexpr uint32_t AHEAD = 8;
+    constexpr uint32_t AHEAD = 16; /* a long lane cut by several CTAs has a hundred partials, and nobody else works by then */
     uint32_t count = 1 + n_splits - work.n_head, quarters = args.d / 4;
     for (uint32_t i = threadIdx.x; i < n_queries * quarters; i += ATTENTION_THREADS) {
         uint32_t query = i / quarters, dim = i % quarters * 4;

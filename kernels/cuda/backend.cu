@@ -22,6 +22,7 @@ enum {
     GRAPH_ROWS_MAX = 512,       /* larger steps do not wait for launches */
     GRAPHS = 64,
     SPREAD_THREADS = 256,
+    LANES_AHEAD = 16,
 };
 
 struct table_write {
@@ -382,6 +383,8 @@ static enum status send_table(struct cuda *cuda, const struct batch *batch, cons
     }
     uint32_t room = UINT32_MAX;
     for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
+        /* Lanes' lists lie far apart: without this, a cache miss a lane. */
+        if (lane + LANES_AHEAD < cuda->n_lanes) __builtin_prefetch(batch->block_ids + sequence->lane_first[lane + LANES_AHEAD] + (known ? blocks[lane + LANES_AHEAD] : 0));
         const uint32_t end = sequence->lane_tokens[lane] + sequence->n_rows, needed = div_up(end, BLOCK_TOKENS);
         const uint32_t at = (table * cuda->n_lanes + lane) * cuda->lane_blocks, *ids = batch->block_ids + sequence->lane_first[lane];
         CHECK(needed <= cuda->lane_blocks);
@@ -605,6 +608,7 @@ static enum status launch(struct cuda *cuda, const struct batch *batch, struct e
 static enum status cuda_submit(struct backend *backend, const struct batch *batch, struct error *error) {
     struct cuda *cuda = cuda_of(backend);
     CHECK(!cuda->batch);
+    services_pool_changes(cuda);
     stage_rows(cuda, batch);
     enum status status = stage_tables(cuda, batch, error);
     if (status == STATUS_OK) status = send_staging(cuda, error);

@@ -255,6 +255,8 @@ void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *s
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
+/* What was read of the pool is out of date. */
+void services_pool_changes(struct cuda *cuda);
 void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
@@ -271,8 +273,8 @@ enum status sampling_open(struct cuda *cuda, struct error *error);
 void sampling_close(struct cuda *cuda);
 /* Host side of a step: parameters, biases, bans, histories into pinned memory. Before the launches. */
 void sampling_stage(struct cuda *cuda, const struct batch *batch);
-/* logits [head rows][n_vocab] -> results of samples [first_sample, first_sample + samples) (row of logits: sample_head_row[i] - first_head_row), on the stream, ending with a copy to
- * pinned memory. Logits are left as they are. */
+/* logits [head rows][n_vocab] -> results of samples [first_sample, first_sample + samples) (row of logits: sample_head_row[i] - first_head_row), on the stream, into
+ * pinned memory: there when the stream has been waited for. Logits are left as they are. */
 void sampling_run(struct cuda *cuda, const struct step_shape *shape);
 /* After the stream was waited for. */
 void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results);

@@ -45,21 +45,12 @@ double cuda_copy_bandwidth(const struct backend_limits *limits) {
     return seconds > 0 ? 2.0 * (double)bytes / seconds : 0;
 }
 
-static uint64_t matrix_bytes(const struct matrix *w) {
-    struct tensor tensor = {};
-    if (w->rows == 0) return 0;
-    tensor.type = w->type;
-    tensor.rows = w->rows;
-    tensor.cols = w->cols;
-    return tensor_bytes(&tensor);
-}
-
 /* After weights_lay_out, which may have only counted. Norms and biases are vectors: some thousandths of this, and left out. */
 uint64_t cuda_laid_out_weight_bytes(const struct cuda *cuda) {
-    uint64_t bytes = matrix_bytes(&cuda->head); /* the embedding itself, where tied */
+    uint64_t bytes = weights_matrix_bytes(&cuda->head); /* the embedding itself, where tied */
     for (uint32_t l = 0; l < cuda->program->n_layers; l++) {
         const struct device_layer *layer = &cuda->layers[l];
-        bytes += matrix_bytes(&layer->qkv) + matrix_bytes(&layer->o) + matrix_bytes(&layer->gate_up) + matrix_bytes(&layer->down);
+        bytes += weights_matrix_bytes(&layer->qkv) + weights_matrix_bytes(&layer->o) + weights_matrix_bytes(&layer->gate_up) + weights_matrix_bytes(&layer->down);
     }
     return bytes;
 }

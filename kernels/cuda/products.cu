@@ -77,7 +77,7 @@ static void describe(struct lt_problem *problem, const struct lt_shape *shape, u
 /* What cuBLASLt thinks best first; how many. */
 static uint32_t candidates(const struct product_device *products, const struct lt_shape *shape, cublasLtMatmulAlgo_t found[CANDIDATES]) {
     const uint64_t most = WORKSPACE_BYTES;
-    const uint32_t alignment = shape->out_alignment;
+    const uint32_t alignment = shape->out_alignment, sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; /* parts of a sum are added in f32, not in what is stored */
     const cublasLtMatmulPreferenceAttributes_t aligned[] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
     struct lt_problem problem;
     cublasLtMatmulPreferenceOpaque_t preference;
@@ -86,6 +86,7 @@ static uint32_t candidates(const struct product_device *products, const struct l
     describe(&problem, shape, shape->rows);
     check_lt(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
     check_lt(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most), "workspace");
+    check_lt(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &sums, sizeof sums), "sums");
     for (int i = 0; i < 2; i++) check_lt(cublasLtMatmulPreferenceSetAttribute(&preference, aligned[i], &alignment, sizeof alignment), "alignment");
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(products->handle, &problem.operation, &problem.w, &problem.in, &problem.out, &problem.out,
                                                            &preference, CANDIDATES, results, &returned);

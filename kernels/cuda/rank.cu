@@ -168,7 +168,7 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
     if (request->layer_mean) layer_mean_kernel<<<jobs.n_jobs, THREADS, 0, cuda->stream>>>(pass);
     CUDA_CHECK(cudaGetLastError());
     if (scores) read_back(cuda, scores + score->lane_at[first], pass.scores, plan->n_slots * sizeof *scores);
-    /* The lists of the pass may have made room for others only once it has run: they were taken before read_back, and nothing was since. */
+    /* The pass's lists are still there: what waiting set free is written again only by copies that come later on the stream. */
     key_kernel<<<jobs.n_splits, THREADS, 0, cuda->stream>>>(pass);
     CUDA_CHECK(cudaGetLastError());
 }

@@ -1,13 +1,15 @@
-/* From logits to tokens: parameters to the device, one launch, results back. Owns struct sampling_device: pinned memory on the host; on the device one buffer of parameters and lists, and
- * copies of rows where shared memory has no room for them. The engine's thread. How a row is sampled: sample_team.cuh. Random numbers and logarithms are the host's.
+/* From logits to tokens: parameters to the device, one launch, results back. Owns struct sampling_device: pinned memory on the host; on the device one
+ * buffer of parameters and lists, and copies of rows where shared memory has no room for them. The engine's thread. How a row is sampled is in
+ * sample_team.cuh (what a team of blocks is, and the host's arithmetic), sample_row.cuh and sample_draw.cuh. Random numbers and logarithms are the host's.
  *
- * Parameters and lists (biases, bans, histories) of a step lie in one pinned buffer, one behind the other, and go to the device in one copy of just their size; sampling_stage enqueues
- * it before the step's launches, so that no graph contains it. Kernels write results straight into pinned memory: 32 bytes a sample, alternatives where they are asked for. They are there
- * when the stream has been waited for, and a graph needs no copy.
+ * Parameters and lists (biases, bans, histories) of a step lie in one pinned buffer, one behind the other, and go to the device in one copy of just their
+ * size. sampling_stage enqueues it before the step's launches, so that no graph contains it. Kernels write results straight into pinned memory: 32 bytes a
+ * sample, and alternatives where they are asked for. They are there when the stream has been waited for, and a graph needs no copy.
  *
- * Only penalties need histories; without a repetition penalty, of a history only what was generated. Samples of one request share its lists. The buffer is bounded (LIST_WORDS_...), requests are not: a
- * sample whose lists do not fit any more is sampled by the host after the step (or that part of it that shares `logits`), from its row, by the function that the device follows to the bit. That takes a millisecond instead of
- * microseconds, and is needed only where penalised histories of a step exceed millions of tokens. */
+ * Only penalties need histories; without a repetition penalty, of a history only what was generated. Neighbouring samples of one request share its lists.
+ * The buffer is bounded (LIST_WORDS_...), requests are not: a sample whose lists do not fit any more is sampled by the host, from its row, by the function
+ * that the device follows to the bit; after the step, or before its row of `logits` is another's. That takes a millisecond instead of microseconds, and is
+ * needed only where penalised histories of one step exceed some 16,000 tokens a sequence or 4 million together. */
 #include "kernels/cuda/sample_draw.cuh"
 #include "kernels/cuda/sample_row.cuh"
 
@@ -181,7 +183,8 @@ static uint32_t scratch_teams_of(const struct cuda *cuda) {
 
 static size_t stage_words(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * PARAMS_WORDS + list_words_of(cuda); }
 
-/* Reads program, limits and properties; while these are not known yet (all 0), what any device would take. Counting makes nothing; with a base, what it makes is sampling_close's to free. */
+/* Reads program, limits and properties; while these are not known yet (all 0), it counts what any device would take. Counting makes nothing; with a base, what
+ * it makes is sampling_close's to free. */
 void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     const uint32_t ranks = ranks_of(cuda, RANKS_PORTABLE);
     const bool copied = is_copied_to_shared(cuda, ranks);

@@ -84,13 +84,20 @@ static __device__ void histogram_clear(void) {
 }
 
 /* Of all candidates, by steps of distance; keys take the place of logits. */
-template <bool COPIED> static __device__ void histogram_first(const struct team<COPIED> *given) {
+template <bool COPIED> static __device__ __noinline__ void histogram_first(const struct team<COPIED> *given) {
     histogram_clear();
     const struct team<COPIED> t = *given;
-    for (uint32_t i = threadIdx.x; i < t.count; i += THREADS) {
-        const uint32_t key = key_of(&t, value_at(&t, i));
-        if (t.own) put_value(&t, i, __uint_as_float(key));
-        if (key != NO_KEY) histogram_add(block_memory(), bin_of(key), weight_of(&t, key));
+    for (uint32_t from = threadIdx.x; from < t.count; from += BATCH * THREADS) {
+        float stored[BATCH];
+        load_batch(&t, from, stored);
+#pragma unroll
+        for (uint32_t j = 0; j < BATCH; j++) {
+            const uint32_t i = from + j * THREADS;
+            if (i >= t.count) break;
+            const uint32_t key = key_of(&t, COPIED ? stored[j] : clean(stored[j]));
+            if (t.own) put_value(&t, i, __uint_as_float(key));
+            if (key != NO_KEY) histogram_add(block_memory(), bin_of(key), weight_of(&t, key));
+        }
     }
     histogram_finish(&t, LEVEL_STEPS);
 }
@@ -100,9 +107,16 @@ template <bool COPIED>
 static __device__ __noinline__ void histogram_again(const struct team<COPIED> *given, uint32_t level, struct interval in, uint32_t shift) {
     histogram_clear();
     const struct team<COPIED> t = *given;
-    for (uint32_t i = threadIdx.x; i < t.count; i += THREADS) {
-        const uint32_t key = key_at(&t, i);
-        if (is_within(&in, key)) histogram_add(block_memory(), level == LEVEL_STEPS ? bin_of(key) : (key - in.low) >> shift, weight_of(&t, key));
+    for (uint32_t from = threadIdx.x; from < t.count; from += BATCH * THREADS) {
+        float stored[BATCH];
+        load_batch(&t, from, stored);
+#pragma unroll
+        for (uint32_t j = 0; j < BATCH; j++) {
+            if (from + j * THREADS >= t.count) break;
+            const uint32_t key = stored_key(&t, stored[j]);
+            if (!is_within(&in, key)) continue;
+            histogram_add(block_memory(), level == LEVEL_STEPS ? bin_of(key) : (key - in.low) >> shift, weight_of(&t, key));
+        }
     }
     histogram_finish(&t, level);
 }
@@ -124,18 +138,29 @@ static __device__ struct crossing histogram_cross(struct team_shared *s, uint32_
 
 /* ---- prefixes ---- */
 
+/* Into the list of every rank, at the next place of rank 0's. */
+template <bool COPIED> static __device__ __noinline__ void list_add(const struct team<COPIED> *t, uint32_t which, uint32_t key, uint32_t token) {
+    struct team_shared *s = block_memory();
+    const uint32_t place = atomicAdd(of_rank(&s->list_used[which], 0), 1);
+    for (uint32_t rank = 0; rank < t->ranks && place < LIST_MAX; rank++) *of_rank(&s->list[which][place], rank) = (uint64_t)key << 32 | token;
+}
+
 template <bool COPIED>
-static __device__ struct position rank_list(const struct team<COPIED> *given, uint32_t which, bool by_mass, uint64_t target,
-                                            const struct interval *in, const struct crossing *at) {
+static __device__ __noinline__ struct position rank_list(const struct team<COPIED> *given, uint32_t which, bool by_mass, uint64_t target,
+                                                         const struct interval *in, const struct crossing *at) {
     const struct team<COPIED> copied = *given, *t = &copied;
     struct team_shared *s = block_memory();
-    uint64_t *list = s->list[which];
-    for (uint32_t i = threadIdx.x; i < t->count; i += THREADS) {
-        const uint32_t key = key_at(t, i);
-        if (!is_within(in, key)) continue;
-        const uint32_t place = atomicAdd(of_rank(&s->list_used[which], 0), 1);
-#pragma unroll 1
-        for (uint32_t rank = 0; rank < t->ranks && place < LIST_MAX; rank++) *of_rank(&list[place], rank) = (uint64_t)key << 32 | (t->first + i);
+    const uint64_t *list = s->list[which];
+    for (uint32_t from = threadIdx.x; from < t->count; from += BATCH * THREADS) {
+        float stored[BATCH];
+        load_batch(t, from, stored);
+#pragma unroll
+        for (uint32_t j = 0; j < BATCH; j++) {
+            const uint32_t i = from + j * THREADS;
+            if (i >= t->count) break;
+            const uint32_t key = stored_key(t, stored[j]);
+            if (is_within(in, key)) list_add(given, which, key, t->first + i);
+        }
     }
     team_sync();
     for (uint32_t i = threadIdx.x; i < at->count; i += THREADS) s->weight[i] = weight_of(t, (uint32_t)(list[i] >> 32));
@@ -185,7 +210,8 @@ template <bool COPIED> static __device__ __noinline__ uint32_t token_of(const st
                    lane = lane_index();
     uint32_t here = 0;
     for (uint32_t from = first; from < end; from += 32)
-        here += (uint32_t)__popc(__ballot_sync(ALL_LANES, from + lane < end && key_at(t, from + lane) == key));
+        here += (uint32_t)__popc(
+            __ballot_sync(ALL_LANES, from + lane < end && stored_key(t, COPIED ? block_logits()[from + lane] : t->values[from + lane]) == key));
     if (lane == 0) s->warp_count[warp_index()] = here;
     __syncthreads();
     uint32_t all = 0, before = 0;
@@ -197,7 +223,7 @@ template <bool COPIED> static __device__ __noinline__ uint32_t token_of(const st
     team_sync();
     before += (uint32_t)offered_sum(t, EXCHANGE_TIES, t->rank);
     for (uint32_t from = first; from < end && before < rank; from += 32) {
-        const bool is = from + lane < end && key_at(t, from + lane) == key;
+        const bool is = from + lane < end && stored_key(t, COPIED ? block_logits()[from + lane] : t->values[from + lane]) == key;
         const uint32_t found = __ballot_sync(ALL_LANES, is);
         if (is && before + (uint32_t)__popc(found & ((1u << lane) - 1)) + 1 == rank)
 #pragma unroll 1

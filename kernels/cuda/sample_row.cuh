@@ -22,7 +22,6 @@ static __device__ __forceinline__ float look(struct seen *seen, float logit, uin
 
 /* Looks at every logit of the block, once, and makes its copy where it is to have one. aligned: rows are whole float4s. */
 template <bool COPIED> static __device__ struct seen read_row(const struct team<COPIED> *t, bool aligned) {
-    enum { BATCH = 4 }; /* loads in flight */
     struct seen seen = {-INFINITY, t->first, false};
     const uint32_t vectors = aligned ? t->count / 4 : 0;
     float4 *copy = (float4 *)(COPIED ? block_logits() : t->values);

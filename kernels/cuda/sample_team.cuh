@@ -1,16 +1,20 @@
-/* How a team of blocks samples from one row of logits: the device half of sample.cu, which owns the memory and launches.
+/* How a team of blocks samples from one row of logits: what a team is, what its blocks share, and the host's arithmetic. The device half of sample.cu, which
+ * owns the memory and launches; sample_row.cuh reads and adjusts rows, sample_draw.cuh draws.
  *
- * A team is a cluster of `ranks` blocks (1, 2, 4, 8, 16; a single block before compute capability 9.0). Rank r looks after the tokens [r * chunk, (r + 1) * chunk). It reads its part of the
- * row once, into shared memory; all further passes go over that copy, which is also where biases, bans and penalties are put in. Where no copy fits (no clusters, a large vocabulary),
- * a row that is adjusted gets one in global memory, any other is read again. Logits are never written.
+ * A team is a cluster of `ranks` blocks (1, 2, 4, 8, 16; a single block before compute capability 9.0). Rank r looks after the tokens
+ * [r * chunk, (r + 1) * chunk). It reads its part of the row once, into shared memory; all further passes go over that copy, which is also where biases, bans
+ * and penalties are put in. Where no copy fits (no clusters, a large vocabulary), a row that is adjusted gets one in global memory, any other is read again.
+ * Logits are never written.
  *
- * It decides as kernels/sampler.c does, bit for bit: the same float operations in the same order (never fused), mass as a 64-bit integer (2^40 for the best token; 2^18 tokens are below
- * 2^58), whose sums do not depend on who adds first. Hence the same logits and the same u give the same token as on the host, with no exception at borders; tests compare for equality.
+ * It decides as kernels/sampler.c does, bit for bit: the same float operations in the same order (never fused), mass as a 64-bit integer (2^40 for the best
+ * token; 2^18 tokens are below 2^58), whose sums do not depend on who adds first. Hence the same logits and the same u give the same token as on the host,
+ * with no exception at borders, whatever the number of ranks; tests compare for equality. Compiled with fast math it would not be so.
  *
- * Nothing is sorted. Tokens are ordered by key, the bits of |(logit - best) / temperature|, ties by id. A histogram of counts and masses over 1024 equal steps of that distance is made
- * once; top_k, top_p and the draw each find the step in which their prefix ends, collect the few tokens of it and rank those. A step with too many is cut by the bits of the key, 10 at a
- * time, until it is few tokens or a single key, whose tokens weigh the same.
- * Histograms and lists are merged into every rank's shared memory, so that all ranks decide the same on their own and wait for each other only where data moves.
+ * Nothing is sorted. Tokens are ordered by key, the bits of |(logit - best) / temperature|, ties by id. A histogram of counts and masses over 1024 equal steps
+ * of that distance is made once; top_k, top_p and the draw each find the step in which their prefix ends, collect the few tokens of it and rank those. A step
+ * with too many is cut by the bits of the key, 10 at a time, until it is few tokens or a single key, whose tokens weigh the same.
+ * Histograms and lists are merged into every rank's shared memory, so that all ranks decide the same on their own and wait for each other only where data
+ * moves.
  *
  * What it does not do: random numbers (u comes with the parameters), logarithms (the sum of exponentials goes back as it is). */
 #pragma once
@@ -29,6 +33,7 @@ enum {
     BINS = 1024, /* of a histogram; a multiple of THREADS and RANKS_MAX */
     BIN_BITS = 10,
     LIST_MAX = 256, /* tokens that are ranked by comparing each with each */
+    BATCH = 4,      /* loads of a thread in flight */
     MARKS_MAX = 36 * BINS / 4,
 };
 #define ALL_LANES 0xffffffffu
@@ -92,9 +97,10 @@ enum exchange { EXCHANGE_BEST, EXCHANGE_FINITE, EXCHANGE_ADJUSTED, EXCHANGE_MASS
 enum selection { SELECT_TOP_K, SELECT_TOP_P, SELECT_DRAW, SELECTIONS };
 enum { LEVEL_STEPS, LEVEL_BITS, LEVELS };
 
-/* COPIED: the block has its tokens' logits in shared memory, behind team_shared; made numbers (clean), adjusted, later keys. Else they are in global memory: a copy of its own, or raw itself.
- * Lies in shared memory: registers are few, and a cluster's
- * barrier empties the first-level cache that a stack would be in. The first thread writes, between two barriers. */
+/* COPIED: the block has its tokens' logits in shared memory, behind team_shared: made numbers (clean), then adjusted, then keys. Else they are in global
+ * memory: a copy of its own, or raw itself.
+ * A team lies in shared memory too: registers are few, and a cluster's barrier empties the first-level cache that a stack would be in. The first thread
+ * writes, between two barriers. */
 template <bool COPIED> struct team {
     uint32_t rank, ranks;
     uint32_t first, count; /* tokens [first, first + count) are this block's */
@@ -267,10 +273,16 @@ template <bool COPIED> static __device__ __forceinline__ uint32_t key_of(const s
     return x > t->floor ? __float_as_uint(fabsf(x)) : NO_KEY;
 }
 
-/* Once keys are made. */
-template <bool COPIED> static __device__ __forceinline__ uint32_t key_at(const struct team<COPIED> *t, uint32_t i) {
-    if (COPIED) return __float_as_uint(block_logits()[i]);
-    return t->own ? __float_as_uint(t->values[i]) : key_of(t, value_at(t, i));
+/* What value_at(i), value_at(i + THREADS), ... are made of: loads that do not wait for what is done with the one before. */
+template <bool COPIED> static __device__ __forceinline__ void load_batch(const struct team<COPIED> *t, uint32_t i, float stored[BATCH]) {
+#pragma unroll
+    for (uint32_t j = 0; j < BATCH; j++)
+        if (i + j * THREADS < t->count) stored[j] = COPIED ? block_logits()[i + j * THREADS] : t->values[i + j * THREADS];
+}
+
+/* From what is stored, once keys are made. */
+template <bool COPIED> static __device__ __forceinline__ uint32_t stored_key(const struct team<COPIED> *t, float stored) {
+    return COPIED || t->own ? __float_as_uint(stored) : key_of(t, clean(stored));
 }
 
 template <bool COPIED> static __device__ __forceinline__ uint64_t weight_of(const struct team<COPIED> *t, uint32_t key) {

@@ -75,6 +75,8 @@ enum status services_open(struct cuda *cuda, struct error *error) {
     score->n_kept = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *score->n_kept);
     CUDA_TRY(error, cudaMallocHost((void **)&score->stage_host, score->stage_bytes));
     CUDA_TRY(error, cudaMallocHost((void **)&score->back_host, score->back_bytes));
+    CUDA_TRY(error, cudaMallocHost((void **)&score->block_host, (2 * (size_t)cuda->pool.d + 1) * BLOCK_TOKENS * sizeof *score->block_host));
+    services_pool_changes(cuda);
     return STATUS_OK;
 }
 
@@ -83,6 +85,7 @@ void services_close(struct cuda *cuda) {
     if (!score) return;
     if (score->stage_host) (void)cudaFreeHost(score->stage_host);
     if (score->back_host) (void)cudaFreeHost(score->back_host);
+    if (score->block_host) (void)cudaFreeHost(score->block_host);
     free(score->lane_at);
     free(score->lane_slots_ranked);
     free(score->n_kept);
@@ -152,6 +155,7 @@ static __global__ void __launch_bounds__(THREADS) copy_kernel(struct device_pool
 
 void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination) {
     struct cuda *cuda = cuda_of(backend);
+    services_pool_changes(cuda);
     const uint32_t pass_max = (uint32_t)(cuda->score->stage_bytes / sizeof(uint2));
     for (uint32_t first = 0; first < count; first += pass_max) {
         uint32_t n = count - first < pass_max ? count - first : pass_max, used = 0;
@@ -283,6 +287,7 @@ static uint32_t put_item(const struct cuda *cuda, const struct compaction *item,
 
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     struct cuda *cuda = cuda_of(backend);
+    services_pool_changes(cuda);
     struct move_pass pass = {};
     pass.pool = cuda->pool;
     pass.row_bytes = cuda->pool.d * element_bytes(cuda->pool.dtype);
@@ -313,32 +318,34 @@ void cuda_compact(struct backend *backend, uint32_t count, const struct compacti
 
 /* ---- reading ---- */
 
-struct slot_back {
-    float k[HEAD_DIM_MAX], v[HEAD_DIM_MAX];
-    int32_t position;
-};
-
-static __global__ void read_slot_kernel(struct device_pool pool, uint32_t block, uint32_t slot, struct slot_back *out) {
-    const uint32_t i = threadIdx.x;
+/* K [BLOCK_TOKENS][d], V the same, positions behind them as they are. */
+static __global__ void read_block_kernel(struct device_pool pool, uint32_t block, float *out) {
+    const uint32_t slot = blockIdx.x, i = threadIdx.x;
     if (i < pool.d) {
-        out->k[i] = pool_element(pool, block, WHICH_K, slot, i);
-        out->v[i] = pool_element(pool, block, WHICH_V, slot, i);
+        out[slot * pool.d + i] = pool_element(pool, block, WHICH_K, slot, i);
+        out[(BLOCK_TOKENS + slot) * pool.d + i] = pool_element(pool, block, WHICH_V, slot, i);
     }
-    if (i == 0) out->position = pool.positions[(size_t)block * BLOCK_TOKENS + slot];
+    if (i == 0) out[2 * BLOCK_TOKENS * pool.d + slot] = __int_as_float(pool.positions[(size_t)block * BLOCK_TOKENS + slot]);
 }
 
-/* The kernel writes pinned memory of the host: one launch and one wait. */
+/* The kernel writes pinned memory of the host: one launch and one wait a block. */
 void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position) {
     struct cuda *cuda = cuda_of(backend);
-    struct slot_back *back = (struct slot_back *)(void *)cuda->score->back_host;
+    struct score_device *score = cuda->score;
+    const uint32_t d = cuda->pool.d;
     CHECK(block < cuda->pool.n_blocks && slot < BLOCK_TOKENS);
-    read_slot_kernel<<<1, HEAD_DIM_MAX, 0, cuda->stream>>>(cuda->pool, block, slot, back);
-    CUDA_CHECK(cudaGetLastError());
-    stage_wait(cuda);
-    memcpy(k, back->k, cuda->pool.d * sizeof *k);
-    memcpy(v, back->v, cuda->pool.d * sizeof *v);
-    *position = back->position;
+    if (score->block_read != block) {
+        read_block_kernel<<<BLOCK_TOKENS, HEAD_DIM_MAX, 0, cuda->stream>>>(cuda->pool, block, score->block_host);
+        CUDA_CHECK(cudaGetLastError());
+        stage_wait(cuda);
+        score->block_read = block;
+    }
+    memcpy(k, score->block_host + (size_t)slot * d, d * sizeof *k);
+    memcpy(v, score->block_host + (size_t)(BLOCK_TOKENS + slot) * d, d * sizeof *v);
+    memcpy(position, score->block_host + (size_t)2 * BLOCK_TOKENS * d + slot, sizeof *position);
 }
+
+void services_pool_changes(struct cuda *cuda) { cuda->score->block_read = BLOCK_NONE_READ; }
 
 static __global__ void __launch_bounds__(THREADS)
     read_positions_kernel(struct device_pool pool, const uint32_t *blocks, uint32_t count, int32_t *out) {
@@ -436,6 +443,7 @@ static __global__ void __launch_bounds__(THREADS) shift_kernel(struct shift_pass
 
 void cuda_shift_sinks(struct backend *backend, const struct shift_request *request) {
     struct cuda *cuda = cuda_of(backend);
+    services_pool_changes(cuda);
     const struct program *program = cuda->program;
     CHECK(request->ring >= 1 && request->ring <= cuda->limits.n_rings && request->n_slots <= cuda->limits.sink_slots);
     if (request->n_slots == 0) return;

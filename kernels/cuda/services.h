@@ -3,6 +3,8 @@
 
 #include "kernels/cuda/cuda.h"
 
+#define BLOCK_NONE_READ UINT32_MAX
+
 struct score_device {
     uint32_t lane_slots; /* most slots of a lane */
     /* Lists: filled in pinned memory, copied to the same offset on the device. What was taken stays until the stream has been waited for. */
@@ -10,6 +12,8 @@ struct score_device {
     size_t stage_bytes, stage_used;
     uint8_t *back_host; /* pinned; results */
     size_t back_bytes;
+    float *block_host; /* pinned; one block as cuda_read_f32 gave it: who reads slots reads neighbours */
+    uint32_t block_read; /* which; BLOCK_NONE_READ: none, or the pool has changed since */
     /* Scratch on the device, in the order of the stream. */
     float *numbers; /* scores of some lanes at a time */
     size_t n_numbers;

@@ -112,11 +112,10 @@ size_t weights_bytes(const struct program *program, bool native) {
     return arena.used;
 }
 
-/* AUTO: native when f16 would take more than 40 % of the device, whose rest is the KV cache's. */
 static bool keeps_native(const struct cuda *cuda) {
     if (cuda->limits.weights != WEIGHTS_AUTO) return cuda->limits.weights == WEIGHTS_NATIVE;
-    double total = (double)cuda->properties.totalGlobalMem; /* 0: no device was asked yet */
-    return total > 0 && (double)weights_bytes(cuda->program, false) > 0.4 * total;
+    const uint64_t total = cuda->properties.totalGlobalMem; /* 0: no device was asked yet */
+    return total > 0 && weights_choice(weights_bytes(cuda->program, false), total) == WEIGHTS_NATIVE;
 }
 
 void weights_lay_out(struct cuda *cuda, struct device_arena *arena) { lay_out(cuda, arena, keeps_native(cuda)); }
