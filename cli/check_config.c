@@ -30,10 +30,11 @@ int command_check_config(const struct config *config, const char *argument) {
     if (argument) status = config_load_file(&checked, argument, &error);
     if (status == STATUS_OK) status = config_check(&checked, &error);
     if (status == STATUS_OK) status = compression_check(&checked, &error);
-    if (status != STATUS_OK && argument && strncmp(error.text, argument, strlen(argument)) != 0)
-        (void)error_prefix(&error, "%s", argument); /* rules between keys have no line */
     if (status == STATUS_OK && checked.model[0]) status = check_model(&checked, &error);
-    if (status != STATUS_OK) return cli_fail(&error);
+    if (status != STATUS_OK) {
+        config_locate(&checked, &error);
+        return cli_fail(&error);
+    }
     cli_warn_environment();
     config_print(&checked, stdout);
     return CLI_OK;

@@ -118,6 +118,7 @@ static void allocate(struct eval *eval) {
         cell->kl = check_calloc(windows * EVAL_GOLD, sizeof *cell->kl);
         cell->window_kl = check_calloc(windows, sizeof *cell->window_kl);
         cell->kept = check_calloc(program_lanes(program), sizeof *cell->kept);
+        cell->hits = check_calloc(program_lanes(program), sizeof *cell->hits);
         cell->attention_error = check_calloc((size_t)program->n_layers * program->n_heads, sizeof *cell->attention_error);
     }
     eval->stream = check_calloc(eval->n_stream / EVAL_STREAM_WINDOW + 1u, sizeof *eval->stream);
@@ -133,6 +134,7 @@ static void done(struct eval *eval) {
         free(eval->cells[c].kl);
         free(eval->cells[c].window_kl);
         free(eval->cells[c].kept);
+        free(eval->cells[c].hits);
         free(eval->cells[c].attention_error);
     }
     free(eval);
@@ -186,6 +188,8 @@ bool eval_accuracy(const struct eval *eval, const struct eval_cell *cell, enum e
     *accuracy = *n ? (double)right / *n : 0;
     return *n > 0;
 }
+
+double eval_hit_rate(const struct head_hits *hits) { return hits->all > 0 ? hits->kept / hits->all : 1; }
 
 struct eval_interval eval_difference(const struct eval *eval, const struct eval_cell *a, const struct eval_cell *b) {
     return eval_bootstrap(a->window_kl, b->window_kl, eval->config->eval.windows, EVAL_RESAMPLES, 1);

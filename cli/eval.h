@@ -169,9 +169,10 @@ struct eval_cell {
     uint64_t n_rows, same_top;
     double nll; /* summed over n_rows */
     uint32_t n_windows;
-    double blocks, hits_kept, hits_all; /* summed over windows */
-    double *kept;                       /* [n_lanes] slots, summed over windows */
-    double *attention_error;            /* [n_layers * n_heads] summed over n_attention */
+    double blocks;           /* summed over windows */
+    double *kept;            /* [n_lanes] slots, summed over windows */
+    struct head_hits *hits;  /* [n_lanes] summed over windows */
+    double *attention_error; /* [n_layers * n_heads] summed over n_attention */
     uint32_t n_attention;
     struct eval_score scores[EVAL_KINDS];
 };
@@ -204,6 +205,8 @@ void eval_step_done(struct eval *eval, uint64_t work);
 /* Accuracy over the depths that count; false: none does. n: examples of one cell that counted. */
 bool eval_accuracy(const struct eval *eval, const struct eval_cell *cell, enum eval_kind kind, double *accuracy, uint32_t *n);
 uint32_t eval_depths_counted(const struct eval *eval, enum eval_kind kind);
+/* Of the pairs that count as hits, the share whose key the head kept; 1 where it has none. */
+double eval_hit_rate(const struct head_hits *hits);
 /* Mean KL of a less that of b, over windows. */
 struct eval_interval eval_difference(const struct eval *eval, const struct eval_cell *a, const struct eval_cell *b);
 

@@ -11,7 +11,7 @@
 
 /* What a row says, from sums. */
 struct row {
-    double blocks, kl_mean, kl_p99, same_top1, ppl_ratio, hit_rate, attention_error;
+    double blocks, kl_mean, kl_p99, same_top1, ppl_ratio, hit_rate, hit_rate_min, attention_error;
     double tasks[EVAL_KINDS];
     bool has_tasks[EVAL_KINDS];
 };
@@ -24,7 +24,14 @@ static struct row row_of(const struct eval *eval, const struct eval_cell *cell) 
                       .kl_mean = eval_mean(cell->window_kl, cell->n_windows),
                       .same_top1 = (double)cell->same_top / rows,
                       .ppl_ratio = exp(cell->nll / rows - full->nll / (double)full->n_rows),
-                      .hit_rate = cell->hits_all > 0 ? cell->hits_kept / cell->hits_all : 1};
+                      .hit_rate_min = 1};
+    struct head_hits all = {0};
+    for (uint32_t l = 0; l < program_lanes(program); l++) {
+        all.kept += cell->hits[l].kept;
+        all.all += cell->hits[l].all;
+        row.hit_rate_min = fmin(row.hit_rate_min, eval_hit_rate(&cell->hits[l]));
+    }
+    row.hit_rate = eval_hit_rate(&all);
     double *sorted = check_calloc(cell->n_rows, sizeof *sorted);
     memcpy(sorted, cell->kl, cell->n_rows * sizeof *sorted);
     row.kl_p99 = eval_quantile(sorted, cell->n_rows, 0.99);
@@ -65,7 +72,7 @@ static void print_row(FILE *out, const struct eval *eval, const struct eval_cell
     fprintf(out, "| %-18s | %6g | %8.1f | %8.5f | %8.4f | %6.2f %% | %9.4f |", cell->policy->name, cell->keep, row.blocks, row.kl_mean, row.kl_p99,
             100 * row.same_top1, row.ppl_ratio);
     for (int kind = 0; kind < EVAL_KINDS; kind++) print_percent(out, row.has_tasks[kind], row.tasks[kind]);
-    fprintf(out, " %6.1f %% | %8.4f |\n", 100 * row.hit_rate, row.attention_error);
+    fprintf(out, " %6.1f %% | %6.1f %% | %8.4f |\n", 100 * row.hit_rate, 100 * row.hit_rate_min, row.attention_error);
 }
 
 static void print_difference(void *context, const struct eval *eval, const struct eval_cell *a, const struct eval_cell *b) {
@@ -81,16 +88,17 @@ static void print_difference(void *context, const struct eval *eval, const struc
 static void print_rows(const struct eval *eval, FILE *out) {
     const struct eval_cell *full = &eval->cells[0];
     fprintf(out, "| policy             |   keep |   blocks |  KL mean |   KL p99 | same top | PPL ratio |  passkey |    after |     copy | hit rate "
-                 "| attn err |\n"
+                 "| low head | attn err |\n"
                  "| ------------------ | -----: | -------: | -------: | -------: | -------: | --------: | -------: | -------: | -------: | -------: "
-                 "| -------: |\n");
+                 "| -------: | -------: |\n");
     for (uint32_t c = 0; c < eval->n_cells; c++) print_row(out, eval, &eval->cells[c]);
     fprintf(out,
             "\nKL (nats) of the full cache's next-token distribution from the compressed cache's, over the %u tokens after each prompt; same top: "
             "the same most likely "
             "token;\nPPL ratio: of the text's own tokens; blocks: of %" PRIu32
             " tokens of one head, mean over windows; hit rate: attention pairs of the last prompt "
-            "rows that were kept;\nattn err: relative error of a head's output for the same query, mean over heads.\n",
+            "rows that were kept; low head: the same of the KV head where it is lowest;\nattn err: relative error of a head's output for the same "
+            "query, mean over heads.\n",
             EVAL_GOLD, (uint32_t)BLOCK_TOKENS);
     if (eval->config->eval.tasks == 0) return;
     fprintf(out, "Tasks count at depths where the full cache is right in %.0f %% or more:", 100 * EVAL_COUNTS);
@@ -187,6 +195,17 @@ static void write_grid(struct json_writer *json, const char *key, const double *
     json_array_end(json);
 }
 
+static void write_hit_rates(struct json_writer *json, const struct eval_cell *cell, uint32_t layers, uint32_t heads) {
+    json_key(json, "hit_rate_heads");
+    json_array(json);
+    for (uint32_t layer = 0; layer < layers; layer++) {
+        json_array(json);
+        for (uint32_t head = 0; head < heads; head++) json_float(json, (float)eval_hit_rate(&cell->hits[layer * heads + head]));
+        json_array_end(json);
+    }
+    json_array_end(json);
+}
+
 static void write_row(struct json_writer *json, const struct eval *eval, const struct eval_cell *cell) {
     const struct program *program = model_program(eval->model);
     struct row row = row_of(eval, cell);
@@ -207,6 +226,7 @@ static void write_row(struct json_writer *json, const struct eval *eval, const s
             json_null(json);
     }
     key_double(json, "hit_rate", row.hit_rate);
+    write_hit_rates(json, cell, program->n_layers, program->n_kv_heads);
     key_double(json, "attention_error", row.attention_error);
     write_grid(json, "attention_error_heads", cell->attention_error, program->n_layers, program->n_heads, cell->n_attention);
     write_grid(json, "kept", cell->kept, program->n_layers, program->n_kv_heads, cell->n_windows);

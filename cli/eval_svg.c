@@ -1,4 +1,5 @@
-/* Two pictures in one SVG file: KL against the memory of the cache, for all policies, and the tokens that kv_compress keeps in each head of each layer. Reads only; main thread.
+/* Three pictures in one SVG file: KL against the memory of the cache, for all policies, the tokens that kv_compress keeps in each head of each layer, and the hit rate of each head
+ * under snapkv and kv_compress. Reads only; main thread.
  * Deliberately plain: no script, no style sheet, fonts of the viewer. */
 #include <errno.h>
 #include <inttypes.h>
@@ -186,7 +187,7 @@ static void put_quality(struct picture *picture) {
     }
 }
 
-/* ---- tokens kept by each head ---- */
+/* ---- a square for each head: tokens kept, hit rate ---- */
 
 /* White to deep orange. */
 static void shade(double share, char colour[8]) {
@@ -200,23 +201,38 @@ static void shade(double share, char colour[8]) {
     (void)snprintf(colour, 8, "#%02x%02x%02x", rgb[0], rgb[1], rgb[2]);
 }
 
-static double put_heads(struct picture *picture, const struct eval_cell *cell, double y) {
+/* What a square shows: the share that colours it, and in words. */
+typedef double head_value(const struct picture *picture, const struct eval_cell *cell, uint32_t lane, char *words, size_t size);
+
+static double kept_of(const struct picture *picture, const struct eval_cell *cell, uint32_t lane, char *words, size_t size) {
+    double tokens = cell->kept[lane] / cell->n_windows;
+    (void)snprintf(words, size, "%.0f tokens", tokens);
+    return tokens / picture->eval->n_prompt;
+}
+
+static double hit_rate_of(const struct picture *picture, const struct eval_cell *cell, uint32_t lane, char *words, size_t size) {
+    double rate = eval_hit_rate(&cell->hits[lane]);
+    (void)picture;
+    (void)snprintf(words, size, "hit rate %.1f %%", 100 * rate);
+    return rate;
+}
+
+static double put_heads(struct picture *picture, const struct eval_cell *cell, head_value *value, double y) {
     const struct program *program = model_program(picture->eval->model);
     struct buffer *out = &picture->out;
     double width = (RIGHT - LEFT) / program->n_layers, height = program->n_kv_heads <= 4   ? 20
                                                                 : program->n_kv_heads <= 8 ? 13
                                                                                            : 80.0 / program->n_kv_heads;
     char words[128], colour[8];
-    (void)snprintf(words, sizeof words, "kept %g %%", 100 * cell->keep);
+    (void)snprintf(words, sizeof words, "%s, kept %g %%", cell->policy->name, 100 * cell->keep);
     put_text(out, LEFT, y - 6, "start", 12, INK, words);
     for (uint32_t head = 0; head < program->n_kv_heads; head++) {
         for (uint32_t layer = 0; layer < program->n_layers; layer++) {
-            double tokens = cell->kept[layer * program->n_kv_heads + head] / cell->n_windows;
-            shade(tokens / picture->eval->n_prompt, colour);
+            shade(value(picture, cell, layer * program->n_kv_heads + head, words, sizeof words), colour);
             buffer_printf(out,
                           "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" fill=\"%s\"><title>layer %" PRIu32 ", head %" PRIu32
-                          ": %.0f tokens</title></rect>\n",
-                          LEFT + layer * width, y + head * height, width - 1, height - 1, colour, layer, head, tokens);
+                          ": %s</title></rect>\n",
+                          LEFT + layer * width, y + head * height, width - 1, height - 1, colour, layer, head, words);
         }
         (void)snprintf(words, sizeof words, "head %" PRIu32, head);
         if (height >= 12) put_text(out, LEFT - 8, y + (head + 0.5) * height + 4, "end", 11, FAINT, words);
@@ -229,22 +245,38 @@ static double put_heads(struct picture *picture, const struct eval_cell *cell, d
     return y + 44;
 }
 
-static double put_kept(struct picture *picture, double y) {
-    const struct eval *eval = picture->eval;
-    struct buffer *out = &picture->out;
-    char words[160], colour[8];
-    (void)snprintf(words, sizeof words, "Tokens that kv_compress keeps of %" PRIu32 ", by layer and KV head (mean over windows)", eval->n_prompt);
+/* A heading with the scale of colours, from 0 to `most`. Returns where what it stands over begins. */
+static double put_heading(struct buffer *out, const char *words, const char *most, double y) {
+    char colour[8];
     put_text(out, LEFT, y, "start", 14, INK, words);
     for (int i = 0; i < 100; i++) { /* the scale */
         shade(i / 99.0, colour);
         buffer_printf(out, "<rect x=\"%.1f\" y=\"%.1f\" width=\"1.7\" height=\"10\" fill=\"%s\"/>\n", RIGHT - 190 + i * 1.5, y - 10, colour);
     }
     put_text(out, RIGHT - 196, y, "end", 11, FAINT, "0");
-    (void)snprintf(words, sizeof words, "%" PRIu32, eval->n_prompt);
-    put_text(out, RIGHT, y, "end", 11, FAINT, words);
-    y += 32;
+    put_text(out, RIGHT, y, "end", 11, FAINT, most);
+    return y + 32;
+}
+
+static double put_kept(struct picture *picture, double y) {
+    const struct eval *eval = picture->eval;
+    char words[160], most[16];
+    (void)snprintf(words, sizeof words, "Tokens that kv_compress keeps of %" PRIu32 ", by layer and KV head (mean over windows)", eval->n_prompt);
+    (void)snprintf(most, sizeof most, "%" PRIu32, eval->n_prompt);
+    y = put_heading(&picture->out, words, most, y);
     for (uint32_t c = 1; c < eval->n_cells; c++)
-        if (is_kv_compress(&eval->cells[c])) y = put_heads(picture, &eval->cells[c], y);
+        if (is_kv_compress(&eval->cells[c])) y = put_heads(picture, &eval->cells[c], kept_of, y);
+    return y;
+}
+
+/* The policy that the rate was made for, and the one to compare it with. */
+static bool shows_hits(const struct eval_cell *cell) { return is_kv_compress(cell) || strcmp(cell->policy->name, "snapkv") == 0; }
+
+static double put_hits(struct picture *picture, double y) {
+    const struct eval *eval = picture->eval;
+    y = put_heading(&picture->out, "Hit rate: attention pairs of the prompt's last rows that were kept, by layer and KV head", "100 %", y);
+    for (uint32_t c = 1; c < eval->n_cells; c++)
+        if (shows_hits(&eval->cells[c])) y = put_heads(picture, &eval->cells[c], hit_rate_of, y);
     return y;
 }
 
@@ -252,8 +284,8 @@ enum status eval_write_svg(const struct eval *eval, const char *path, struct err
     struct picture picture = {.eval = eval, .mib_block = (double)lab_block_bytes(eval->lab) / 0x1p20};
     struct buffer *body = &picture.out, head = {0};
     char words[192];
-    bool heads = false;
-    for (uint32_t c = 1; c < eval->n_cells; c++) heads |= is_kv_compress(&eval->cells[c]);
+    bool heads = false, hits = false;
+    for (uint32_t c = 1; c < eval->n_cells; c++) heads |= is_kv_compress(&eval->cells[c]), hits |= shows_hits(&eval->cells[c]);
     put_text(body, LEFT, 30, "start", 18, INK, model_name(eval->model));
     (void)snprintf(words, sizeof words, "%" PRIu32 " window%s of %" PRIu32 " tokens and the %u after; KV %s%s", eval->config->eval.windows,
                    eval->config->eval.windows == 1 ? "" : "s", eval->n_prompt, EVAL_GOLD, kv_dtype_name(lab_kv_dtype(eval->lab)),
@@ -261,7 +293,8 @@ enum status eval_write_svg(const struct eval *eval, const char *path, struct err
     put_text(body, LEFT, 50, "start", 12, FAINT, words);
     put_quality(&picture);
     double height = BOTTOM + 56;
-    if (heads) height = put_kept(&picture, BOTTOM + 76);
+    if (heads) height = put_kept(&picture, height + 20);
+    if (hits) height = put_hits(&picture, height + 20);
     buffer_printf(
         &head,
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" width=\"%.0f\" height=\"%.0f\" font-family=\"Helvetica, Arial, "

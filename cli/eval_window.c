@@ -76,8 +76,7 @@ static enum status read_full(struct window *window, struct error *error) {
     cell->same_top += EVAL_GOLD;
     cell->n_windows++;
     cell->blocks += lab_blocks(eval->lab, LAB_BASE);
-    cell->hits_kept += 1, cell->hits_all += 1;
-    for (uint32_t l = 0; l < program_lanes(program); l++) cell->kept[l] += lab_lane_tokens(eval->lab, LAB_BASE)[l];
+    for (uint32_t l = 0; l < program_lanes(program); l++) cell->kept[l] += lab_lane_tokens(eval->lab, LAB_BASE)[l]; /* every hit with it */
     for (uint32_t row = 0; compares_attention(window) && row < ATTENTION_ROWS; row++, cell->n_attention++)
         lab_attention(eval->lab, LAB_FULL, LAB_RING_GOLD, attention_position(window, row), window->o_full + row * outputs);
     lab_release(eval->lab, mark);
@@ -110,8 +109,11 @@ static enum status measure_cell(struct window *window, struct eval_cell *cell, s
     lab_compress(eval->lab, LAB_BASE, LAB_CELL, &plan, window->tokens, true, &result);
     cell->n_windows++;
     cell->blocks += lab_blocks(eval->lab, LAB_CELL);
-    cell->hits_kept += result.hits_kept, cell->hits_all += result.hits_all;
-    for (uint32_t l = 0; l < program_lanes(model_program(eval->model)); l++) cell->kept[l] += result.lanes[l].n_keep;
+    for (uint32_t l = 0; l < program_lanes(model_program(eval->model)); l++) {
+        cell->kept[l] += result.lanes[l].n_keep;
+        cell->hits[l].kept += result.hits[l].kept;
+        cell->hits[l].all += result.hits[l].all;
+    }
     enum status status = read_gold(window, LAB_CELL, LAB_NO_RING, window->logits, error);
     if (status != STATUS_OK) return status;
     double *kl = cell->kl + (size_t)window->index * EVAL_GOLD;

@@ -1,4 +1,5 @@
-/* kvasir serve: the daemon. The main thread becomes the loop thread (server_run); loading runs on the thread that the server starts for it.
+/* kvasir serve: the daemon. The main thread opens the model, which shows most of what can be wrong with it before the port is open, and becomes the loop thread (server_run); repacking
+ * the weights runs on the thread that the server starts for it.
  * Owns the model while the server runs. What a person reads goes to stdout (where it listens, the memory plan, a command to try), the log to stderr. */
 #include <inttypes.h>
 #include <string.h>
@@ -49,15 +50,13 @@ static void say_why_not(const struct config *config) {
 }
 
 static enum status load(struct serving *serving, const struct engine_hooks *hooks, struct engine **engine, struct error *error) {
-    enum status status = open_model(serving->config, &serving->model, error);
-    if (status != STATUS_OK) return status;
     serving->server_hooks = *hooks;
     struct engine_hooks mine = *hooks;
     mine.progress = report;
     mine.progress_context = serving;
     say_why_not(serving->config);
     progress_begin(&serving->progress, "loading");
-    status = engine_start(serving->config, serving->model, &mine, engine, error);
+    enum status status = engine_start(serving->config, serving->model, &mine, engine, error);
     progress_end(&serving->progress);
     return status;
 }
@@ -92,16 +91,30 @@ static void ready(void *context, const char *url) {
     fflush(stdout);
 }
 
+/* What would fail while loading and can be known before: nobody is told that a server listens which is about to end. */
+static enum status prepare(const struct config *config, struct model **model, struct error *error) {
+    struct memory_plan plan;
+    enum status status = config_check(config, error);
+    if (status == STATUS_OK) status = compression_check(config, error);
+    if (status == STATUS_OK) status = open_model(config, model, error);
+    if (status == STATUS_OK) status = engine_plan_memory(config, *model, &plan, error);
+    if (status != STATUS_OK) config_locate(config, error);
+    return status;
+}
+
 int command_serve(const struct config *config, const char *argument) {
     (void)argument;
     static const char *const levels[] = {"error", "warn", "info", "debug"};
     for (int i = 0; i < 4; i++)
         if (strcmp(config->log_level, levels[i]) == 0) log_set_level((enum log_level)i);
     struct error error;
-    enum status status = config_check(config, &error);
-    if (status != STATUS_OK) return cli_fail(&error);
-    cli_warn_environment();
     struct serving serving = {.config = config};
+    enum status status = prepare(config, &serving.model, &error);
+    if (status != STATUS_OK) {
+        model_close(serving.model);
+        return cli_fail(&error);
+    }
+    cli_warn_environment();
     struct server_setup setup = {.config = config, .start = start, .listening = listening, .ready = ready, .context = &serving};
     status = server_run(&setup, &error);
     model_close(serving.model);

@@ -49,6 +49,7 @@ function(kvasir_room name)
   endif()
 endfunction()
 
+# Loops over all slots of a sequence, between two steps: worth vectors (kernels/select.c).
 # One translation unit an instruction set, by the file's suffix: *_avx2.c, *_avxvnni.c, *_avx512.c (AVX-512 VNNI), *_avx512bf16.c.
 function(kvasir_instruction_set source)
   set(avx2 "-mavx2;-mfma;-mf16c")
@@ -57,7 +58,9 @@ function(kvasir_instruction_set source)
     set(optimise -O1) # a sanitized -O3 build of these files takes minutes each
   endif()
   set(avx512 "${avx2};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni")
-  if(source MATCHES "_avx2\\.c$")
+  if(source MATCHES "/select\\.c$")
+    set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${optimise}")
+  elseif(source MATCHES "_avx2\\.c$")
     set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${avx2};${optimise}")
   elseif(source MATCHES "_avxvnni\\.c$")
     set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${avx2};-mavxvnni;${optimise}")

@@ -4,6 +4,7 @@
 #include <strings.h>
 
 #include "config/config.h"
+#include "config/options.h"
 
 /* Names other than localhost may resolve to anything: they count as public. */
 static bool loopback(const char *host) {
@@ -23,7 +24,7 @@ static bool loopback(const char *host) {
     return false;
 }
 
-enum status config_check(const struct config *config, struct error *error) {
+static enum status check(const struct config *config, struct error *error) {
     if (!config->host[0]) return error_set(error, STATUS_INVALID, "server.host: empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network");
     if (!loopback(config->host) && !config->api_key_file[0] && !config->insecure_public)
         return error_set(error, STATUS_INVALID,
@@ -44,7 +45,33 @@ enum status config_check(const struct config *config, struct error *error) {
         return error_set(error, STATUS_INVALID, "compression.pressure_low: %g is not below compression.pressure_high, %g", config->pressure_low,
                          config->pressure_high);
     if (config->budget_tokens && config->budget_tokens < config->sink_tokens + config->recent_tokens)
-        return error_set(error, STATUS_INVALID, "compression.budget_tokens: %u is less than sink_tokens + recent_tokens, %u, which always stay",
+        return error_set(error, STATUS_INVALID,
+                         "compression.budget_tokens: %u is less than compression.sink_tokens + compression.recent_tokens, %u, which always stay",
                          config->budget_tokens, config->sink_tokens + config->recent_tokens);
     return STATUS_OK;
+}
+
+/* Where the text names the key, and no longer one that begins so; NULL: nowhere. */
+static const char *named(const char *text, const char *key) {
+    size_t length = strlen(key);
+    for (const char *at = text; (at = strstr(at, key)); at += length)
+        if (!strchr("abcdefghijklmnopqrstuvwxyz_", at[length]) || at[length] == '\0') return at;
+    return NULL;
+}
+
+void config_locate(const struct config *config, struct error *error) {
+    const char *first = NULL;
+    uint32_t line = 0;
+    if (!error || !config->config_file[0] || strncmp(error->text, config->config_file, strlen(config->config_file)) == 0) return;
+    for (size_t i = 0; i < options_count(); i++) {
+        const char *at = config->source[i] == CONFIG_SOURCE_FILE ? named(error->text, options[i].key) : NULL;
+        if (at && (!first || at < first)) first = at, line = config->line[i];
+    }
+    if (first) (void)error_prefix(error, "%.200s:%u", config->config_file, line);
+}
+
+enum status config_check(const struct config *config, struct error *error) {
+    enum status status = check(config, error);
+    if (status != STATUS_OK) config_locate(config, error);
+    return status;
 }

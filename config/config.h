@@ -103,6 +103,7 @@ struct config {
 
     char config_file[CONFIG_TEXT];      /* what --config named; empty: none */
     uint8_t source[CONFIG_OPTIONS_MAX]; /* enum config_source of each row of the table */
+    uint32_t line[CONFIG_OPTIONS_MAX];  /* of the file, where the source is CONFIG_SOURCE_FILE */
 };
 
 void config_defaults(struct config *config);
@@ -116,8 +117,11 @@ enum status config_load(struct config *config, int argc, char **argv, int *first
  * its default. On failure *config is as it was. */
 enum status config_load_file(struct config *config, const char *path, struct error *error);
 /* SIGHUP: `next` becomes `now` with the file (now->config_file) read again and checked. Only limits, timeouts, keys, hosts and the log level may change while serving: other
- * changes are left as they were and their keys listed, comma-separated, in `refused` (empty: none). Without a file `next` equals `now`. */
+ * changes are left as they were and their keys listed, comma-separated, in `refused` (empty: none). Without a file `next` equals `now`, and where it is a pipe, which was read once and for
+ * all: then `refused` says so. */
 enum status config_reload(const struct config *now, struct config *next, char *refused, size_t refused_size, struct error *error);
+/* Puts "file:line: " before an error that names keys ("server.host"), the place of the first one that stands in the file; without one, or with it there already, nothing is changed. */
+void config_locate(const struct config *config, struct error *error);
 /* Rules between options: a public bind without keys, timeouts in order, ... */
 enum status config_check(const struct config *config, struct error *error);
 /* Names like KVASIR_PROT that stand in the environment and mean nothing, comma-separated: for a warning. Their count. */

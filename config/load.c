@@ -120,6 +120,7 @@ static bool take_value(void *context, const struct toml_value *value) {
     }
     if (option_set(option, reading->config, text, length, where, error) != STATUS_OK) return false;
     mark(reading->config, option, CONFIG_SOURCE_FILE);
+    reading->config->line[option - options] = value->line;
     return true;
 }
 
@@ -167,6 +168,7 @@ enum status config_load_file(struct config *config, const char *path, struct err
     free(text);
     if (outcome == TOML_BROKEN) return error_set(error, STATUS_INVALID, "%s:%u:%u: %s", path, failure.line, failure.column, failure.text);
     if (outcome == TOML_STOPPED) return reading.error->status;
+    (void)snprintf(next.config_file, sizeof next.config_file, "%.*s", CONFIG_TEXT - 1, path);
     *config = next;
     return STATUS_OK;
 }
@@ -175,6 +177,11 @@ enum status config_reload(const struct config *now, struct config *next, char *r
     *next = *now;
     if (refused_size) refused[0] = '\0';
     if (!now->config_file[0]) return STATUS_OK;
+    struct stat facts;
+    if (stat(now->config_file, &facts) == 0 && !S_ISREG(facts.st_mode) && !S_ISDIR(facts.st_mode)) {
+        (void)snprintf(refused, refused_size, "%.200s, which is no file that could be read again", now->config_file);
+        return STATUS_OK;
+    }
     struct config fresh = *now;
     enum status status = config_load_file(&fresh, now->config_file, error);
     if (status != STATUS_OK) return status;

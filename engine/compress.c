@@ -89,6 +89,21 @@ static void count(struct engine *engine, const struct scheduler_due *due, const 
     }
 }
 
+static void count_hits(struct engine *engine, struct request *request, const struct compressor_result *result) {
+    struct engine_stats *stats = &engine->stats;
+    request->kv_report.hits_kept += result->hits_kept;
+    request->kv_report.hits_all += result->hits_all;
+    for (uint32_t l = 0; result->hits && l < engine->compress.n_lanes; l++) {
+        uint32_t layer = l / engine->compress.n_kv_heads;
+        if (layer >= ENGINE_LAYERS_MAX) layer = ENGINE_LAYERS_MAX - 1;
+        stats->layer_hits_kept[layer] += (uint64_t)result->hits[l].kept;
+        stats->layer_hits[layer] += (uint64_t)result->hits[l].all;
+        if (!request->head_hits) continue;
+        request->head_hits[l].kept += result->hits[l].kept;
+        request->head_hits[l].all += result->hits[l].all;
+    }
+}
+
 /* Survivors move forward, lane by lane; the scheduler knows what may be written in place. false: preempted instead, it comes again. */
 static bool cut_lanes(struct engine *engine, const struct scheduler_due *due, const struct compressor_result *result) {
     struct compress *compress = &engine->compress;
@@ -159,8 +174,7 @@ static void compress_one(struct engine *engine, const struct scheduler_due *due)
     bool evicts = compressor_choose(engine->compress.compressor, kv, &sequence, request->measure_hits && first_time, &result);
     if (first_time) {
         request->state->compressed_to = due->n_computed;
-        request->kv_report.hits_kept += result.hits_kept;
-        request->kv_report.hits_all += result.hits_all;
+        count_hits(engine, request, &result);
         request->kv_report.pressure_compressions += due->pressure;
     }
     if (!evicts) {

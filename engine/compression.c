@@ -7,6 +7,8 @@
 
 #include "config/options.h"
 
+#define TRIGGERS_BY_INDEX (TRIGGER_PROMPT_END | TRIGGER_BUDGET) /* at token indices known beforehand */
+
 /* Is `name` in a comma-separated list? */
 static bool list_has(const char *list, const char *name) {
     size_t length = strlen(name);
@@ -78,7 +80,7 @@ static enum status check_allowed(const struct config *config, struct error *erro
     return STATUS_OK;
 }
 
-enum status compression_check(const struct config *config, struct error *error) {
+static enum status check(const struct config *config, struct error *error) {
     const struct policy *policy = policy_find(config->compression_policy);
     char words[64], allowed[64];
     if (!policy)
@@ -94,19 +96,30 @@ enum status compression_check(const struct config *config, struct error *error) 
         return error_set(error, STATUS_INVALID,
                          "compression.compress_while_reading: policy %s looks at later queries; random, streaming_llm and keydiff do not",
                          policy->name);
+    if (config->compress_while_reading && triggers == TRIGGER_PRESSURE)
+        return error_set(
+            error, STATUS_INVALID,
+            "compression.compress_while_reading: with compression.triggers = \"pressure\" alone nothing is compressed while it is read; add "
+            "prompt_end or budget");
     uint32_t least = config->sink_tokens + config->recent_tokens;
     if (config->min_budget && config->min_budget < least)
-        return error_set(error, STATUS_INVALID, "compression.min_budget: %u is less than sink_tokens + recent_tokens, %u, which always stay",
+        return error_set(error, STATUS_INVALID,
+                         "compression.min_budget: %u is less than compression.sink_tokens + compression.recent_tokens, %u, which always stay",
                          config->min_budget, least);
     return check_allowed(config, error);
 }
 
-/* The operator's triggers where the policy has them, else its own: the end of the prompt where that makes sense, and the budget. */
+enum status compression_check(const struct config *config, struct error *error) {
+    enum status status = check(config, error);
+    if (status != STATUS_OK) config_locate(config, error);
+    return status;
+}
+
+/* The operator's triggers where the policy has one of them, else its own: the end of the prompt where that makes sense, and the budget. */
 static unsigned plan_triggers(const struct config *config, const struct policy *policy) {
     char unknown[16];
     unsigned triggers = list_triggers(config->compression_triggers, unknown, sizeof unknown) & policy->triggers;
-    if (triggers & ~(unsigned)TRIGGER_PRESSURE) return triggers;
-    return triggers | (policy->triggers & TRIGGER_PROMPT_END ? TRIGGER_PROMPT_END : 0) | (policy->triggers & TRIGGER_BUDGET);
+    return triggers ? triggers : policy->triggers & ~(unsigned)TRIGGER_PRESSURE;
 }
 
 static bool choose_policy(const struct config *config, const struct kv_wish *wish, const struct policy **policy, const char **field,
@@ -185,7 +198,7 @@ bool compression_plan(const struct config *config, const struct kv_wish *wish, s
     plan->options.seed = config->seed;
     if (plan->policy->scorer == SCORER_NONE) return true;
     plan->triggers = plan_triggers(config, plan->policy);
-    plan->while_reading = config->compress_while_reading && plan->policy->rows == POLICY_ROWS_NONE;
+    plan->while_reading = config->compress_while_reading && plan->policy->rows == POLICY_ROWS_NONE && plan->triggers & TRIGGERS_BY_INDEX;
     if (plan->target.budget_tokens && wish->protect_tokens + config->recent_tokens > plan->target.budget_tokens) {
         *field = "kv.protect_tokens";
         (void)error_set(error, STATUS_INVALID, "%u protected and %u recent tokens do not fit a budget of %u", wish->protect_tokens,
@@ -197,7 +210,7 @@ bool compression_plan(const struct config *config, const struct kv_wish *wish, s
 
 uint32_t compression_tokens_max(const struct kv_plan *plan) {
     if (!compression_is_on(plan) || !plan->target.budget_tokens) return UINT32_MAX;
-    if (!(plan->triggers & (TRIGGER_PROMPT_END | TRIGGER_BUDGET))) return UINT32_MAX;
+    if (!(plan->triggers & TRIGGERS_BY_INDEX)) return UINT32_MAX;
     uint64_t most = (uint64_t)plan->target.budget_tokens + plan->interval;
     return most > UINT32_MAX ? UINT32_MAX : (uint32_t)most;
 }
@@ -210,7 +223,7 @@ bool compression_is_endless(const struct kv_plan *plan, uint32_t max_model_len) 
 
 struct scheduler_points compression_points(const struct kv_plan *plan) {
     struct scheduler_points points = {0};
-    if (!compression_is_on(plan) || !(plan->triggers & (TRIGGER_PROMPT_END | TRIGGER_BUDGET))) return points;
+    if (!compression_is_on(plan) || !(plan->triggers & TRIGGERS_BY_INDEX)) return points;
     points.prompt_end = true;
     if (plan->while_reading) points.reading = COMPRESSION_READING;
     /* A policy of the prompt's end alone goes on with its own score once a budget is reached again; a ratio asks for nothing more. */

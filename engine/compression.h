@@ -19,6 +19,12 @@ struct kv_wish {
     bool report;
 };
 
+/* Of one head of KV, window rows times the query heads that share it: pairs of a row and a cached key with at least an even share of the row's attention, and those of them
+ * whose key was kept. Hit rate = kept / all. */
+struct head_hits {
+    double kept, all; /* whole numbers */
+};
+
 /* What is done for one request. Const while it lives. */
 struct kv_plan {
     const struct policy *policy; /* NULL or "none": the rest is unused */

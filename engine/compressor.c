@@ -16,6 +16,7 @@ struct compressor {
     uint32_t *lists; /* [slots_total] */
     float *raw;      /* [raw_layers * n_kv_heads * group * slots_max] */
     size_t *offset;
+    struct head_hits *hits;
     void *scratch;
 };
 
@@ -27,7 +28,7 @@ static uint32_t layers_at_once(const struct program *program, const struct compr
 
 uint64_t compressor_bytes(const struct program *program, const struct compressor_limits *limits) {
     uint64_t lanes = program_lanes(program), layers = layers_at_once(program, limits);
-    return lanes * (sizeof(struct choose_lane) + sizeof(size_t)) + limits->slots_total * (uint64_t)sizeof(uint32_t) +
+    return lanes * (sizeof(struct choose_lane) + sizeof(size_t) + sizeof(struct head_hits)) + limits->slots_total * (uint64_t)sizeof(uint32_t) +
            layers * program->n_heads * limits->slots_max * sizeof(float) +
            choose_scratch_bytes((uint32_t)lanes, limits->slots_max, limits->slots_total);
 }
@@ -44,6 +45,7 @@ struct compressor *compressor_new(struct backend *backend, const struct program 
     compressor->lists = check_calloc(limits->slots_total, sizeof *compressor->lists);
     compressor->raw = check_calloc((size_t)compressor->raw_layers * program->n_heads * limits->slots_max, sizeof *compressor->raw);
     compressor->offset = check_calloc(compressor->n_lanes, sizeof *compressor->offset);
+    compressor->hits = check_calloc(compressor->n_lanes, sizeof *compressor->hits);
     compressor->scratch = check_calloc(1, choose_scratch_bytes(compressor->n_lanes, limits->slots_max, limits->slots_total));
     return compressor;
 }
@@ -54,6 +56,7 @@ void compressor_free(struct compressor *compressor) {
     free(compressor->lists);
     free(compressor->raw);
     free(compressor->offset);
+    free(compressor->hits);
     free(compressor->scratch);
     free(compressor);
 }
@@ -84,9 +87,15 @@ static void measure(struct compressor *compressor, const struct compressor_seque
     for (uint32_t first = 0; first < compressor->program->n_layers; first += compressor->raw_layers) {
         uint32_t left = compressor->program->n_layers - first, count = left < compressor->raw_layers ? left : compressor->raw_layers;
         score_layers(compressor, sequence, first, count);
-        for (uint32_t l = first * heads; l < (first + count) * heads; l++)
-            choose_hits(&compressor->lanes[l], compressor->raw + compressor->offset[l], compressor->group, &result->hits_kept, &result->hits_all);
+        for (uint32_t l = first * heads; l < (first + count) * heads; l++) {
+            struct head_hits *hits = &compressor->hits[l];
+            *hits = (struct head_hits){0};
+            choose_hits(&compressor->lanes[l], compressor->raw + compressor->offset[l], compressor->group, &hits->kept, &hits->all);
+            result->hits_kept += hits->kept;
+            result->hits_all += hits->all;
+        }
     }
+    result->hits = compressor->hits;
 }
 
 bool compressor_choose(struct compressor *compressor, const struct kv_plan *plan, const struct compressor_sequence *sequence, bool measure_hits,

@@ -35,7 +35,8 @@ struct compressor_sequence {
 struct compressor_result {
     const struct choose_lane *lanes; /* [n_lanes] until the next call */
     uint64_t n_slots, n_keep;        /* summed */
-    double hits_kept, hits_all;      /* with measure_hits: hit rate = kept / all; else 0 */
+    const struct head_hits *hits;    /* [n_lanes] until the next call; NULL: not measured */
+    double hits_kept, hits_all;      /* summed; 0: not measured */
 };
 
 /* Pressure and budget points ask for the plan's target. measure_hits needs a ring. false: everything stays. */

@@ -317,6 +317,7 @@ static bool step(struct engine *engine) {
     engine->stats.schedule_ns += (built - start) + (end - synced);
     engine->rested = !engine->requests.oldest;
     count_time(engine, decodes, n_rows, blocks_used, end - start);
+    if (engine->times_steps && status == STATUS_OK) scheduler_took(engine->scheduler, (double)(end - start) / 1000);
     return true;
 }
 
@@ -337,6 +338,7 @@ void engine_publish(struct engine *engine) {
     stats->forks = now.forks;
     stats->blocks_copied = now.blocks_copied;
     stats->chunks = now.chunks;
+    stats->cost_ratio = now.cost_ratio;
     stats->prefix_queries = now.prefix_queries;
     stats->prefix_hits = now.prefix_hits;
     stats->prefix_partial_hits = now.prefix_partial_hits;

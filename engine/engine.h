@@ -56,6 +56,7 @@ struct request {
     struct sample_result *prompt_results;
     struct kv_plan kv; /* compression; policy "none": everything stays */
     bool measure_hits; /* fill hits_kept and hits_all of the report */
+    struct head_hits *head_hits; /* [n_layers * n_kv_heads] with measure_hits: of each head, added before the last terminal event. NULL: not asked */
     void *owner;       /* the loop's own; the engine only hands it back */
 
     /* Written by the engine before the last terminal event. */
@@ -96,12 +97,14 @@ struct engine_stats {
     uint64_t wait_ns;              /* in steps, waiting for the device or doing its work (backend_limits.wait_ns) */
     /* Steps in which every sequence took in one token of its answer, and all others, which read some prompt, or a sequence again that had been preempted: busy_ns is the sum of both. */
     uint64_t decode_steps, decode_ns, reading_steps, reading_ns;
+    double cost_ratio; /* of what steps in which some read while others decode take to what was fitted at start */
     uint64_t decode_rows, decode_blocks; /* of decode steps: sequences, blocks in use, each summed over the steps */
     uint64_t decode_rows_max;            /* most sequences of one of them, since a step last left no request */
     /* Compression */
     uint64_t compressions[ENGINE_POLICIES_MAX][TRIGGER_KINDS]; /* by policy_index() and bit of the trigger */
     uint64_t slots_kept, slots_evicted, kv_blocks_freed, compression_ns;
     uint64_t layer_kept[ENGINE_LAYERS_MAX]; /* slots kept by compressions, layer by layer; the last one stands for all above */
+    uint64_t layer_hits_kept[ENGINE_LAYERS_MAX], layer_hits[ENGINE_LAYERS_MAX]; /* struct head_hits, of requests that had them measured */
     uint64_t admissions_by_compression;
     uint32_t n_layers;
 };
@@ -109,6 +112,7 @@ struct engine_stats {
 /* What everything large will take, from config, model, free memory (the host's, within the cgroup limit, and the device's). Printed at start; each line count x bytes. */
 struct memory_plan {
     uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows, max_choices;
+    uint32_t n_layers, n_kv_heads;           /* of the model: a lane for each */
     uint32_t n_rings, ring_rows, sink_slots; /* for compression */
     bool accumulators;
     uint32_t n_blocks, extent_blocks;

@@ -182,8 +182,9 @@ struct engine {
     struct batch_builder builder;
     struct compress compress;
     struct engine_stats stats;
-    bool rested;    /* the last step left no request */
-    bool must_wake; /* events were posted since the last wake */
+    bool rested;      /* the last step left no request */
+    bool must_wake;   /* events were posted since the last wake */
+    bool times_steps; /* they take what a step takes: the scheduler hears of it */
 };
 
 /* engine_start below `ops` rather than the backend that the config names. */

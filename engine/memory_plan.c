@@ -342,7 +342,8 @@ enum status engine_plan_memory_on(const struct backend_ops *ops, const struct co
                                   struct memory_plan *plan, struct error *error) {
     const struct program *program = model_program(model);
     uint64_t device_total;
-    *plan = (struct memory_plan){.available_bytes = available_bytes, .max_rows = config->max_rows};
+    *plan = (struct memory_plan){
+        .available_bytes = available_bytes, .max_rows = config->max_rows, .n_layers = program->n_layers, .n_kv_heads = program->n_kv_heads};
     enum status status = ops->memory(config->device, &plan->device_available_bytes, &device_total, error);
     if (status != STATUS_OK) {
         (void)error_prefix(error, "engine.backend: %s", ops->name);

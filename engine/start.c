@@ -59,6 +59,7 @@ static enum status open_engine(struct birth *birth) {
     if (status == STATUS_OK) status = step_cost_fit(engine->backend, birth->program, &limits, plan->max_model_len, &cost, birth->error);
     if (status != STATUS_OK) return status;
     engine->scheduler = new_scheduler(engine, birth, &cost);
+    engine->times_steps = step_cost_is_measured(engine->backend, &limits);
     requests_init(&engine->requests, plan->max_choices);
     compress_init(&engine->compress, engine->backend, birth->config, birth->model, plan);
     engine->stats = (struct engine_stats){.n_layers = birth->program->n_layers}; /* the steps that fitted the cost waited too */

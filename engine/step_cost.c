@@ -114,11 +114,18 @@ static enum status measure(struct probe *probe, uint32_t *n_steps, double times[
     return status;
 }
 
+static bool has_device(const struct backend *backend, const struct backend_limits *limits) {
+    uint64_t available, total = 0;
+    return backend->ops->memory(limits->device, &available, &total, NULL) == STATUS_OK && total > 0;
+}
+
+bool step_cost_is_measured(const struct backend *backend, const struct backend_limits *limits) {
+    return backend->ops == &backend_cpu || has_device(backend, limits);
+}
+
 enum status step_cost_fit(struct backend *backend, const struct program *program, const struct backend_limits *limits, uint32_t max_model_len,
                           struct step_cost *cost, struct error *error) {
-    uint64_t available, device_total = 0;
-    bool has_device = backend->ops->memory(limits->device, &available, &device_total, NULL) == STATUS_OK && device_total > 0;
-    if (backend->ops != &backend_cpu && !has_device) {
+    if (!step_cost_is_measured(backend, limits)) {
         double rate = limits->mock_tokens_per_second;
         *cost = (struct step_cost){.fixed_us = 10, .per_row_us = rate > 0 ? 1e6 / rate : 1};
         return STATUS_OK;
@@ -126,7 +133,7 @@ enum status step_cost_fit(struct backend *backend, const struct program *program
     uint32_t lane_blocks = limits->n_blocks / program_lanes(program);
     uint32_t tokens = lane_blocks < UINT32_MAX / BLOCK_TOKENS ? lane_blocks * BLOCK_TOKENS : max_model_len;
     if (tokens > max_model_len) tokens = max_model_len;
-    uint32_t rows = has_device ? DEVICE_CHUNK_ROWS : CHUNK_ROWS;
+    uint32_t rows = has_device(backend, limits) ? DEVICE_CHUNK_ROWS : CHUNK_ROWS;
     if (rows > limits->max_rows) rows = limits->max_rows;
     if (rows > tokens) rows = tokens;
     uint32_t n_steps = tokens / rows + 1;

@@ -20,6 +20,7 @@ struct ranking {
     uint32_t *keys, *kept;           /* [n_lanes * lane_slots] */
     /* Scratch: */
     uint32_t *below;         /* [n_lanes] */
+    uint32_t *n_some;        /* [n_lanes] */
     uint32_t (*counts)[256]; /* [n_lanes] */
     size_t *offset;          /* [n_lanes] */
     float *raw;              /* [raw_layers * n_kv_heads * group * lane_slots] */
@@ -42,7 +43,7 @@ uint64_t ranking_bytes(const struct program *program, uint32_t lane_slots) {
     if (lane_slots == 0) return 0;
     lane_slots = whole_blocks(lane_slots);
     uint64_t lanes = program_lanes(program), layers = layers_at_once(program, lane_slots), heads = program->n_kv_heads;
-    return lanes * (3 * sizeof(uint32_t) + 2 * sizeof(size_t) + 256 * sizeof(uint32_t)) + lanes * lane_slots * 2 * sizeof(uint32_t) +
+    return lanes * (4 * sizeof(uint32_t) + 2 * sizeof(size_t) + 256 * sizeof(uint32_t)) + lanes * lane_slots * 2 * sizeof(uint32_t) +
            layers * (program->n_heads + heads) * lane_slots * sizeof(float) + (2 * heads + 2) * lane_slots * sizeof(float);
 }
 
@@ -62,6 +63,7 @@ struct ranking *ranking_new(const struct program *program, uint32_t lane_slots) 
     r->keys = check_calloc(slots, sizeof *r->keys);
     r->kept = check_calloc(slots, sizeof *r->kept);
     r->below = check_calloc(lanes, sizeof *r->below);
+    r->n_some = check_calloc(lanes, sizeof *r->n_some);
     r->counts = check_calloc(lanes, sizeof *r->counts);
     r->offset = check_calloc(lanes, sizeof *r->offset);
     r->raw = check_calloc(r->raw_layers * layer * r->group, sizeof *r->raw);
@@ -75,7 +77,7 @@ struct ranking *ranking_new(const struct program *program, uint32_t lane_slots) 
 
 void ranking_free(struct ranking *r) {
     if (!r) return;
-    void *all[] = {r->n_slots, r->n_protected, r->first, r->keys,   r->kept,      r->below,  r->counts,
+    void *all[] = {r->n_slots, r->n_protected, r->first, r->keys,   r->kept,      r->below,  r->n_some, r->counts,
                    r->offset,  r->raw,         r->norms, r->scores, r->positions, r->pooled, r->sum};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(r);
@@ -83,22 +85,50 @@ void ranking_free(struct ranking *r) {
 
 /* ---- rank ---- */
 
+/* Slots that have all their neighbours, many at a time: `in` is the first one's first. Neighbours are taken in ascending order everywhere, so it does not matter how. */
+static void max_many(const float *restrict in, uint32_t width, uint32_t n, float *restrict out) {
+    for (uint32_t i = 0; i < n; i++) out[i] = -FLT_MAX;
+    for (uint32_t j = 0; j < width; j++, in++)
+        for (uint32_t i = 0; i < n; i++) out[i] = in[i] > out[i] ? in[i] : out[i];
+}
+
+static void sum_many(const float *restrict in, uint32_t width, uint32_t n, float *restrict out) {
+    for (uint32_t i = 0; i < n; i++) out[i] = 0;
+    for (uint32_t j = 0; j < width; j++, in++)
+        for (uint32_t i = 0; i < n; i++) out[i] += in[i];
+}
+
+/* Near an end. */
+static float pool_one(const float *in, uint32_t n, uint32_t i, uint32_t half, bool of_max) {
+    float sum = 0, max = -FLT_MAX;
+    for (uint32_t j = i < half ? 0 : i - half; j < n && j <= i + half; j++) {
+        sum += in[j];
+        max = in[j] > max ? in[j] : max;
+    }
+    return of_max ? max : sum;
+}
+
+enum { POOL_SLOTS = 256 }; /* of a pass: they stay in the nearest cache */
+
 static void pool(const struct rank_request *request, const float *in, float *out, uint32_t n) {
     if (request->pooling == RANK_POOL_NONE || request->pooling_kernel <= 1) {
         memcpy(out, in, n * sizeof *out);
         return;
     }
-    uint32_t half = request->pooling_kernel / 2;
-    for (uint32_t i = 0; i < n; i++) {
-        uint32_t first = i < half ? 0 : i - half, last = i + half < n ? i + half : n - 1;
-        float sum = 0, max = -FLT_MAX;
-        for (uint32_t j = first; j <= last; j++) {
-            sum += in[j];
-            max = in[j] > max ? in[j] : max;
+    const uint32_t half = request->pooling_kernel / 2, end = n > half ? n - half : 0;
+    const bool of_max = request->pooling == RANK_POOL_MAX;
+    for (uint32_t i = 0; i < n;) {
+        if (i < half || i >= end) {
+            out[i] = pool_one(in, n, i, half, of_max);
+            i++;
+            continue;
         }
-        /* Same padding, zeros counted, as the published pooling does. */
-        out[i] = request->pooling == RANK_POOL_MAX ? max : sum / (float)request->pooling_kernel;
+        uint32_t count = end - i < POOL_SLOTS ? end - i : POOL_SLOTS;
+        of_max ? max_many(in + i - half, 2 * half + 1, count, out + i) : sum_many(in + i - half, 2 * half + 1, count, out + i);
+        i += count;
     }
+    /* Same padding, zeros counted, as the published pooling does. */
+    for (uint32_t i = 0; !of_max && i < n; i++) out[i] /= (float)request->pooling_kernel;
 }
 
 /* One number a slot from the kind's: `out` [n]. */
@@ -135,11 +165,15 @@ static void average_layer(const struct ranking *r, uint32_t lane, float *const *
     }
 }
 
+/* Positions are >= 0 and < INT32_MAX: comparing with the nearest such number is the same. */
+static int32_t within_int32(int64_t x) { return x < INT32_MIN ? INT32_MIN : x > INT32_MAX ? INT32_MAX : (int32_t)x; }
+
 /* Scores of a layer's lanes to keys; raw numbers and value norms of the lanes at their offsets. */
 static void rank_layer(struct backend *backend, const struct rank_request *request, uint32_t layer, float *scores_out) {
     struct ranking *r = backend->ranking;
     float *scores[RANK_HEADS_MAX];
     int32_t *positions[RANK_HEADS_MAX];
+    const int32_t below = within_int32(request->protect_below), above = within_int32(request->protect_above);
     const uint32_t lane = layer * r->n_kv_heads, group = score_per_query_head(request->score.kind) ? r->group : 1;
     for (uint32_t h = 0; h < r->n_kv_heads; h++) {
         const uint32_t l = lane + h, n = r->n_slots[l];
@@ -163,12 +197,13 @@ static void rank_layer(struct backend *backend, const struct rank_request *reque
         const uint32_t l = lane + h;
         uint32_t *keys = r->keys + r->first[l];
         if (scores_out) memcpy(scores_out + r->first[l], scores[h], r->n_slots[l] * sizeof *scores_out);
-        r->n_protected[l] = 0;
+        uint32_t n_protected = 0;
         for (uint32_t i = 0; i < r->n_slots[l]; i++) {
-            bool stays = positions[h][i] < request->protect_below || positions[h][i] > request->protect_above;
+            bool stays = positions[h][i] < below || positions[h][i] > above;
             keys[i] = stays ? RANK_PROTECTED : select_key(scores[h][i]);
-            r->n_protected[l] += stays;
+            n_protected += stays;
         }
+        r->n_protected[l] = n_protected;
     }
 }
 
@@ -213,30 +248,67 @@ void host_rank(struct backend *backend, const struct rank_request *request, uint
 
 /* ---- cut ---- */
 
-static void count_byte(const struct ranking *r, uint32_t lane, uint32_t prefix, uint32_t mask, int shift) {
+/* Those keys whose bits from `shift` on are the prefix's, in order; `to` may be `from`. Returns how many. */
+static uint32_t keep_prefix(const uint32_t *from, uint32_t n, uint32_t prefix, int shift, uint32_t *to) {
+    uint32_t n_kept = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const uint32_t key = from[i];
+        to[n_kept] = key;
+        n_kept += key >> shift == prefix >> shift;
+    }
+    return n_kept;
+}
+
+/* Of a lane's keys that are still in question (their bytes above are the prefix): for each value of the next byte, how many have it or a lower one. `kept` is free until keep: from
+ * the second byte on it holds those keys alone, which are few. */
+static void count_byte(struct ranking *r, uint32_t lane, uint32_t prefix, int shift) {
     const uint32_t *keys = r->keys + r->first[lane];
-    uint32_t *counts = r->counts[lane];
+    uint32_t *counts = r->counts[lane], *some = r->kept + r->first[lane], n = r->n_slots[lane];
     memset(counts, 0, sizeof r->counts[lane]);
-    for (uint32_t i = 0; i < r->n_slots[lane]; i++)
-        if (keys[i] != RANK_PROTECTED && (keys[i] & mask) == prefix) counts[keys[i] >> shift & 255]++;
+    if (shift == 24) { /* neighbours have the same first byte often: two counters do not wait for each other */
+        uint32_t odd[256] = {0}, i = 0;
+        for (; i + 2 <= n; i += 2) counts[keys[i] >> 24]++, odd[keys[i + 1] >> 24]++;
+        if (i < n) counts[keys[i] >> 24]++;
+        for (i = 0; i < 256; i++) counts[i] += odd[i];
+    } else {
+        n = keep_prefix(shift == 16 ? keys : some, shift == 16 ? n : r->n_some[lane], prefix, shift + 8, some);
+        r->n_some[lane] = n;
+        for (uint32_t i = 0; i < n; i++) counts[some[i] >> shift & 255]++;
+    }
+    if (prefix == (shift == 24 ? 0 : UINT32_MAX << (shift + 8)))
+        counts[255] -= r->n_protected[lane]; /* RANK_PROTECTED, all ones, is not in question */
+    for (uint32_t byte = 1; byte < 256; byte++) counts[byte] += counts[byte - 1];
+}
+
+/* The least byte at which the lanes free enough; 255 where none does. */
+static uint32_t find_byte(const struct ranking *r, uint32_t first, uint32_t end, uint32_t unit, uint32_t needed) {
+    uint32_t low = 0, high = 255;
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        uint64_t freed = 0;
+        for (uint32_t l = first; l < end; l++) freed += select_units(r->n_slots[l], r->n_protected[l], unit, r->below[l] + r->counts[l][middle]);
+        if (freed >= needed)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
 }
 
 /* With c slots of a lane at or below a key, the lane frees select_units(c). A byte of the key at a time. */
 static void cut_group(struct ranking *r, uint32_t first, uint32_t end, uint32_t unit, uint32_t needed, struct cut_lane *lanes) {
-    uint32_t prefix = 0, mask = 0, byte = 0;
+    uint32_t prefix = 0;
     for (uint32_t l = first; l < end; l++) r->below[l] = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
-        for (uint32_t l = first; l < end; l++) count_byte(r, l, prefix, mask, shift);
-        for (byte = 0;; byte++) {
-            uint64_t freed = 0;
-            for (uint32_t l = first; l < end; l++) freed += select_units(r->n_slots[l], r->n_protected[l], unit, r->below[l] + r->counts[l][byte]);
-            if (freed >= needed || byte == 255) break;
-            for (uint32_t l = first; l < end; l++) r->below[l] += r->counts[l][byte];
-        }
+        for (uint32_t l = first; l < end; l++) count_byte(r, l, prefix, shift);
+        uint32_t byte = find_byte(r, first, end, unit, needed);
         prefix |= byte << shift;
-        mask |= 255u << shift;
+        for (uint32_t l = first; l < end; l++) {
+            uint32_t lower = byte > 0 ? r->counts[l][byte - 1] : 0;
+            r->below[l] += lower;
+            lanes[l] = (struct cut_lane){.below = r->below[l], .equal = r->counts[l][byte] - lower};
+        }
     }
-    for (uint32_t l = first; l < end; l++) lanes[l] = (struct cut_lane){.below = r->below[l], .equal = r->counts[l][byte]};
 }
 
 void host_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes) {
@@ -253,18 +325,18 @@ void host_cut(struct backend *backend, const struct cut_request *request, struct
 
 /* ---- keep ---- */
 
-uint32_t select_rank(const uint32_t *keys, uint32_t n, uint32_t rank, uint32_t *below) {
+/* A byte of the key at a time; `some`: the keys still in question. */
+uint32_t select_rank(const uint32_t *keys, uint32_t n, uint32_t rank, uint32_t *below, uint32_t *some) {
     CHECK(rank < n);
-    uint32_t prefix = 0, mask = 0;
+    uint32_t prefix = 0, n_some = n;
     *below = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
-        uint32_t counts[256] = {0};
-        for (uint32_t i = 0; i < n; i++)
-            if ((keys[i] & mask) == prefix) counts[keys[i] >> shift & 255]++;
-        uint32_t byte = 0;
+        uint32_t counts[256] = {0}, byte = 0;
+        const uint32_t *from = shift == 24 ? keys : some;
+        if (shift < 24) n_some = keep_prefix(shift == 16 ? keys : some, n_some, prefix, shift + 8, some);
+        for (uint32_t i = 0; i < n_some; i++) counts[from[i] >> shift & 255]++;
         while (*below + counts[byte] <= rank) *below += counts[byte++];
         prefix |= byte << shift;
-        mask |= 255u << shift;
     }
     return prefix;
 }
@@ -272,16 +344,18 @@ uint32_t select_rank(const uint32_t *keys, uint32_t n, uint32_t rank, uint32_t *
 uint32_t select_keep(const uint32_t *keys, uint32_t n, uint32_t n_protected, uint32_t evict, uint32_t *keep) {
     uint32_t n_keep = 0, below = 0, equal = 0;
     if (evict > n - n_protected) evict = n - n_protected;
-    uint32_t threshold = evict ? select_rank(keys, n, evict - 1, &below) : 0;
-    for (uint32_t i = 0; evict && i < n; i++) equal += keys[i] == threshold;
+    if (evict == 0) {
+        for (uint32_t i = 0; i < n; i++) keep[i] = i;
+        return n;
+    }
+    const uint32_t threshold = select_rank(keys, n, evict - 1, &below, keep);
+    for (uint32_t i = 0; i < n; i++) equal += keys[i] == threshold;
     uint32_t equal_kept = equal - (evict - below); /* the older ones */
     for (uint32_t i = 0; i < n; i++) {
-        bool stays = !evict || keys[i] > threshold;
-        if (evict && keys[i] == threshold && equal_kept > 0) {
-            stays = true;
-            equal_kept--;
-        }
-        if (stays) keep[n_keep++] = i;
+        const bool at = keys[i] == threshold && equal_kept > 0;
+        keep[n_keep] = i;
+        n_keep += keys[i] > threshold || at;
+        equal_kept -= at;
     }
     return n_keep;
 }

@@ -88,8 +88,8 @@ SELECT_INLINE uint32_t select_key(float score) {
 
 /* ---- on the host ---- */
 
-/* The key of ascending rank `rank` (0-based, < n) and how many are strictly below it. */
-uint32_t select_rank(const uint32_t *keys, uint32_t n, uint32_t rank, uint32_t *below);
+/* The key of ascending rank `rank` (0-based, < n) and how many are strictly below it. scratch [n] */
+uint32_t select_rank(const uint32_t *keys, uint32_t n, uint32_t rank, uint32_t *below, uint32_t *scratch);
 /* All but the `evict` lowest of those that may go: their indices, ascending, and their number. */
 uint32_t select_keep(const uint32_t *keys, uint32_t n, uint32_t n_protected, uint32_t evict, uint32_t *keep);
 

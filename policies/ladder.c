@@ -18,6 +18,7 @@ struct rungs {
     const int32_t *positions; /* [n_slots] */
     const float *attention;   /* [n_slots] mean over the query heads of the sum over rows (scores; the value factor is not for recovery) */
     uint8_t *kept;            /* [n_slots] flags */
+    uint32_t *scratch;        /* [n_slots] */
 };
 
 static double recovered(const struct rungs *rungs) {
@@ -35,7 +36,7 @@ static void add_class(const struct rungs *rungs, enum token_class class) {
 static void add_heavy(const struct rungs *rungs) {
     uint32_t n = rungs->lane->n_slots, wanted = (uint32_t)(RUNG_SHARE * n), below;
     if (wanted == 0) return;
-    uint32_t threshold = select_rank(rungs->keys, n, n - wanted, &below);
+    uint32_t threshold = select_rank(rungs->keys, n, n - wanted, &below, rungs->scratch);
     for (uint32_t i = 0; i < n && wanted > 0; i++)
         if (rungs->keys[i] > threshold) rungs->kept[i] = 1, wanted--;
     for (uint32_t i = 0; i < n && wanted > 0; i++)
@@ -84,8 +85,13 @@ void chooser_ladder(struct chooser *chooser) {
         struct choose_lane *lane = &chooser->lanes[l];
         uint32_t n = lane->n_slots, n_kept = 0;
         read_lane(chooser, l, scores);
-        const struct rungs rungs = {
-            .request = request, .lane = lane, .keys = chooser->keys, .positions = chooser->positions, .attention = scores, .kept = kept};
+        const struct rungs rungs = {.request = request,
+                                    .lane = lane,
+                                    .keys = chooser->keys,
+                                    .positions = chooser->positions,
+                                    .attention = scores,
+                                    .kept = kept,
+                                    .scratch = list};
         climb(&rungs);
         /* What the ladder left out is lowest of all; the budget then takes from the rest. */
         for (uint32_t i = 0; i < n; i++) {

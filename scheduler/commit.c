@@ -55,6 +55,17 @@ static void end_without_tokens(struct scheduler *s, uint32_t leader) {
     if (!s->choices[leader].silent) choice_end(s, leader);
 }
 
+/* A step that was held up by something else moves the ratio by no more than half the way to its double. */
+void scheduler_took(struct scheduler *s, double us) {
+    CHECK(!s->planned);
+    double *ratio = &s->stats.cost_ratio, measured = s->planned_us > 0 ? us / s->planned_us : *ratio;
+    if (!(measured > *ratio / 2)) measured = *ratio / 2;
+    if (measured > *ratio * 2) measured = *ratio * 2;
+    *ratio += (measured - *ratio) * (measured > *ratio ? 0.5 : 0.125);
+    if (*ratio < SCHEDULER_COST_RATIO_MIN) *ratio = SCHEDULER_COST_RATIO_MIN;
+    if (*ratio > SCHEDULER_COST_RATIO_MAX) *ratio = SCHEDULER_COST_RATIO_MAX;
+}
+
 void scheduler_commit(struct scheduler *s, const bool *ended) {
     CHECK(s->planned);
     s->planned = false;

@@ -86,6 +86,7 @@ struct scheduler {
     bool planned; /* a plan with entries waits for its commit */
     uint64_t now_ns;
     uint64_t preemptions_before; /* stats.preemptions at the end of the last plan */
+    double planned_us;           /* what the model says of the last plan; 0: it was no step in which some read while others decode */
 
     struct scheduler_lane_move *moves;        /* [n_lanes] */
     uint32_t *move_source, *move_destination; /* [n_lanes * blocks_max] */

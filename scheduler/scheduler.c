@@ -40,6 +40,7 @@ static uint32_t bucket_count(const struct scheduler_limits *limits) {
 struct scheduler *scheduler_new(const struct scheduler_limits *limits) {
     struct scheduler *s = check_calloc(1, sizeof *s);
     s->limits = *limits;
+    s->stats.cost_ratio = 1;
     CHECK(limits->max_choices >= 1 && limits->max_sequences >= 1 && limits->max_rows >= 1 && limits->max_samples >= 1 && limits->n_lanes >= 1);
     s->blocks_max = scheduler_table_blocks(limits);
     block_pool_init(&s->pool, limits->n_blocks, limits->extent_blocks);

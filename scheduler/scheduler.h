@@ -1,7 +1,7 @@
 /* Continuous batching over a per-lane paged KV cache: who runs the next step, with how many rows, in which blocks.
  *
  * The scheduler owns every sequence, the waiting and running queues, and (through blockmgr/) the block pool, the block tables and the prefix cache. It speaks in
- * counts and block ids: no floats, no device memory, no text, no clock (time is an argument, used for order and ageing only), no randomness: the same calls give the same plans.
+ * counts and block ids: no floats, no device memory, no text, no clock (time is an argument, used for order, ageing and the cost of steps only), no randomness: the same calls give the same plans.
  *
  * A REQUEST is one prompt with n_candidates choices. A SEQUENCE is one choice that has its own table. Choice 0 reads the prompt; in the step that computes the
  * prompt's last row it is sampled n_candidates times, and the commit of that step forks choices 1..n-1 from it: full blocks by owner count, the last
@@ -31,6 +31,8 @@ struct step_cost {
     double fixed_us, per_row_us, per_row_context_us;
 };
 
+#define SCHEDULER_CHUNK_MIN 8u
+
 struct scheduler_limits {
     uint32_t n_lanes;
     uint32_t n_blocks;          /* of the pool */
@@ -41,8 +43,8 @@ struct scheduler_limits {
     uint32_t max_rows;          /* rows of one step */
     uint32_t max_samples;       /* samples of one step */
     struct step_cost cost;
-    double step_budget_us;      /* bounds the chunks of a step in which somebody decodes: it stays under it unless its single rows alone exceed it; one chunk of BLOCK_TOKENS
-                                   rows always fits in. Where nobody decodes, nobody is held up: chunks are bounded by max_rows alone */
+    double step_budget_us;      /* bounds the chunks of a step in which somebody decodes: it stays under it unless its single rows alone exceed it; one chunk of a few rows,
+                                   half as many as there are single ones, SCHEDULER_CHUNK_MIN to BLOCK_TOKENS, always fits in. Where nobody decodes, nobody is held up: chunks are bounded by max_rows alone */
     uint32_t watermark_blocks;  /* left free by admission */
     uint32_t n_rings;           /* query rings that sequences may hold (kernels/); ids 1..n_rings */
     bool prefix_cache;
@@ -115,6 +117,7 @@ struct scheduler_stats {
     uint64_t admissions_by_compression;              /* for which the blocks freed since the plan before were needed */
     uint64_t chunks;                                 /* entries with n_rows > 1 that did not reach n_tokens */
     uint64_t steps;
+    double cost_ratio;                               /* of what steps take to what the model says, as far as measured; 1: as it says */
 };
 
 struct scheduler *scheduler_new(const struct scheduler_limits *limits);
@@ -136,6 +139,13 @@ const struct plan *scheduler_plan(struct scheduler *scheduler, uint64_t now_ns);
 /* Closes the step: ended[i] answers sample i of the plan (entry order, choices ascending within an entry): true = that choice is over after this token (stop token).
  * The scheduler itself ends a choice that reached n_prompt + max_new tokens. ended_by_length: the caller knows it by the same count. */
 void scheduler_commit(struct scheduler *scheduler, const bool *ended);
+
+/* How long the step that was just committed took. Where prompts were read in it beside sequences that decode, the plans to come count on the ratio between that and the model's
+ * estimate, within SCHEDULER_COST_RATIO_MIN and _MAX, quick to rise and slow to fall, so that such steps stay near step_budget_us. Never called, as where time means nothing, the
+ * model is taken at its word. */
+#define SCHEDULER_COST_RATIO_MIN 0.5
+#define SCHEDULER_COST_RATIO_MAX 8.0
+void scheduler_took(struct scheduler *scheduler, double us);
 
 /* Between steps, at any state of the choice (waiting, running, not yet forked, preempted): it is over, its blocks are back when this returns.
  * Unknown or ended: ignored, returns false. */

@@ -91,7 +91,8 @@ static void make_job(struct serving *serving, uint32_t prompt, uint64_t now) {
         .cache_scope = cache_scope(serving),
         .prompt_results = job->results,
         .kv = completion->kv,
-        .measure_hits = completion->kv_wish.report && compression_needs_ring(&completion->kv),
+        .measure_hits = serving->head_hits,
+        .head_hits = serving->head_hits,
         .owner = job,
     };
 }
@@ -146,6 +147,10 @@ static bool submit_all(struct serving *serving) {
     serving->n_unclosed = serving->n_choices;
     server->n_live += serving->n_choices;
     uint64_t now = clock_now_ns();
+    if (completion->kv_wish.report && compression_needs_ring(&completion->kv)) {
+        const struct memory_plan *limits = engine_limits(server->model.engine);
+        serving->head_hits = check_calloc((size_t)limits->n_layers * limits->n_kv_heads, sizeof *serving->head_hits);
+    }
     for (uint32_t p = 0; p < completion->n_prompts; p++) make_job(serving, p, now);
     for (uint32_t p = 0; p < completion->n_prompts; p++) {
         if (!engine_submit(server->model.engine, &serving->jobs[p].request)) return false;

@@ -11,42 +11,40 @@
 /* JSON has no infinities; this is what vLLM prints, and clients know it. */
 static float printable(float logprob) { return isnan(logprob) || logprob < -9999.0f ? -9999.0f : logprob; }
 
+/* A token that is no text by itself, such as a part of a character, goes by its bytes, as OpenAI has it: bytes:\\xe2\\x80. */
+static void bytes_name(struct json_writer *json, const char *bytes, size_t length) {
+    struct buffer name = {0};
+    buffer_append_text(&name, "bytes:");
+    for (size_t i = 0; i < length; i++) buffer_printf(&name, "\\x%02x", (unsigned)(unsigned char)bytes[i]);
+    json_string(json, name.bytes, name.length);
+    buffer_done(&name);
+}
+
 static void token_text(struct json_writer *json, const struct answer_head *head, int32_t token, bool key) {
-    char name[32];
     size_t length;
-    const char *bytes;
+    const char *bytes = tokenizer_bytes(head->tokenizer, token, &length);
     if (head->completion->tokens_as_ids) {
+        char name[32];
         (void)snprintf(name, sizeof name, "token_id:%" PRId32, token);
-        bytes = name;
-        length = strlen(name);
+        json_text(json, name);
+    } else if (utf8_valid(bytes, length)) {
+        json_string(json, bytes, length);
     } else {
-        bytes = tokenizer_bytes(head->tokenizer, token, &length);
+        bytes_name(json, bytes, length);
     }
-    json_string(json, bytes, length);
     if (!key) return;
     /* A string as a key: the writer takes keys terminated, and a token may hold a zero byte. */
     buffer_append_byte(json->out, ':');
     json->comma[json->depth] = false;
 }
 
-/* Do two tokens print alike? Undecodable bytes all print as U+FFFD. */
+/* Do two tokens print alike? */
 static bool same_text(const struct answer_head *head, int32_t a, int32_t b) {
     size_t a_length, b_length;
     const char *a_bytes = tokenizer_bytes(head->tokenizer, a, &a_length), *b_bytes = tokenizer_bytes(head->tokenizer, b, &b_length);
     if (a == b) return true;
     if (head->completion->tokens_as_ids) return false;
-    if (a_length == b_length && memcmp(a_bytes, b_bytes, a_length) == 0) return true;
-    if (utf8_valid(a_bytes, a_length) && utf8_valid(b_bytes, b_length)) return false;
-    struct buffer printed[2] = {{0}, {0}};
-    struct json_writer json;
-    json_begin(&json, &printed[0]);
-    json_string(&json, a_bytes, a_length);
-    json_begin(&json, &printed[1]);
-    json_string(&json, b_bytes, b_length);
-    bool same = printed[0].length == printed[1].length && memcmp(printed[0].bytes, printed[1].bytes, printed[0].length) == 0;
-    buffer_done(&printed[0]);
-    buffer_done(&printed[1]);
-    return same;
+    return a_length == b_length && memcmp(a_bytes, b_bytes, a_length) == 0;
 }
 
 /* The alternatives and the token itself, by text. Of two with one text the more probable stays: a key stands once. */
@@ -190,6 +188,23 @@ void write_answer_choice(struct json_writer *json, const struct answer_head *hea
     write_choice(json, head, index, choice, piece, true);
 }
 
+/* [layers][heads]: each one's own rate; null for one without pairs. */
+static void write_head_rates(struct json_writer *json, const struct kv_answer *kv) {
+    json_array(json);
+    for (uint32_t layer = 0; layer < kv->n_layers; layer++) {
+        json_array(json);
+        for (uint32_t head = 0; head < kv->n_kv_heads; head++) {
+            const struct head_hits *hits = &kv->hits[layer * kv->n_kv_heads + head];
+            if (hits->all > 0)
+                json_float(json, (float)(hits->kept / hits->all));
+            else
+                json_null(json);
+        }
+        json_array_end(json);
+    }
+    json_array_end(json);
+}
+
 static void write_kv(struct json_writer *json, const struct kv_answer *kv) {
     const struct kv_report *report = &kv->report;
     const struct {
@@ -219,6 +234,11 @@ static void write_kv(struct json_writer *json, const struct kv_answer *kv) {
     json_key(json, "hit_rate");
     if (report->hits_all > 0)
         json_double(json, report->hits_kept / report->hits_all);
+    else
+        json_null(json);
+    json_key(json, "hit_rate_heads");
+    if (kv->hits)
+        write_head_rates(json, kv);
     else
         json_null(json);
     json_key(json, "pressure_compressions");

@@ -22,6 +22,8 @@ struct kv_answer {
     const char *policy;
     struct kv_report report;
     uint64_t bytes;
+    uint32_t n_layers, n_kv_heads;
+    const struct head_hits *hits; /* [n_layers][n_kv_heads]; NULL: not measured */
 };
 
 void write_answer_begin(struct json_writer *json, const struct answer_head *head, struct buffer *out); /* up to and with "choices":[ */

@@ -261,6 +261,13 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
         reply_error(exchange, &error);
         return true;
     }
+    if (guard.encoded && (guard.content_lengths || guard.transfer_encodings)) {
+        exchange_add_header(exchange, "Accept-Encoding", "identity");
+        api_error_set(&error, 415, "invalid_request_error", "unsupported_content_encoding", NULL,
+                      "The body has a Content-Encoding: only plain JSON is read.");
+        reply_error(exchange, &error);
+        return true;
+    }
     const char *length = exchange_header(exchange, "Content-Length");
     unsigned long long declared = length ? strtoull(length, NULL, 10) : 0;
     if (declared > limits->max_body) {
@@ -285,7 +292,8 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     exchange->started_ns = clock_now_ns();
     exchange->route = exchange->key = UINT32_MAX;
     (void)snprintf(exchange->method, sizeof exchange->method, "%s", method);
-    (void)snprintf(exchange->path, sizeof exchange->path, "%s", url);
+    (void)snprintf(exchange->path, sizeof exchange->path, "%s%s", url,
+                   connection->nul_in_path ? "%00" : ""); /* no route and no model has such a name */
     exchange->next = http->exchanges;
     if (exchange->next) exchange->next->previous = exchange;
     http->exchanges = exchange;

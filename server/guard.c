@@ -32,6 +32,8 @@ void guard_field(struct guard *guard, const char *name, size_t name_length, cons
         if (!is(value ? value : "", value_length, "chunked")) problem = "Transfer-Encoding must be chunked";
     } else if (is(name, name_length, "Host")) {
         guard->hosts++;
+    } else if (is(name, name_length, "Content-Encoding")) {
+        guard->encoded |= value_length > 0 && !is(value, value_length, "identity");
     }
     if (problem && !guard->problem) guard->problem = problem;
 }

@@ -7,6 +7,7 @@
 
 struct guard {
     unsigned content_lengths, transfer_encodings, hosts;
+    bool encoded;        /* a Content-Encoding other than identity: nothing wrong, but nothing that is understood here */
     const char *problem; /* first thing wrong; NULL: none so far */
 };
 

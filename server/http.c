@@ -155,9 +155,10 @@ static void on_connection(void *context, struct MHD_Connection *mhd, void **slot
 /* The request line is in: from here on the headers have their own, shorter time. */
 static void *on_request_line(void *context, const char *uri, struct MHD_Connection *mhd) {
     struct http *http = context;
-    (void)uri;
     struct connection *connection = connection_of(mhd);
     if (!connection) return NULL;
+    const char *nul = strstr(uri, "%00");
+    connection->nul_in_path = nul && nul < uri + strcspn(uri, "?");
     uint64_t latest = clock_now_ns() + http->limits.header_timeout_s * 1000000000ull;
     if (connection->deadline_ns == 0 || connection->deadline_ns > latest) connection->deadline_ns = latest;
     return NULL;

@@ -23,6 +23,7 @@ struct connection {
     uv_poll_t watcher;
     bool half_closed; /* the peer has sent its last byte */
     bool gone;        /* the peer left, or a deadline passed */
+    bool nul_in_path; /* of the request whose line came last: what libmicrohttpd hands on as its path ends there */
 };
 
 enum exchange_state {

@@ -150,6 +150,9 @@ static void engine_metrics(struct page *page, const struct metrics_view *view) {
     single(page, "kvasir_prompt_chunks_total", "counter", "Chunks in which prompts were read.", (double)engine->chunks);
     single(page, "kvasir_steps_total", "counter", "Steps of the engine.", (double)engine->steps);
     single(page, "kvasir_step_busy_seconds_total", "counter", "Time in steps.", (double)engine->busy_ns / 1e9);
+    single(page, "kvasir_step_cost_ratio", "gauge",
+           "Time of steps that read prompts beside running streams over what was expected of them at the start; chunks follow it.",
+           engine->cost_ratio);
     single(page, "kvasir_schedule_seconds_total", "counter", "Time in planning and building batches.", (double)engine->schedule_ns / 1e9);
     single(page, "kvasir_computed_prompt_tokens_total", "counter", "Prompt rows computed; cached ones are not.", (double)engine->prompt_tokens);
     single(page, "kvasir_computed_generation_tokens_total", "counter", "Tokens sampled, those that a stop string dropped among them.",
@@ -183,6 +186,15 @@ static void compression_metrics(struct page *page, const struct metrics_view *vi
     for (uint32_t layer = 0; layer < engine->n_layers && layer < ENGINE_LAYERS_MAX; layer++) {
         (void)snprintf(labels, sizeof labels, ",layer=\"%u\"", layer);
         sample(page, "kvasir_kv_layer_slots_kept_total", labels, (double)engine->layer_kept[layer]);
+    }
+    head(page, "kvasir_kv_layer_hits_total", "counter",
+         "Pairs of a row and a key with at least an even share of its attention, when a request with a report was compressed: all, and those whose "
+         "key was kept, by layer.");
+    for (uint32_t layer = 0; layer < engine->n_layers && layer < ENGINE_LAYERS_MAX; layer++) {
+        (void)snprintf(labels, sizeof labels, ",layer=\"%u\",key=\"kept\"", layer);
+        sample(page, "kvasir_kv_layer_hits_total", labels, (double)engine->layer_hits_kept[layer]);
+        (void)snprintf(labels, sizeof labels, ",layer=\"%u\",key=\"evicted\"", layer);
+        sample(page, "kvasir_kv_layer_hits_total", labels, (double)(engine->layer_hits[layer] - engine->layer_hits_kept[layer]));
     }
 }
 

@@ -46,6 +46,7 @@ void serving_release(struct serving *serving) {
     free(serving->jobs);
     free(serving->choices);
     free(serving->stop_tokens);
+    free(serving->head_hits);
     for (uint32_t i = 0; serving->pieces && i < (serving->completion.stream ? 1 : serving->n_choices); i++) piece_done(&serving->pieces[i]);
     free(serving->pieces);
     completion_done(&serving->completion);
@@ -191,7 +192,11 @@ static const struct kv_answer *kv_of(const struct serving *serving, struct kv_an
         sum->hits_all += one->hits_all;
         sum->pressure_compressions += one->pressure_compressions;
     }
-    answer->bytes = sum->blocks * engine_limits(serving->server->model.engine)->block_bytes;
+    const struct memory_plan *limits = engine_limits(serving->server->model.engine);
+    answer->bytes = sum->blocks * limits->block_bytes;
+    if (sum->hits_all > 0) answer->hits = serving->head_hits;
+    answer->n_layers = limits->n_layers;
+    answer->n_kv_heads = limits->n_kv_heads;
     return answer;
 }
 

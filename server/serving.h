@@ -28,13 +28,14 @@ struct serving {
     struct completion_limits limits;
     struct completion completion;
     struct api_error error;
-    bool parsed; /* like completion and error the worker's while `working`: apart from the flags that the loop reads meanwhile */
+    bool parsed;            /* like completion and error the worker's while `working`: apart from the flags that the loop reads meanwhile */
     struct job *jobs;       /* [n_prompts] */
     struct choice *choices; /* [n_prompts * best_of] */
     struct piece *pieces; /* whole answers: [n_choices], rendered as tokens come, since a stop string must be seen at once; streams: [1], the chunk */
     int32_t *stop_tokens;
     uint32_t n_stop_tokens, n_unended, n_unclosed, n_choices, next_choice;
     size_t result_bytes;
+    struct head_hits *head_hits; /* of all its prompts, the engine's until all have ended; NULL: not asked */
     uint32_t key;
     bool key_counted;
     uint64_t started_ns, deadline_ns, first_byte_ns, written_ns, first_token_ns;

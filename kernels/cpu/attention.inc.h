@@ -28,7 +28,7 @@ INLINE const uint8_t *split_block(const struct split *s, uint32_t i) {
 INLINE void prefetch_ahead(const struct split *s, uint32_t i) {
     const size_t half = s->a->shape->v_offset, rest = s->a->shape->bytes - half;
     const uint8_t *values = split_block(s, i) + half, *keys = i + 2 < s->n_blocks ? split_block(s, i + 2) : NULL;
-    for (size_t at = 0; at < rest; at += 64) __builtin_prefetch(values + at, 0, 2);
+    for (size_t at = 0; !s->a->sums_only && at < rest; at += 64) __builtin_prefetch(values + at, 0, 2);
     for (size_t at = 0; keys && at < half; at += 64) __builtin_prefetch(keys + at, 0, 2);
 }
 
@@ -242,31 +242,41 @@ INLINE bool takes_pairs(const struct attend *a) {
 #endif
 }
 
+/* Weights of LANES slots to where they are wanted, as given back. */
+INLINE vf put_weight(const struct split *s, uint32_t q, uint32_t i, vf weight, const bool pairs, float *kept) {
+#ifdef BF16_PAIRS
+    if (pairs) weight = store_rounded(s->pairs + (size_t)q * SPLIT_SLOTS + i, weight);
+#endif
+    if (!pairs && !s->a->sums_only) vf_store(s->scores + (size_t)q * SPLIT_SLOTS + i, weight);
+    if (kept) vf_store(kept + i, weight);
+    return weight;
+}
+
 /* Scores to weights in place; maximum and sum into state[0], state[1]. `count` slots are visible. kept: the weights once more, or NULL. */
-static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs, float *kept, float *state) {
+INLINE void soften_into(const struct split *s, uint32_t q, uint32_t count, const bool pairs, float *kept, float *state) {
     float *x = s->scores + (size_t)q * SPLIT_SLOTS;
     const uint32_t n = s->n_blocks * BLOCK_TOKENS;
+    const uint32_t whole = count / LANES * LANES;
     vf highest = vf_set1(NO_SCORE);
-    for (uint32_t i = 0; i < count; i += LANES) highest = vf_max(vf_first(vf_load(x + i), vf_set1(NO_SCORE), (int)(count - i)), highest);
+    for (uint32_t i = 0; i < whole; i += LANES) highest = vf_max(vf_load(x + i), highest);
+    if (whole < count) highest = vf_max(vf_first(vf_load(x + whole), vf_set1(NO_SCORE), (int)(count - whole)), highest);
     float most = vf_reduce_max(highest);
     vf sum = vf_zero(), m = vf_set1(most);
-    for (uint32_t i = 0; i < n; i += LANES) {
+    for (uint32_t i = 0; i < whole; i += LANES) sum = vf_add(sum, put_weight(s, q, i, vf_exp(vf_sub(vf_load(x + i), m)), pairs, kept));
+    for (uint32_t i = whole; i < n; i += LANES) {
         vf weight = vf_zero();
         if (i < count) weight = vf_first(vf_exp(vf_sub(vf_load(x + i), m)), vf_zero(), (int)(count - i));
-#ifdef BF16_PAIRS
-        if (pairs)
-            weight = store_rounded(s->pairs + (size_t)q * SPLIT_SLOTS + i, weight);
-        else
-            vf_store(x + i, weight);
-#else
-        (void)pairs;
-        vf_store(x + i, weight);
-#endif
-        if (kept) vf_store(kept + i, weight);
-        sum = vf_add(sum, weight);
+        sum = vf_add(sum, put_weight(s, q, i, weight, pairs, kept));
     }
     state[0] = most;
     state[1] = vf_reduce_add(sum);
+}
+
+static void soften(const struct split *s, uint32_t q, uint32_t count, bool pairs, float *kept, float *state) {
+    if (pairs)
+        kept ? soften_into(s, q, count, true, kept, state) : soften_into(s, q, count, true, NULL, state);
+    else
+        kept ? soften_into(s, q, count, false, kept, state) : soften_into(s, q, count, false, NULL, state);
 }
 
 static void merge(float *state, const float *next, uint32_t dims) {

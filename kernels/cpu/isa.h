@@ -50,6 +50,12 @@ struct lane_view {
     uint8_t *attend; /* attend_scratch_bytes */
 };
 
+/* Up to 32 slots of one block, as far as they go into one other block: slot from[i], ascending, becomes slot to + i <= from[i]. */
+struct slot_run {
+    uint32_t n, to;
+    uint8_t from[BLOCK_TOKENS];
+};
+
 /* Highest logit of each row of the strips seen, and in which strip. */
 struct best_logits {
     float value[STRIP_ROWS];
@@ -94,8 +100,11 @@ struct cpu_isa {
     void (*expected)(const struct lane_view *lane, const float *queries, uint32_t n, float scale, float *scores);
     void (*keydiff)(const struct lane_view *lane, float *scores);
     void (*value_norms)(const struct lane_view *lane, float *scores);
-    void (*widen_f16)(const uint16_t *halves, uint32_t n, float *out);
+    /* out = halves * scale */
+    void (*widen_f16)(const uint16_t *halves, uint32_t n, float scale, float *out);
     void (*narrow_f16)(const float *x, uint32_t n, uint16_t *halves);
+    /* K, V and scales of the run's slots from one block to another, or within one. */
+    void (*move_slots)(const struct kv_shape *shape, const uint8_t *source, uint8_t *destination, const struct slot_run *run);
     /* Folds the state of the next split(s) into `state`. */
     void (*merge)(float *state, const float *next, uint32_t dims);
     /* Takes the logits of one more strip into the running maximum; the earlier strip stays where they are equal, NaN is passed over. */

@@ -15,6 +15,8 @@
 
 #include "kernels/cpu/scores.inc.h"
 
+#include "kernels/cpu/compact.inc.h"
+
 static bool present(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 const struct cpu_isa cpu_isa_avx2 = {
@@ -40,6 +42,7 @@ const struct cpu_isa cpu_isa_avx2 = {
     .value_norms = value_norms,
     .widen_f16 = widen_f16,
     .narrow_f16 = narrow_f16,
+    .move_slots = move_slots,
     .merge = merge,
     .track = track,
 };

@@ -15,6 +15,8 @@
 
 #include "kernels/cpu/scores.inc.h"
 
+#include "kernels/cpu/compact.inc.h"
+
 static bool present(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -44,6 +46,7 @@ const struct cpu_isa cpu_isa_avx512 = {
     .value_norms = value_norms,
     .widen_f16 = widen_f16,
     .narrow_f16 = narrow_f16,
+    .move_slots = move_slots,
     .merge = merge,
     .track = track,
 };

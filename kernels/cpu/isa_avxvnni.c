@@ -17,6 +17,8 @@
 
 #include "kernels/cpu/scores.inc.h"
 
+#include "kernels/cpu/compact.inc.h"
+
 /* Compilers that know the name for __builtin_cpu_supports are newer than those this is built with: leaf 7, sub-leaf 1, EAX bit 4. That the system saves the
  * wide registers is what "avx2" above asks. */
 static bool has_avx_vnni(void) {
@@ -51,6 +53,7 @@ const struct cpu_isa cpu_isa_avxvnni = {
     .value_norms = value_norms,
     .widen_f16 = widen_f16,
     .narrow_f16 = narrow_f16,
+    .move_slots = move_slots,
     .merge = merge,
     .track = track,
 };

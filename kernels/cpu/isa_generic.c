@@ -13,6 +13,8 @@
 
 #include "kernels/cpu/scores.inc.h"
 
+#include "kernels/cpu/compact.inc.h"
+
 static bool present(void) { return true; }
 
 const struct cpu_isa cpu_isa_generic = {
@@ -38,6 +40,7 @@ const struct cpu_isa cpu_isa_generic = {
     .value_norms = value_norms,
     .widen_f16 = widen_f16,
     .narrow_f16 = narrow_f16,
+    .move_slots = move_slots,
     .merge = merge,
     .track = track,
 };

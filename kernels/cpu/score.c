@@ -43,17 +43,17 @@ struct kept_split weights_of(const struct cpu *cpu, struct worker_scratch *own, 
     return kept;
 }
 
-/* Query `head` (within the group) of window row i, as the ring has it; `q` [dims] is padded with zeros. */
-static void ring_query(const struct cpu *cpu, const struct score_request *request, uint32_t lane, uint32_t i, uint32_t head, float *q) {
+/* Query `head` (within the group) of window row i, as the ring has it, times `scale`; `q` [dims] is padded with zeros. */
+static void ring_query(const struct cpu *cpu, const struct score_request *request, uint32_t lane, uint32_t i, uint32_t head, float scale, float *q) {
     const struct program *p = cpu->program;
     const uint32_t group = p->n_heads / p->n_kv_heads, layer = lane / p->n_kv_heads, d = p->head_dim;
     const uint32_t position = (uint32_t)request->last_position - (request->n_window - 1 - i);
     size_t row = ((size_t)(request->ring - 1) * p->n_layers + layer) * cpu->limits.ring_rows + position % cpu->limits.ring_rows;
     size_t at = (row * p->n_heads + lane % p->n_kv_heads * group + head) * d;
     if (cpu->narrow_rings)
-        cpu->isa->widen_f16((const uint16_t *)cpu->ring_queries + at, d, q);
+        cpu->isa->widen_f16((const uint16_t *)cpu->ring_queries + at, d, scale, q);
     else
-        memcpy(q, (const float *)cpu->ring_queries + at, d * sizeof *q);
+        for (uint32_t j = 0; j < d; j++) q[j] = ((const float *)cpu->ring_queries)[at + j] * scale;
     for (uint32_t j = d; j < cpu->kv.dims; j++) q[j] = 0;
 }
 
@@ -66,17 +66,18 @@ static int32_t position_of(const struct cpu *cpu, const uint32_t *blocks, uint32
 static uint32_t window_tile(const struct cpu *cpu, const struct score_request *request, uint32_t lane, struct worker_scratch *own, uint32_t *next,
                             uint32_t *visible, struct attend *attend, uint32_t heads[ATTEND_QUERIES]) {
     const uint32_t group = cpu->program->n_heads / cpu->program->n_kv_heads, n_slots = request->lane_tokens[lane], all = request->n_window * group;
-    uint32_t n = 0;
+    uint32_t n = 0, row = *next / group, head = *next % group;
     for (; *next < all && n < ATTEND_QUERIES; ++*next) {
-        int32_t position = request->last_position - (int32_t)(request->n_window - 1 - *next / group);
+        int32_t position = request->last_position - (int32_t)(request->n_window - 1 - row);
         while (*visible < n_slots && position_of(cpu, attend->blocks, *visible) <= position) ++*visible;
-        if (*visible == 0) continue;
-        float *query = own->queries + (size_t)n * cpu->kv.dims;
-        heads[n] = *next % group;
-        ring_query(cpu, request, lane, *next / group, heads[n], query);
-        for (uint32_t i = 0; i < cpu->kv.dims; i++) query[i] *= cpu->program->attention_scale;
-        attend->query[n] = query;
-        attend->visible[n++] = *visible;
+        if (*visible > 0) {
+            float *query = own->queries + (size_t)n * cpu->kv.dims;
+            ring_query(cpu, request, lane, row, head, cpu->program->attention_scale, query);
+            heads[n] = head;
+            attend->query[n] = query;
+            attend->visible[n++] = *visible;
+        }
+        if (++head == group) row++, head = 0;
     }
     return attend->n_queries = n;
 }
@@ -167,7 +168,7 @@ static void score_expected(struct cpu *cpu, const struct score_request *request,
         memset(mean, 0, dims * sizeof *mean);
         for (uint32_t r = 0; r < n; r++) {
             float *row = own->moments + (size_t)(1 + r) * dims;
-            ring_query(cpu, request, lane, r, head, row);
+            ring_query(cpu, request, lane, r, head, 1, row);
             turn_query(p, cpu->turns + (size_t)r * p->rope_dims, row);
             for (uint32_t i = 0; i < dims; i++) mean[i] += row[i];
         }

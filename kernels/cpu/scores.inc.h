@@ -218,10 +218,10 @@ static void value_norms(const struct lane_view *lane, float *out) {
     }
 }
 
-static void widen_f16(const uint16_t *halves, uint32_t n, float *out) {
+static void widen_f16(const uint16_t *halves, uint32_t n, float scale, float *out) {
     uint32_t i = 0;
-    for (; i + LANES <= n; i += LANES) vf_store(out + i, vf_load_f16(halves + i));
-    for (; i < n; i++) out[i] = float_from_f16(halves[i]);
+    for (; i + LANES <= n; i += LANES) vf_store(out + i, vf_mul(vf_load_f16(halves + i), vf_set1(scale)));
+    for (; i < n; i++) out[i] = float_from_f16(halves[i]) * scale;
 }
 
 static void narrow_f16(const float *x, uint32_t n, uint16_t *halves) {

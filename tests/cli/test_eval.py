@@ -9,7 +9,7 @@ from program import Case, kvasir
 
 POLICIES = ["random", "streaming_llm", "h2o", "scissorhands", "fastgen", "snapkv", "pyramidkv", "ada_snapkv", "ada_pyramidkv", "kv_compress",
             "expected_attention", "keydiff", "tova"]
-KEYS = {"policy", "keep", "blocks", "bytes", "kl_mean", "kl_p99", "same_top1", "ppl_ratio", "passkey", "passkey_after", "copy", "hit_rate",
+KEYS = {"policy", "keep", "blocks", "bytes", "kl_mean", "kl_p99", "same_top1", "ppl_ratio", "passkey", "passkey_after", "copy", "hit_rate", "hit_rate_heads",
         "attention_error", "attention_error_heads", "kept"}
 LANES = 4  # of the tiny shape: 2 layers, 2 KV heads
 TEXT = "".join(f"Once {i} ships sailed past the {i % 7} lighthouses of port {i * i % 101}; nobody counted them. " for i in range(80))
@@ -39,10 +39,14 @@ class Eval(Case):
             self.assertGreaterEqual(row["kl_p99"], 0)
             self.assertTrue(0 < row["same_top1"] <= 1 and 0 < row["hit_rate"] <= 1 and row["ppl_ratio"] > 0, row)
             self.assertEqual([len(heads) for heads in row["kept"]], [2, 2])
+            rates = [rate for heads in row["hit_rate_heads"] for rate in heads]
+            self.assertEqual([len(heads) for heads in row["hit_rate_heads"]], [2, 2])
+            self.assertTrue(0 <= min(rates) <= row["hit_rate"] <= max(rates) <= 1, row)  # the total is a mean, weighted by each head's pairs
             self.assertEqual([len(heads) for heads in row["attention_error_heads"]], [4, 4])
             if row["policy"] != "none":
                 self.assertTrue(0 < row["kl_mean"] <= row["kl_p99"] and row["attention_error"] > 0, row)
                 self.assertLess(row["hit_rate"], 1, row)
+                self.assertGreater(len(set(rates)), 1, row)
         hits = {(row["policy"], row["keep"]): row["hit_rate"] for row in result["rows"]}
         for keep in (0.5, 0.25):  # what scissorhands counts is what the rate counts
             self.assertEqual(max(hits[name, keep] for name in ("random", "streaming_llm", "snapkv", "scissorhands", "keydiff")), hits["scissorhands", keep])
@@ -142,8 +146,10 @@ class Eval(Case):
         for name in POLICIES:
             self.assertIn(name, words)
         titles = [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]
-        self.assertEqual(len(titles), LANES * 2)  # one heat map a share
-        self.assertTrue(all(re.fullmatch(r"layer \d, head \d: \d+ tokens", title) for title in titles))
+        kept, hits = ([title for title in titles if re.fullmatch(r"layer \d, head \d: " + words, title)] for words in (r"\d+ tokens", r"hit rate \d+\.\d %"))
+        self.assertEqual((len(titles), len(kept), len(hits)), (LANES * 6, LANES * 2, LANES * 4))  # a heat map a share; of hit rates for snapkv too
+        self.eval("--windows", "1", "--prompt", "128", "--tasks", "0", "--policies", "random", "--svg", path)
+        self.assertEqual(list(xml.parse(path).getroot().iter("{http://www.w3.org/2000/svg}title")), [])
         self.eval("--windows", "1", "--prompt", "128", "--tasks", "0", "--keep", "1", "--recovery", "1", "--policies", "random,kv_compress", "--svg", path)
         self.assertNotRegex(xml.tostring(xml.parse(path).getroot(), "unicode"), r"nan|inf\b")
         self.refused("eval", "--dummy", "tiny", "--svg", os.path.join(self.folder.name, "no", "a.svg"), says="--svg")

@@ -8,7 +8,15 @@
 #include "engine/compression.h"
 #include "tests/support/engine_client.h"
 
-enum { RUN_NEW_MAX = 160, RUN_CANDIDATES = 3, RUN_PROMPT_MAX = 400, RUN_JOBS_MAX = 128, RUN_MODEL_LEN = 640, RUN_LANES_MAX = 64 };
+enum {
+    RUN_NEW_MAX = 160,
+    RUN_CANDIDATES = 3,
+    RUN_PROMPT_MAX = 400,
+    RUN_JOBS_MAX = 128,
+    RUN_MODEL_LEN = 640,
+    RUN_LANES_MAX = 64,
+    RUN_MOVES_MAX = 4096
+};
 
 static struct model *run_model; /* model_dummy("tiny") */
 
@@ -33,6 +41,7 @@ struct run_answer {
 struct run_answers {
     struct run_answer of[RUN_JOBS_MAX][RUN_CANDIDATES];
     struct kv_report reports[RUN_JOBS_MAX];
+    struct head_hits head_hits[RUN_JOBS_MAX][RUN_LANES_MAX];
     uint32_t cached[RUN_JOBS_MAX];
 };
 
@@ -40,7 +49,9 @@ struct run_answers {
 
 static struct backend_ops run_ops;
 static const struct backend_ops *run_below;
-static uint64_t run_kept; /* a hash over all compactions, in order */
+static uint64_t run_kept;                 /* a hash over all compactions, in order */
+static uint64_t run_moves[RUN_MOVES_MAX]; /* a hash of each */
+static uint32_t n_run_moves;
 static uint64_t
     run_scores_after_prompt; /* a sum of hashes of accumulated attention, as asked for once a prompt of 200 tokens was read: in any order */
 
@@ -73,11 +84,16 @@ static void run_keep(struct backend *backend, const uint32_t *evict, struct kept
 }
 
 static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
+    uint64_t before = run_kept;
+    run_kept = 0;
     for (uint32_t n = 0; n < count; n++) {
         const uint32_t *keep = items[n].keep ? items[n].keep : run_listed + run_first[items[n].lane];
         run_kept = random_mix(run_kept ^ items[n].n_slots);
         for (uint32_t i = 0; i < items[n].n_keep; i++) run_kept = random_mix(run_kept ^ keep[i]);
     }
+    CHECK(n_run_moves < RUN_MOVES_MAX);
+    run_moves[n_run_moves++] = run_kept;
+    run_kept = random_mix(before ^ run_kept);
     run_below->compact(backend, count, items);
 }
 
@@ -138,7 +154,7 @@ static inline void run_open(struct client *client, const struct run_setting *set
     run_ops.rank = run_rank;
     run_ops.keep = run_keep;
     run_ops.prepare = run_prepare;
-    run_kept = run_scores_after_prompt = 0;
+    run_kept = run_scores_after_prompt = n_run_moves = 0;
     struct engine_hooks hooks = client_init(client);
     client->on_event = run_record;
     client->context = answers;
@@ -157,6 +173,8 @@ static inline struct scheduler_stats run_scheduler_stats(struct client *client) 
 }
 
 /* ---- the requests ---- */
+
+static struct head_hits run_hits[RUN_JOBS_MAX][RUN_LANES_MAX]; /* of the job with this number that was made last */
 
 static inline void run_wish(const struct config *config, struct job *job, const char *policy, uint32_t budget, double ratio) {
     struct kv_wish wish = {.budget_tokens = budget, .keep_ratio = ratio};
@@ -192,6 +210,8 @@ static inline struct job *run_job(const struct config *config, const struct run_
     job->request.sampling.n_top = 1;
     if (asked->temperature > 0) job->request.sampling.temperature = asked->temperature, job->request.sampling.seed = 77 + asked->number;
     job->request.arrival_ns = 1 + asked->number;
+    job->request.head_hits = run_hits[asked->number];
+    memset(run_hits[asked->number], 0, sizeof run_hits[asked->number]);
     run_wish(config, job, asked->policy, asked->budget, asked->ratio);
     return job;
 }
@@ -200,6 +220,7 @@ static inline void run_finish(struct job *job, struct run_answers *answers) {
     uint32_t number = run_number(job);
     answers->reports[number] = job->request.kv_report;
     answers->cached[number] = job->choices[0].cached;
+    memcpy(answers->head_hits[number], run_hits[number], sizeof answers->head_hits[number]);
     job_free(job);
 }
 

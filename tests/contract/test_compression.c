@@ -50,6 +50,20 @@ static void expect_report(const char *what, uint32_t number, const struct kv_rep
             b->slots_kept, b->slots_kept + b->slots_evicted, b->blocks, b->head_min, b->head_max, b->hits_kept, b->hits_all);
 }
 
+/* Head by head, they are what the report sums. */
+static void expect_hits(const char *what, uint32_t number, const struct run_answers *a, const struct run_answers *b) {
+    struct head_hits sum = {0};
+    if (memcmp(a->head_hits[number], b->head_hits[number], sizeof a->head_hits[number]) != 0)
+        fail_msg("%s: request %u: hits of heads differ", what, number);
+    for (uint32_t lane = 0; lane < RUN_LANES_MAX; lane++) {
+        const struct head_hits *hits = &a->head_hits[number][lane];
+        assert_true(hits->kept >= 0 && hits->kept <= hits->all);
+        sum.kept += hits->kept;
+        sum.all += hits->all;
+    }
+    assert_true(sum.kept == a->reports[number].hits_kept && sum.all == a->reports[number].hits_all);
+}
+
 static void expect_same(const char *what, const struct run_request *asked, uint32_t n, const struct run_answers *a, const struct run_answers *b) {
     for (uint32_t i = 0; i < n; i++) {
         char words[128];
@@ -58,6 +72,7 @@ static void expect_same(const char *what, const struct run_request *asked, uint3
         for (uint32_t c = 0; c < (asked[i].n_candidates ? asked[i].n_candidates : 1); c++)
             expect_answer(words, number, c, &a->of[number][c], &b->of[number][c]);
         expect_report(words, number, &a->reports[number], &b->reports[number]);
+        expect_hits(words, number, a, b);
     }
 }
 
@@ -379,6 +394,60 @@ static void test_pressure(void **state) {
         }
 }
 
+static int by_hash(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Pressure as the only trigger: nothing is compressed for another reason, and whoever is preempted after it was pressed is compressed at the same places again, to the same slots: of
+ * all compactions, those that are no replays differ from each other, and each replay is one of them. */
+static void check_pressure_alone(const char *backend, uint32_t policy, bool prefix_cache) {
+    enum { N = 12 };
+    struct job *jobs[N];
+    struct client client;
+    struct config config;
+    struct run_setting setting = {.backend = backend,
+                                  .threads = 1,
+                                  .max_rows = 64,
+                                  .max_sequences = 8,
+                                  .pool_tokens = 1000,
+                                  .prefix_cache = prefix_cache,
+                                  .triggers = "pressure",
+                                  .pressure_high = 0.6,
+                                  .pressure_low = 0.5};
+    memset(&first, 0, sizeof first);
+    run_open(&client, &setting, &config, &first);
+    submit_pressed(&client, &config, jobs, N, policies[policy]->name);
+    client_run(&client, 0);
+    struct engine_stats stats = client_settled(&client);
+    struct scheduler_stats own = run_scheduler_stats(&client);
+    uint64_t others = 0, moves = n_run_moves, distinct = 0;
+    for (uint32_t p = 0; p < policy_count(); p++) others += stats.compressions[p][0] + stats.compressions[p][1];
+    qsort(run_moves, moves, sizeof *run_moves, by_hash);
+    for (uint32_t i = 0; i < moves; i++) distinct += i == 0 || run_moves[i] != run_moves[i - 1];
+    for (uint32_t i = 0; i < N; i++) {
+        assert_int_equal(jobs[i]->choices[0].n_tokens, 150);
+        job_free(jobs[i]);
+    }
+    if (others != 0 || own.compactions != stats.compressions[policy][2] || own.replays == 0)
+        fail_msg("%s, %s: %lu for other reasons, %lu of %lu pressed, %lu replays", backend, policies[policy]->name, others,
+                 stats.compressions[policy][2], own.compactions, own.replays);
+    if (moves != own.compactions || distinct != own.compactions - own.replays)
+        fail_msg("%s, %s: %lu compactions, %lu replays; %lu moves, %lu of them distinct", backend, policies[policy]->name, own.compactions,
+                 own.replays, moves, distinct);
+    client_done(&client);
+}
+
+static void test_pressure_alone(void **state) {
+    (void)state;
+    for (size_t b = 0; b < n_run_backends; b++)
+        for (uint32_t p = 1; p < policy_count(); p++)
+            if (policies[p]->triggers & TRIGGER_PRESSURE && policies[p]->scorer == SCORER_KERNEL) { /* what `random` keeps is no mark of a request */
+                check_pressure_alone(run_backends[b], p, false);
+                check_pressure_alone(run_backends[b], p, true);
+            }
+}
+
 /* Under pressure nothing new is admitted; once those who were pressed are gone, that ends with them. */
 static void test_pressure_ends_with_those_who_were_pressed(void **state) {
     (void)state;
@@ -604,6 +673,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_accumulated_attention_is_each_candidates_own),
         cmocka_unit_test(test_preempted_and_replayed),
         cmocka_unit_test(test_pressure),
+        cmocka_unit_test(test_pressure_alone),
         cmocka_unit_test(test_pressure_ends_with_those_who_were_pressed),
         cmocka_unit_test(test_a_neighbour_who_shares_blocks_sees_nothing),
         cmocka_unit_test(test_prompts_longer_than_the_pool),

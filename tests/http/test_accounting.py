@@ -657,6 +657,8 @@ class Supervised(unittest.TestCase):
                     result = subprocess.run([harness.PROGRAM, "serve", "--port", "0", *flags], env=environment, capture_output=True, timeout=harness.DEADLINE, text=True)
                     self.assertEqual(result.returncode, 2, result)
                     self.assertIn(words, result.stderr)
+                    if "api-key-file" not in flags[-2]:
+                        self.assertNotIn("listening", result.stdout)
 
     def test_a_port_in_use(self):
         """May be free the next time: another exit status than for what will not mend itself."""

@@ -261,6 +261,31 @@ class Routes(harness.DaemonCase):
                     self.assertIn("message", response.json()["error"])
         self.assertError(self.daemon.get("/v1/models/nobody"), 404, "model", code="model_not_found")
 
+    def test_a_nul_in_the_path(self):
+        """It does not end there: what stands behind it counts."""
+        for path in (f"/v1/models/{self.daemon.model}", "/health", "/v1/models", "/metrics"):
+            self.assertEqual(self.daemon.get(path).status, 200)
+            for end in ("%00", "%00evil", "%00/x?a=b", "%00%00"):
+                with self.subTest(path=path + end):
+                    self.assertEqual(self.daemon.get(path + end).status, 404)
+            self.assertEqual(self.daemon.get(path + "?a=%00").status, 200)
+        with self.daemon.connect() as connection:  # on one connection: it is forgotten with the request
+            for path, status in (("/health%00", 404), ("/health", 200)):
+                connection.send(raw.request_bytes("GET", path))
+                self.assertEqual(connection.read_response().status, status)
+
+    def test_encoded_bodies(self):
+        body = json.dumps({"model": self.daemon.model, "prompt": "a", "max_tokens": 1}).encode()
+        for path in ("/v1/completions", "/tokenize"):
+            for encoding in ("gzip", "deflate", "br", "zstd", "gzip, identity", "identity, gzip", "x"):
+                with self.subTest(path=path, encoding=encoding):
+                    response = self.daemon.post(path, body, {"Content-Encoding": encoding})
+                    self.assertError(response, 415, code="unsupported_content_encoding")
+                    self.assertEqual(response.header("Accept-Encoding"), "identity")
+        for encoding in ("identity", "Identity", ""):
+            self.assertEqual(self.daemon.post("/v1/completions", body, {"Content-Encoding": encoding}).status, 200)
+        self.assertEqual(self.daemon.get("/health", {"Content-Encoding": "gzip"}).status, 200)  # it has no body
+
     def test_methods(self):
         for path, right in self.ROUTES.items():
             for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "TRACE", "BREW", "get"):

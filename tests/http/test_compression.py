@@ -12,7 +12,7 @@ LANES = 90  # of the sample model: 30 layers x 3 heads
 BLOCK = 32
 LONG = os.environ.get("KVASIR_TEST_LONG", "") not in ("", "0")
 PATIENCE = 300  # seconds: a prompt of 4,096 tokens on a slow machine
-FIELDS = {"policy", "tokens_seen", "slots_kept", "slots_evicted", "blocks", "bytes", "heads", "hit_rate", "pressure_compressions"}
+FIELDS = {"policy", "tokens_seen", "slots_kept", "slots_evicted", "blocks", "bytes", "heads", "hit_rate", "hit_rate_heads", "pressure_compressions"}
 
 
 def prompt(count, seed=1):
@@ -101,6 +101,9 @@ class Real(CompressionCase):
         self.assertReport(reports[0], "kv_compress", length + 23)
         self.assertLessEqual(reports[0]["blocks"], budget * LANES // BLOCK + LANES)
         self.assertTrue(0 < reports[0]["hit_rate"] <= 1, reports)
+        rates = [rate for heads in reports[0]["hit_rate_heads"] for rate in heads]
+        self.assertEqual(len(rates), LANES)
+        self.assertTrue(0 <= min(rates) < reports[0]["hit_rate"] < max(rates) <= 1, reports)
         self.daemon.wait_idle()
         after = self.daemon.metrics()
         grown = {series: after[series] - before.get(series, 0) for series in after}
@@ -108,6 +111,7 @@ class Real(CompressionCase):
         self.assertEqual(pick("compressions_total", 'policy="kv_compress"', 'trigger="prompt_end"'), 1)
         self.assertEqual(pick("kv_slots_evicted_total"), reports[0]["slots_evicted"])
         self.assertEqual(pick("kv_layer_slots_kept_total"), pick("kv_slots_kept_total"))
+        self.assertAlmostEqual(pick("kv_layer_hits_total", 'key="kept"') / pick("kv_layer_hits_total"), reports[0]["hit_rate"])
         self.assertGreaterEqual(pick("kv_blocks_freed_total"), (length - budget) * LANES // BLOCK - LANES)
         self.assertGreater(pick("compression_seconds_total"), 0)
 

@@ -64,7 +64,7 @@ struct counters {
 
 struct sim {
     uint64_t seed;
-    struct random random;
+    struct random random, took;
     struct scheduler_limits limits;
     struct scheduler *scheduler;
     struct sim_request requests[REQUESTS_MAX];
@@ -421,6 +421,7 @@ static void run_plan(struct sim *sim, const struct plan *plan) {
     EXPECT(n_rows == plan->n_rows && n_rows <= sim->limits.max_rows && n_samples == plan->n_samples && n_samples <= sim->limits.max_samples,
            "a plan out of bounds");
     scheduler_commit(sim->scheduler, ended);
+    if (sim->seed % 2) scheduler_took(sim->scheduler, (double)random_below(&sim->took, 1000)); /* whatever steps take, every request ends */
     for (uint32_t i = 0; i < REQUESTS_MAX; i++)
         if (sim->requests[i].live) settle(&sim->requests[i]);
 }
@@ -474,6 +475,7 @@ static void run_seed(uint64_t seed, uint32_t n_steps) {
     struct sim *sim = check_calloc(1, sizeof *sim);
     sim->seed = seed;
     sim->random.state = seed;
+    sim->took.state = ~seed;
     draw_limits(sim);
     sim->scheduler = scheduler_new(&sim->limits);
     for (uint32_t i = 0; i < n_steps; i++) (void)step(sim, true);

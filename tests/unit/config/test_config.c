@@ -14,6 +14,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 
 #include "config/options.h"
 
@@ -320,6 +321,52 @@ static void test_reload(void **state) {
     assert_memory_equal(&before, &next, sizeof next);
 }
 
+/* `--config <(command)`: what it said once stays. */
+static void test_reload_of_a_pipe(void **state) {
+    (void)state;
+    struct config now, next;
+    struct error error;
+    char refused[256];
+    write_file("[server]\nlog_level = \"warn\"\nmax_logprobs = 3\n");
+    assert_int_equal(load(&now, &error, "-c", path, NULL), STATUS_OK);
+    unlink(path);
+    assert_int_equal(mkfifo(path, 0600), 0);
+    assert_int_equal(config_reload(&now, &next, refused, sizeof refused, &error), STATUS_OK);
+    assert_memory_equal(&now, &next, sizeof next);
+    assert_non_null(strstr(refused, path));
+    unlink(path);
+}
+
+/* A rule between keys is broken where the first of them that the error names stands in the file. */
+static void test_rules_have_lines(void **state) {
+    (void)state;
+    static const struct {
+        const char *text, *flag, *place;
+    } cases[] = {
+        {"[server]\nport = 1\nhost = \"0.0.0.0\"\n", NULL, ":3: server.host"},
+        {"[server]\nrequest_timeout = 1\n", NULL, ":2: server.first_byte_timeout"}, /* the other one has its default */
+        {"[server]\nrequest_timeout = 1\nfirst_byte_timeout = 2\n", NULL, ":3: server.first_byte_timeout"},
+        {"\n\n[compression]\nbudget_tokens = 8\n", NULL, ":4: compression.budget_tokens"},
+        {"[compression]\nrecent_tokens = 400\n", "--budget-tokens=300", ":2: compression.budget_tokens"},
+        {"[compression]\npooling_kernel = 4\n", NULL, ":2: compression.pooling_kernel"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct config config;
+        struct error error;
+        char words[256];
+        write_file(cases[i].text);
+        assert_int_equal(load(&config, &error, "-c", path, cases[i].flag, NULL), STATUS_OK);
+        assert_int_equal(config_check(&config, &error), STATUS_INVALID);
+        (void)snprintf(words, sizeof words, "%s%s:", path, cases[i].place);
+        if (strncmp(error.text, words, strlen(words)) != 0) fail_msg("\"%s\" does not begin with \"%s\"", error.text, words);
+    }
+    struct config config;
+    struct error error;
+    assert_int_equal(load(&config, &error, "--host", "0.0.0.0", NULL), STATUS_OK);
+    assert_int_equal(config_check(&config, &error), STATUS_INVALID);
+    assert_memory_equal(error.text, "server.host:", 12); /* no file has it */
+}
+
 static void test_public_bind_needs_keys(void **state) {
     (void)state;
     static const char *const private[] = {"127.0.0.1", "127.8.9.10", "localhost", "::1", "[::1]", "::ffff:127.0.0.1"};
@@ -497,6 +544,8 @@ int main(void) {
         TEST(test_a_pipe_is_read_to_its_end),
         TEST(test_values_as_users_write_them),
         TEST(test_reload),
+        TEST(test_reload_of_a_pipe),
+        TEST(test_rules_have_lines),
         TEST(test_public_bind_needs_keys),
         TEST(test_unknown_environment),
         TEST(test_what_is_printed_reads_back),

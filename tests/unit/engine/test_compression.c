@@ -87,6 +87,7 @@ static void test_settings_that_make_no_sense(void **state) {
         {"h2o", "sometimes", "", "\"sometimes\"", false},
         {"snapkv", "", "tova, nova", "\"nova\"", false},
         {"snapkv", "", "", "later queries", true},
+        {"keydiff", "pressure", "", "compress_while_reading", true},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct config config = defaults();
@@ -98,6 +99,37 @@ static void test_settings_that_make_no_sense(void **state) {
         assert_int_equal(compression_check(&config, &error), STATUS_INVALID);
         if (!strstr(error.text, cases[i].words)) fail_msg("\"%s\" does not say \"%s\"", error.text, cases[i].words);
     }
+}
+
+/* What the operator names is all there is, where the policy knows it; pressure alone has no points of its own, and nothing that follows from them. */
+static void test_triggers(void **state) {
+    (void)state;
+    struct config config = defaults();
+    strcpy(config.compression_triggers, "pressure");
+    struct error error;
+    assert_int_equal(compression_check(&config, &error), STATUS_OK);
+    for (uint32_t i = 1; i < policy_count(); i++) {
+        struct kv_wish wish = {.budget_tokens = 64};
+        strcpy(wish.policy, policies[i]->name);
+        struct kv_plan plan = granted(&config, wish);
+        struct scheduler_points points = compression_points(&plan);
+        bool may = policies[i]->triggers & TRIGGER_PRESSURE;
+        assert_int_equal(plan.triggers, may ? TRIGGER_PRESSURE : policies[i]->triggers);
+        assert_int_equal(points.prompt_end, !may);
+        assert_int_equal(points.growing > 0, !may);
+        assert_int_equal(compression_tokens_max(&plan) == UINT32_MAX, may);
+        if (may) assert_false(compression_is_endless(&plan, 1u << 20));
+        /* Pressed right after its prompt, its last rows score. */
+        if (policies[i]->rows == POLICY_ROWS_WINDOW) assert_int_equal(compression_first_row(&plan, 1000), 1000 - plan.options.window);
+    }
+    strcpy(config.compression_triggers, "budget, pressure");
+    config.compress_while_reading = true;
+    struct kv_plan plan = granted(&config, (struct kv_wish){.policy = "keydiff", .budget_tokens = 64});
+    assert_int_equal(plan.triggers, TRIGGER_BUDGET | TRIGGER_PRESSURE);
+    assert_true(plan.while_reading);
+    strcpy(config.compression_triggers, "pressure");
+    plan = granted(&config, (struct kv_wish){.policy = "keydiff", .budget_tokens = 64});
+    assert_false(plan.while_reading); /* nor does admission count on it */
 }
 
 static void test_what_may_go_on_for_ever(void **state) {
@@ -167,6 +199,7 @@ int main(void) {
         cmocka_unit_test(test_the_help_names_every_policy),
         cmocka_unit_test(test_operators_limits),
         cmocka_unit_test(test_settings_that_make_no_sense),
+        cmocka_unit_test(test_triggers),
         cmocka_unit_test(test_what_may_go_on_for_ever),
         cmocka_unit_test(test_points),
         cmocka_unit_test(test_rows),

@@ -122,15 +122,75 @@ static void test_budget_counts_context(void **state) {
         assert_int_equal(context, 100);
         double decode = 7 + 1 + 0.05 * 100.5, sum = decode + rows * (1 + 0.05 * (context + rows / 2.0)),
                more = decode + (rows + 1) * (1 + 0.05 * (context + (rows + 1) / 2.0));
-        if (rows > BLOCK_TOKENS) assert_true(sum <= budget + 1e-9);
+        if (rows > SCHEDULER_CHUNK_MIN) assert_true(sum <= budget + 1e-9);
         if (f->plan->n_rows < 200) assert_true(more > budget);
-        assert_true(rows >= BLOCK_TOKENS);
+        assert_true(rows >= SCHEDULER_CHUNK_MIN);
         commit(f);
         fixture_free(f);
     }
 }
 
-/* The oldest reader gets BLOCK_TOKENS rows however dear the step, and nobody else gets any. */
+/* A stream that decodes, and prompts one after the other beside it. Takes a step, which costs `times` what the model says; returns the rows of a chunk that only the budget bounded. */
+static uint32_t costly_step(struct fixture *f, uint64_t reader, double times) {
+    plan(f);
+    const struct plan_entry *entry = entry_of(f, reader, 0);
+    uint32_t rows = entry && entry->first_token + entry->n_rows < entry->n_tokens ? entry->n_rows : 0;
+    double us = times * f->plan->n_rows;
+    commit(f);
+    scheduler_took(f->scheduler, us);
+    return rows;
+}
+
+static uint32_t read_costly(struct fixture *f, uint64_t reader, double times) {
+    uint32_t last = 0;
+    add(f, ask(f, reader, (int32_t)reader, 480, 1));
+    for (uint32_t rows, n = 0; n == 0 || (rows > 0 && n < 40); n++)
+        if ((rows = costly_step(f, reader, times)) > 0) last = rows;
+    costly_step(f, reader, times);
+    return last;
+}
+
+/* Steps that read beside a stream come to take what they may, whatever the model thinks of them. */
+static void test_cost_follows_what_steps_take(void **state) {
+    (void)state;
+    const double machines[] = {2, 1, 0.6, 3};
+    struct fixture *f = fixture_new((struct scheduler_limits){.cost = {0, 1, 0}, .step_budget_us = 200});
+    add(f, ask(f, 1, 1, 1, 500));
+    step(f);
+    assert_int_equal(read_costly(f, 2, 1), 199); /* as the model says */
+    for (size_t m = 0; m < sizeof machines / sizeof *machines; m++) {
+        uint32_t rows = 0;
+        for (uint64_t reader = 2; reader < 10; reader++) rows = read_costly(f, reader, machines[m]);
+        assert_in_range((uint32_t)(machines[m] * (rows + 1)), 170, 210);
+    }
+    fixture_free(f);
+}
+
+static void test_cost_is_bounded(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new((struct scheduler_limits){.cost = {0, 1, 0}, .step_budget_us = 400});
+    add(f, ask(f, 1, 1, 1, 500));
+    for (int i = 0; i < 20; i++) { /* nobody reads: what such steps take says nothing of those in which somebody does */
+        step(f);
+        scheduler_took(f->scheduler, 1e9);
+    }
+    assert_true(stats_of(f).cost_ratio == 1);
+    add(f, ask(f, 2, 2, 480, 1));
+    plan(f);
+    assert_int_equal(rows_of(f, 2), 399);
+    commit(f);
+    scheduler_took(f->scheduler, 1e12); /* held up once: half as much again, and soon forgotten */
+    assert_true(stats_of(f).cost_ratio == 1.5);
+    steps(f, 3);
+    for (uint64_t reader = 3; reader < 7; reader++) (void)read_costly(f, reader, 1e9);
+    assert_true(stats_of(f).cost_ratio == SCHEDULER_COST_RATIO_MAX);
+    assert_int_equal(read_costly(f, 7, 1e9), 400 / 8 - 1);
+    for (uint64_t reader = 2; reader < 12; reader++) (void)read_costly(f, reader, 0);
+    assert_true(stats_of(f).cost_ratio >= SCHEDULER_COST_RATIO_MIN && stats_of(f).cost_ratio < 1);
+    fixture_free(f);
+}
+
+/* The oldest reader gets a few rows however dear the step, and nobody else gets any. */
 static void test_one_chunk_always(void **state) {
     (void)state;
     struct fixture *f = fixture_new((struct scheduler_limits){.cost = {1000, 1, 0}, .step_budget_us = 50, .max_rows = 60});
@@ -142,7 +202,7 @@ static void test_one_chunk_always(void **state) {
     add(f, ask(f, 4, 4, 1, 20));
     plan(f);
     assert_int_equal(rows_of(f, 1), 1);
-    assert_int_equal(rows_of(f, 2), BLOCK_TOKENS);
+    assert_int_equal(rows_of(f, 2), SCHEDULER_CHUNK_MIN);
     assert_int_equal(f->plan->n_entries, 2);
     commit(f);
     assert_int_equal(stats_of(f).waiting, 2);
@@ -152,6 +212,24 @@ static void test_one_chunk_always(void **state) {
     plan(f); /* a prompt of one token is a chunk too: one of the two */
     assert_int_equal(f->plan->n_entries, 2);
     assert_int_equal(rows_of(f, 4), 1);
+    commit(f);
+    fixture_free(f);
+}
+
+/* Where the rows of those who decode are too many already, reading goes on at half their pace. */
+static void test_one_chunk_beside_many(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new((struct scheduler_limits){.cost = {0, 100, 0}, .step_budget_us = 50, .max_sequences = 24, .max_samples = 40});
+    for (uint64_t id = 1; id <= 5; id++) {
+        struct scheduler_request request = ask(f, id, 7, 1, 30);
+        request.n_candidates = CANDIDATES;
+        add(f, request);
+    }
+    steps(f, 3);
+    add(f, ask(f, 6, 6, 200, 20));
+    plan(f);
+    assert_int_equal(f->plan->n_entries, 5 * CANDIDATES + 1);
+    assert_int_equal(rows_of(f, 6), 5 * CANDIDATES / 2);
     commit(f);
     fixture_free(f);
 }
@@ -577,8 +655,11 @@ int main(void) {
         cmocka_unit_test(test_max_new_zero_samples_nothing),
         cmocka_unit_test(test_budget),
         cmocka_unit_test(test_budget_counts_context),
+        cmocka_unit_test(test_cost_follows_what_steps_take),
+        cmocka_unit_test(test_cost_is_bounded),
         cmocka_unit_test(test_budget_counts_the_hit),
         cmocka_unit_test(test_one_chunk_always),
+        cmocka_unit_test(test_one_chunk_beside_many),
         cmocka_unit_test(test_priority_and_ageing),
         cmocka_unit_test(test_preemption),
         cmocka_unit_test(test_the_youngest_of_equals_gives_way),
