@@ -231,16 +231,6 @@ static void cuda_close(struct backend *backend) {
     free(own);
 }
 
-/* What this backend cannot do is said before anything is taken. */
-static enum status check_program(const struct cuda *cuda, struct error *error) {
-    const struct program *p = cuda->program;
-    if (cuda->limits.kv_dtype == KV_F32) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype f32; f16, bf16 and q8 are supported");
-    if (p->n_ff % 2 != 0) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: n_ff %u; even numbers are supported", p->n_ff);
-    if (ids_of_tables(cuda) + (size_t)cuda->n_tables * cuda->n_lanes > UINT32_MAX)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: block tables of %u sequences, %u lanes, %u blocks exceed 2^32 entries", cuda->n_tables, cuda->n_lanes, cuda->lane_blocks);
-    return STATUS_OK;
-}
-
 static enum status open_device(struct cuda *cuda, struct error *error) {
     const enum status status = cuda_find_device(cuda->limits.device, &cuda->properties, error);
     if (status != STATUS_OK) return status;
@@ -305,7 +295,7 @@ static enum status open_phase_events(struct cuda *cuda, struct error *error) {
 }
 
 static enum status open_all(struct cuda *cuda, struct error *error) {
-    enum status status = check_program(cuda, error);
+    enum status status = cuda_supported(cuda, error);
     if (status == STATUS_OK) status = open_device(cuda, error);
     if (status == STATUS_OK) status = open_memory(cuda, error);
     if (status == STATUS_OK) status = products_open(cuda, error);

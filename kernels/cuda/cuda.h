@@ -2,6 +2,7 @@
  * graph of a step stays right.
  *
  *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs;  device.cu  which devices there are
+ *   supported.cu  what is refused
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
  *   attention.cu  attention over per-lane tables, accumulated attention
@@ -203,6 +204,10 @@ static inline uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; 
 /* STATUS_UNSUPPORTED: there is none with this number, or it cannot do what is needed. */
 enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error);
 enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error); /* backend_ops.memory */
+
+/* ---- supported.cu ---- */
+/* STATUS_UNSUPPORTED: the program's shape, or limits that are too large. After `cuda` has its sizes. */
+enum status cuda_supported(const struct cuda *cuda, struct error *error);
 
 /* ---- weights.cu ---- */
 /* Bytes on the device of all weights, with 16-bit and with native types; which of both `auto` takes. */

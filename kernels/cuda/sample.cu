@@ -191,7 +191,7 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     uint32_t *stage = (uint32_t *)device_take(arena, stage_words(cuda), sizeof(uint32_t));
     float *scratch = copied ? NULL : (float *)device_take(arena, (size_t)scratch_teams_of(cuda) * cuda->program->n_vocab, sizeof(float));
     if (!arena->base) return;
-    CHECK(cuda->program->n_vocab > 0 && cuda->program->n_vocab < 1u << 23);
+    CHECK(cuda->program->n_vocab > 0);
     if (!cuda->sampling) cuda->sampling = (struct sampling_device *)check_calloc(1, sizeof *cuda->sampling);
     struct sampling_device *s = cuda->sampling;
     s->size = size_of(cuda->program->n_vocab, copied ? ranks : 1);
