@@ -1,4 +1,5 @@
 /* Which devices there are, and what memory they have. Owns nothing; any thread, whose current device stays as it was. */
+#include "kernels/cuda/cublas.h"
 #include "kernels/cuda/cuda.h"
 
 /* Why there is none. The runtime says of a missing driver that it is too old. */
@@ -18,7 +19,7 @@ enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct
     if (found != cudaSuccess || count == 0) return no_device(found, error);
     if (device >= (uint32_t)count) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device %u: there are %d, the first is 0", device, count);
     CUDA_TRY(error, cudaGetDeviceProperties(properties, (int)device));
-    if (properties->major >= 8) return STATUS_OK;
+    if (properties->major >= 8) return cublas_lt_open(error);
     return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; 8.0 is needed", device, properties->name, properties->major,
                      properties->minor);
 }

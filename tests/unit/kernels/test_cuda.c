@@ -11,6 +11,8 @@
 #include "kernels/backend.h"
 #include "tests/support/tiny_program.h"
 
+enum status cublas_lt_open(struct error *error) __attribute__((weak)); /* kernels/cuda/cublas.h, which is C++; absent where the backend is */
+
 static struct backend_limits small_limits(void) {
     return (struct backend_limits){.kv_dtype = KV_F16,
                                    .n_blocks = 64,
@@ -121,10 +123,18 @@ static void test_no_such_device(void **state) {
     assert_null(strstr(error.text, "insufficient")); /* what the runtime says where no driver is */
 }
 
+/* Where it was built, it is there, and has every function that is called. */
+static void test_cublas_is_loaded(void **state) {
+    (void)state;
+    struct error error = {.text = ""};
+    if (cublas_lt_open(&error) != STATUS_OK) fail_msg("%s", error.text);
+    assert_int_equal(cublas_lt_open(NULL), STATUS_OK);
+}
+
 int main(void) {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_refused_shapes), cmocka_unit_test(test_refused_limits), cmocka_unit_test(test_plans_of_any_size),
-        cmocka_unit_test(test_supported),      cmocka_unit_test(test_no_such_device),
+        cmocka_unit_test(test_supported),      cmocka_unit_test(test_no_such_device), cmocka_unit_test(test_cublas_is_loaded),
     };
     if (!backend_find("cuda")) {
         print_message("skipped: this build has no CUDA backend\n");
