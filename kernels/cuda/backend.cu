@@ -148,7 +148,8 @@ static uint32_t cuda_memory_plan(const struct program *program, const struct bac
     weights_lay_out(&counted->cuda, &weights);
     lay_out_rings(&counted->cuda, &rings);
     lay_out_scratch(&counted->cuda, &scratch);
-    const struct memory_line all[] = {{"weights", 1, weights.used}, {"scratch", 1, scratch.used}, {"query rings", 1, rings.used}};
+    const size_t pinned = counted->cuda.staging_bytes + tables_pinned_bytes() + services_pinned_bytes(&counted->cuda) + sampling_pinned_bytes(&counted->cuda);
+    const struct memory_line all[] = {{"weights", 1, weights.used}, {"scratch", 1, scratch.used}, {"query rings", 1, rings.used}, {"pinned", 1, pinned, true}};
     free(counted->cuda.layers);
     free(counted);
     uint32_t n = 0;

@@ -211,6 +211,7 @@ enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *to
 /* ---- tables.cu ---- */
 static inline size_t ids_of_tables(const struct cuda *cuda) { return (size_t)cuda->n_tables * cuda->n_lanes * cuda->lane_blocks; } /* lengths lie behind them */
 void tables_lay_out(struct cuda *cuda, struct device_arena *arena);
+size_t tables_pinned_bytes(void); /* of the host's memory, that tables_open will take */
 enum status tables_open(struct cuda *cuda, struct error *error);
 void tables_close(struct cuda *cuda);
 /* The step's sequences to host.sequences; what the device lacks of their tables is on its way. */
@@ -278,6 +279,7 @@ void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *s
 
 /* ---- services.cu, score.cu, rank.cu: struct backend_ops entries ---- */
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
+size_t services_pinned_bytes(const struct cuda *cuda);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
 /* What was read of the pool is out of date. */
@@ -294,6 +296,7 @@ void cuda_shift_sinks(struct backend *backend, const struct shift_request *reque
 
 /* ---- sample.cu ---- */
 void sampling_lay_out(struct cuda *cuda, struct device_arena *arena);
+size_t sampling_pinned_bytes(const struct cuda *cuda);
 enum status sampling_open(struct cuda *cuda, struct error *error);
 void sampling_close(struct cuda *cuda);
 /* Host side of a step: parameters, biases, bans, histories into pinned memory. Before the launches. */

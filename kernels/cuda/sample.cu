@@ -204,6 +204,12 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     s->scratch = scratch;
 }
 
+static size_t tops_bytes(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * SAMPLE_TOP_MAX * sizeof(struct sample_place); }
+
+size_t sampling_pinned_bytes(const struct cuda *cuda) {
+    return stage_words(cuda) * sizeof(uint32_t) + cuda->limits.max_samples * sizeof(struct sample_answer) + tops_bytes(cuda);
+}
+
 static void configure(const struct cuda *cuda, const struct team_size *size, uint32_t teams, cudaLaunchConfig_t *config,
                       cudaLaunchAttribute *cluster) {
     *config = {};
@@ -251,7 +257,7 @@ enum status sampling_open(struct cuda *cuda, struct error *error) {
     const size_t words = stage_words(cuda);
     CUDA_TRY(error, cudaHostAlloc((void **)&s->stage, words * sizeof(uint32_t), cudaHostAllocDefault));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->answers, s->max_samples * sizeof *s->answers, cudaHostAllocMapped));
-    CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, (size_t)s->max_samples * SAMPLE_TOP_MAX * sizeof *s->tops, cudaHostAllocMapped));
+    CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, tops_bytes(cuda), cudaHostAllocMapped));
     return fit_clusters(cuda, error);
 }
 

@@ -61,6 +61,14 @@ void services_lay_out(struct cuda *cuda, struct device_arena *arena) {
     *cuda->score = score;
 }
 
+static size_t block_host_bytes(const struct cuda *cuda) { return (2 * (size_t)cuda->pool.d + 1) * BLOCK_TOKENS * sizeof(float); }
+
+size_t services_pinned_bytes(const struct cuda *cuda) {
+    struct score_device score;
+    measure(cuda, &score);
+    return score.stage_bytes + score.back_bytes + block_host_bytes(cuda);
+}
+
 enum status services_open(struct cuda *cuda, struct error *error) {
     struct score_device *score = cuda->score;
     CHECK(score && score->lane_slots > 0 && cuda->pool.d % 8 == 0); /* rows of a block are whole units of 8 or 16 bytes, which a thread moves at a time */
@@ -69,7 +77,7 @@ enum status services_open(struct cuda *cuda, struct error *error) {
     score->n_kept = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *score->n_kept);
     CUDA_TRY(error, cudaMallocHost((void **)&score->stage_host, score->stage_bytes));
     CUDA_TRY(error, cudaMallocHost((void **)&score->back_host, score->back_bytes));
-    CUDA_TRY(error, cudaMallocHost((void **)&score->block_host, (2 * (size_t)cuda->pool.d + 1) * BLOCK_TOKENS * sizeof *score->block_host));
+    CUDA_TRY(error, cudaMallocHost((void **)&score->block_host, block_host_bytes(cuda)));
     services_pool_changes(cuda);
     return STATUS_OK;
 }

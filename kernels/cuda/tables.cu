@@ -37,9 +37,11 @@ void tables_lay_out(struct cuda *cuda, struct device_arena *arena) {
     cuda->tables_host->writes_device = writes;
 }
 
+size_t tables_pinned_bytes(void) { return WRITES * sizeof(struct table_write); }
+
 enum status tables_open(struct cuda *cuda, struct error *error) {
     struct tables_host *tables = cuda->tables_host;
-    CUDA_TRY(error, cudaMallocHost((void **)&tables->writes, WRITES * sizeof(struct table_write)));
+    CUDA_TRY(error, cudaMallocHost((void **)&tables->writes, tables_pinned_bytes()));
     CUDA_TRY(error, cudaEventCreateWithFlags(&tables->writes_read, cudaEventDisableTiming));
     tables->changes = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
     tables->first_slots = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));

@@ -84,10 +84,13 @@ static void test_plans_of_any_size(void **state) {
     struct program *program = tiny_program_new(&shape);
     struct backend_limits limits = small_limits();
     struct memory_line lines[16];
-    uint64_t small = 0, large = 0;
+    uint64_t small = 0, large = 0, pinned = 0;
     for (uint32_t i = 0, n = backend_find("cuda")->memory_plan(program, &limits, lines, 16); i < n; i++)
         small += lines[i].count * lines[i].bytes_each;
-    program->n_layers = 1024; /* counted alone; its phases stay two layers' */
+    assert_true(backend_find("cuda")->memory_plan(program, &limits, lines, 16) == 4 && strcmp(lines[0].what, "weights") == 0 && !lines[0].host);
+    for (uint32_t i = 0; i < 4; i++) pinned += lines[i].host ? lines[i].count * lines[i].bytes_each : 0;
+    assert_in_range(pinned, 1 << 20, 64 << 20); /* of the host's memory, and bounded */
+    program->n_layers = 1024;                   /* counted alone; its phases stay two layers' */
     program->n_kv_heads = program->n_heads = 1024;
     limits.table_blocks = 1 << 19, limits.rank_slots = 1 << 24, limits.n_tables = limits.max_sequences = 4096;
     for (uint32_t i = 0, n = backend_find("cuda")->memory_plan(program, &limits, lines, 16); i < n; i++)
