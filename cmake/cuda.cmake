@@ -1,6 +1,6 @@
 # Is there what the CUDA backend is built with? It is never required: a build without it is a full build.
 #   KVASIR_CUDA=AUTO  built if nvcc and cuBLASLt are found, and nothing is sanitized; ON: that, or an error; OFF: not built
-# Sets KVASIR_HAVE_CUDA, KVASIR_CUBLASLT (the library) and KVASIR_CUDA_WHY_NOT.
+# Sets KVASIR_HAVE_CUDA, KVASIR_CUBLASLT (the library, which is loaded when a device is used) and KVASIR_CUDA_WHY_NOT.
 set(KVASIR_CUDA AUTO CACHE STRING "CUDA backend: AUTO, ON or OFF")
 set_property(CACHE KVASIR_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(KVASIR_CUDA_ARCHITECTURES "80;90" CACHE STRING "Compute capabilities that the CUDA backend is compiled for")
@@ -40,7 +40,7 @@ else()
 endif()
 
 if(KVASIR_HAVE_CUDA)
-  set(CMAKE_CUDA_RUNTIME_LIBRARY Static) # the program starts where there is neither driver nor toolkit but for cuBLASLt
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static) # the program starts where there is neither driver nor toolkit
   list(JOIN KVASIR_CUDA_ARCHITECTURES ", " architectures)
   message(STATUS "CUDA backend: built with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for compute capability ${architectures}; ${KVASIR_CUBLASLT}")
 elseif(KVASIR_CUDA STREQUAL "ON")

@@ -243,22 +243,39 @@ static uint64_t longest_held(const struct config *config, const struct program *
     return (uint64_t)low * BLOCK_TOKENS;
 }
 
+static void say_lowered(const struct config *config, const struct program *program, struct memory_plan *plan) {
+    (void)snprintf(plan->lowered, sizeof plan->lowered, "max_model_len %u -> %u: %s holds no more", program->context_train, plan->max_model_len,
+                   config->kv_memory  ? "engine.kv_memory"
+                   : plan->has_device ? "free memory of the device"
+                                      : "free memory");
+}
+
+/* What a device has beside the pool grows with max_model_len too: that is halved, where it is ours to choose, while no sequence fits and half the length at least doubles the room. */
+static void fit_device_scratch(const struct backend_ops *ops, const struct config *config, const struct program *program, struct memory_plan *plan) {
+    while (plan->has_device && !config->max_model_len && !config->kv_memory && plan->max_model_len / 2 >= MODEL_LEN_MIN &&
+           device_left(plan) < blocks_of(program, plan->max_model_len) * plan->block_bytes) {
+        struct memory_plan half = *plan;
+        half.max_model_len /= 2;
+        add_fixed_lines(ops, config, program, &half);
+        if (device_left(&half) / 2 < device_left(plan)) return;
+        *plan = half;
+        say_lowered(config, program, plan);
+    }
+}
+
 /* Lowers max_model_len to what the pool holds, where that is ours to choose. */
 static enum status fit_model_len(const struct config *config, const struct program *program, uint64_t blocks, uint64_t pool_bytes,
                                  struct memory_plan *plan, struct error *error) {
     if (blocks >= blocks_of_one(config, program, plan)) return STATUS_OK;
     if (config->max_model_len) return does_not_fit(config, plan, program, pool_bytes, error);
     uint64_t holds = longest_held(config, program, plan, pool_bytes);
-    uint32_t wanted = plan->max_model_len, least = wanted < MODEL_LEN_MIN ? wanted : MODEL_LEN_MIN;
+    uint32_t least = plan->max_model_len < MODEL_LEN_MIN ? plan->max_model_len : MODEL_LEN_MIN;
     if (holds < least) {
         plan->max_model_len = least;
         return does_not_fit(config, plan, program, pool_bytes, error);
     }
     plan->max_model_len = (uint32_t)holds;
-    (void)snprintf(plan->lowered, sizeof plan->lowered, "max_model_len %u -> %u: %s holds no more", wanted, plan->max_model_len,
-                   config->kv_memory  ? "engine.kv_memory"
-                   : plan->has_device ? "free memory of the device"
-                                      : "free memory");
+    say_lowered(config, program, plan);
     return STATUS_OK;
 }
 
@@ -354,6 +371,7 @@ enum status engine_plan_memory_on(const struct backend_ops *ops, const struct co
     if (status != STATUS_OK) return status;
     if (plan->has_device) plan_weights(ops, config, program, device_total, plan);
     add_fixed_lines(ops, config, program, plan);
+    fit_device_scratch(ops, config, program, plan);
     uint32_t wanted_len = plan->max_model_len;
     status = size_pool(config, program, plan, error);
     if (status == STATUS_OK && plan->max_model_len < wanted_len) { /* what depends on the length is smaller then */

@@ -162,20 +162,6 @@ void attention_lay_out(struct cuda *cuda, struct device_arena *arena) {
     device->partial_ml = (float2 *)device_take(arena, device->partial_queries, sizeof *device->partial_ml);
 }
 
-static enum status check_supported(const struct cuda *cuda, struct error *error) {
-    const struct program *p = cuda->program;
-    if (cuda->pool.dtype != KV_F16 && cuda->pool.dtype != KV_BF16 && cuda->pool.dtype != KV_Q8)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda attention: KV dtype %s; f16, bf16 and q8 are supported", kv_dtype_name(cuda->pool.dtype));
-    if (p->head_dim % 4 != 0 || p->head_dim > HEAD_DIM_MAX)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda attention: heads of %u dims; multiples of 4 up to %d are supported", p->head_dim,
-                         HEAD_DIM_MAX);
-    uint64_t splits = (uint64_t)cuda->limits.max_sequences * p->n_kv_heads * div_up(cuda->lane_blocks, SPLIT_BLOCKS);
-    if (splits * (SPLIT_BLOCKS + SPLIT_OVERHEAD) > UINT32_MAX)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda attention: %u sequences of %u blocks a lane are more than it can count",
-                         cuda->limits.max_sequences, cuda->lane_blocks);
-    return STATUS_OK;
-}
-
 static enum status allow_shared(attention_kernel kernel, size_t bytes, struct error *error) {
     CUDA_TRY(error, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     CUDA_TRY(error, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
@@ -209,8 +195,6 @@ enum status attention_open(struct cuda *cuda, struct error *error) {
     const struct program *p = cuda->program;
     struct attention_device *device = cuda->attention;
     CHECK(device && p->n_heads == cuda->group * p->n_kv_heads);
-    enum status status = check_supported(cuda, error);
-    if (status != STATUS_OK) return status;
     enum kv_dtype dtype = cuda->pool.dtype;
     device->dims = p->head_dim <= 64 ? 64 : 128;
     device->decode = attention_decode_kernel(dtype, device->dims);
@@ -219,7 +203,7 @@ enum status attention_open(struct cuda *cuda, struct error *error) {
     device->prefill_shared = attention_prefill_shared(dtype, device->dims);
     device->accumulate_shared = attention_accumulate_shared(dtype, device->dims);
     device->accumulate_ctas = div_up((uint32_t)cuda->properties.multiProcessorCount * 4, p->n_kv_heads);
-    status = choose_stages(cuda, error);
+    enum status status = choose_stages(cuda, error);
     if (status == STATUS_OK) status = allow_shared(device->prefill, device->prefill_shared, error);
     if (status == STATUS_OK) status = allow_shared(device->accumulate, device->accumulate_shared, error);
     if (status != STATUS_OK) return status;

@@ -1,59 +1,24 @@
-/* The CUDA backend's life and its step. One stream carries everything; submit fills pinned memory and launches, sync waits. Nothing is allocated after prepare but captured graphs.
- *
- * A step's small arrays travel in one copy. Block tables stay on the device from step to step: only ids that are new are sent, and a lane's length is the length when its table was last
- * sent whole plus the rows since, the same for all lanes of a sequence. Steps of decode rows alone are captured into a graph for their bucket of rows and replayed: every size that
- * differs between two steps of a bucket is read from the header in device memory. Thread: the engine's. */
+/* The CUDA backend's life: sizes, the memory plan, what is opened and closed in which order. One stream carries everything. Owns the four pieces of device memory that the other files lay
+ * out; nothing is allocated after prepare but captured graphs. The engine's thread. Steps are step.cu's. */
 #include "kernels/cuda/cuda.h"
 
-#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 extern "C" {
-#include "base/clock.h"
 extern const struct backend_ops backend_cuda;
 }
 
 enum {
-    WRITES = 1 << 17,           /* table writes that wait in pinned memory */
-    HEAD_ROWS_MAX = 1024,       /* rows whose logits are in memory at once, at most */
-    LOGITS_BYTES = 512 << 20,   /* and what they may take, at most, if that is one row at least */
-    GRAPH_ROWS_MAX = 512,       /* larger steps do not wait for launches */
-    GRAPHS = 64,
-    SPREAD_THREADS = 256,
-    LANES_AHEAD = 16,
-};
-
-struct table_write {
-    uint32_t at, value; /* of `tables`, lengths behind the ids */
-};
-
-/* What the device already has of the tables. */
-struct tables_host {
-    uint32_t *changes;     /* [n_tables] batch_sequence.table_changes of what is there; 0: nothing */
-    uint32_t *first_slots; /* [n_tables] lane 0's length when lengths were sent */
-    uint32_t *room;        /* [n_tables] rows that every lane can take in the blocks sent, beyond the end of the last step */
-    uint32_t *end;         /* [n_tables] lane 0's length at the end of the last step */
-    uint32_t *blocks;      /* [n_tables][n_lanes] ids sent */
-    struct table_write *writes, *writes_device; /* [WRITES] */
-    uint32_t n_writes;
-    cudaEvent_t writes_read; /* the pinned writes may be filled again */
-};
-
-/* Graphs of decode steps, by bucket. */
-struct step_graph {
-    uint32_t rows;
-    cudaGraphExec_t exec;
+    HEAD_ROWS_MAX = 1024,     /* rows whose logits are in memory at once, at most */
+    LOGITS_BYTES = 512 << 20, /* and what they may take, at most, if that is one row at least */
 };
 
 struct cuda_private {
     struct cuda cuda; /* first: the backend's address */
-    struct tables_host tables_host;
     struct device_arena weights, pool, rings, scratch;
-    struct step_graph graphs[GRAPHS];
-    uint32_t n_graphs;
-    cudaEvent_t *phase_events; /* [n_phases + 1] where phase_ns is asked for */
 };
 
 static struct cuda_private *private_of(struct cuda *cuda) { return (struct cuda_private *)(void *)cuda; }
@@ -67,8 +32,8 @@ enum status cuda_status(struct error *error, cudaError_t result, const char *wha
 
 void cuda_check(cudaError_t result, const char *what, const char *file, int line) {
     if (result == cudaSuccess) return;
-    (void)fprintf(stderr, "CUDA: %s: %s\n", what, cudaGetErrorString(result));
-    check_failed(file, line, "the device works");
+    (void)fprintf(stderr, "kvasir: CUDA: %s: %s; what the device holds is lost, the process ends (%s:%d)\n", what, cudaGetErrorString(result), file, line);
+    _exit(EXIT_FAILURE); /* not exit(): the driver's own handlers may wait for the device */
 }
 
 /* ---- sizes ---- */
@@ -111,8 +76,6 @@ static void begin(struct cuda *cuda, const struct program *program, const struct
     cuda->layers = (struct device_layer *)check_calloc(program->n_layers, sizeof *cuda->layers);
 }
 
-static size_t ids_of_tables(const struct cuda *cuda) { return (size_t)cuda->n_tables * cuda->n_lanes * cuda->lane_blocks; }
-
 /* Both sides of a step's arrays; `base` NULL: count. Returns bytes. The tiles come last, so that a step without them copies less. */
 static size_t lay_out_view(const struct cuda *cuda, struct step_view *view, uint8_t *base) {
     const struct backend_limits *limits = &cuda->limits;
@@ -147,10 +110,8 @@ static void lay_out_rings(struct cuda *cuda, struct device_arena *arena) {
 static void lay_out_scratch(struct cuda *cuda, struct device_arena *arena) {
     const struct program *p = cuda->program;
     const size_t rows = cuda->rows_padded, head_rows = div_up(cuda->max_head_rows, 64) * 64;
-    struct tables_host *tables = cuda->tables_host;
     struct step_view counted;
-    cuda->tables = (uint32_t *)device_take(arena, ids_of_tables(cuda) + (size_t)cuda->n_tables * cuda->n_lanes, sizeof(uint32_t));
-    tables->writes_device = (struct table_write *)device_take(arena, WRITES, sizeof(struct table_write));
+    tables_lay_out(cuda, arena);
     cuda->staging_bytes = lay_out_view(cuda, &counted, NULL);
     cuda->staging_device = device_take(arena, cuda->staging_bytes, 1);
     cuda->dev.lane_tokens = (uint32_t *)device_take(arena, (size_t)cuda->limits.max_sequences * cuda->n_lanes, sizeof(uint32_t));
@@ -173,15 +134,22 @@ static void lay_out_scratch(struct cuda *cuda, struct device_arena *arena) {
     sampling_lay_out(cuda, arena);
 }
 
+/* What WEIGHTS_AUTO stands for depends on the device's memory. Without one it is f16. */
+static void begin_count(struct cuda *cuda, const struct program *program, const struct backend_limits *limits) {
+    cudaDeviceProp properties;
+    begin(cuda, program, limits);
+    if (limits->weights == WEIGHTS_AUTO && cuda_find_device(limits->device, &properties, NULL) == STATUS_OK) cuda->properties.totalGlobalMem = properties.totalGlobalMem;
+}
+
 static uint32_t cuda_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
     struct cuda_private *counted = (struct cuda_private *)check_calloc(1, sizeof *counted);
     struct device_arena weights = {}, rings = {}, scratch = {};
-    begin(&counted->cuda, program, limits);
-    counted->cuda.tables_host = &counted->tables_host;
+    begin_count(&counted->cuda, program, limits);
     weights_lay_out(&counted->cuda, &weights);
     lay_out_rings(&counted->cuda, &rings);
     lay_out_scratch(&counted->cuda, &scratch);
-    const struct memory_line all[] = {{"weights", 1, weights.used}, {"scratch", 1, scratch.used}, {"query rings", 1, rings.used}};
+    const size_t pinned = counted->cuda.staging_bytes + tables_pinned_bytes() + services_pinned_bytes(&counted->cuda) + sampling_pinned_bytes(&counted->cuda);
+    const struct memory_line all[] = {{"weights", 1, weights.used}, {"scratch", 1, scratch.used}, {"query rings", 1, rings.used}, {"pinned", 1, pinned, true}};
     free(counted->cuda.layers);
     free(counted);
     uint32_t n = 0;
@@ -192,8 +160,7 @@ static uint32_t cuda_memory_plan(const struct program *program, const struct bac
 static uint64_t cuda_weight_bytes(const struct program *program, const struct backend_limits *limits) {
     struct cuda_private *counted = (struct cuda_private *)check_calloc(1, sizeof *counted);
     struct device_arena weights = {};
-    begin(&counted->cuda, program, limits);
-    counted->cuda.tables_host = &counted->tables_host;
+    begin_count(&counted->cuda, program, limits);
     weights_lay_out(&counted->cuda, &weights);
     const uint64_t bytes = cuda_laid_out_weight_bytes(&counted->cuda);
     free(counted->cuda.layers);
@@ -208,9 +175,7 @@ static void cuda_close(struct backend *backend) {
     struct cuda *cuda = cuda_of(backend);
     struct cuda_private *own = private_of(cuda);
     if (cuda->stream) (void)cudaStreamSynchronize(cuda->stream);
-    for (uint32_t i = 0; i < own->n_graphs; i++) (void)cudaGraphExecDestroy(own->graphs[i].exec);
-    for (uint32_t i = 0; own->phase_events && i <= cuda->program->n_phases; i++) (void)cudaEventDestroy(own->phase_events[i]);
-    free(own->phase_events);
+    step_close(cuda);
     sampling_close(cuda);
     services_close(cuda);
     attention_close(cuda);
@@ -218,27 +183,10 @@ static void cuda_close(struct backend *backend) {
     struct device_arena *arenas[] = {&own->weights, &own->pool, &own->rings, &own->scratch};
     for (size_t i = 0; i < sizeof arenas / sizeof *arenas; i++) (void)cudaFree(arenas[i]->base);
     (void)cudaFreeHost(cuda->staging_host);
-    struct tables_host *tables = &own->tables_host;
-    (void)cudaFreeHost(tables->writes);
-    if (tables->writes_read) (void)cudaEventDestroy(tables->writes_read);
-    free(tables->changes);
-    free(tables->first_slots);
-    free(tables->room);
-    free(tables->end);
-    free(tables->blocks);
+    tables_close(cuda);
     if (cuda->stream) (void)cudaStreamDestroy(cuda->stream);
     free(cuda->layers);
     free(own);
-}
-
-/* What this backend cannot do is said before anything is taken. */
-static enum status check_program(const struct cuda *cuda, struct error *error) {
-    const struct program *p = cuda->program;
-    if (cuda->limits.kv_dtype == KV_F32) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype f32; f16, bf16 and q8 are supported");
-    if (p->n_ff % 2 != 0) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: n_ff %u; even numbers are supported", p->n_ff);
-    if (ids_of_tables(cuda) + (size_t)cuda->n_tables * cuda->n_lanes > UINT32_MAX)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: block tables of %u sequences, %u lanes, %u blocks exceed 2^32 entries", cuda->n_tables, cuda->n_lanes, cuda->lane_blocks);
-    return STATUS_OK;
 }
 
 static enum status open_device(struct cuda *cuda, struct error *error) {
@@ -284,35 +232,20 @@ static enum status open_memory(struct cuda *cuda, struct error *error) {
     (void)lay_out_view(cuda, &cuda->host, (uint8_t *)cuda->staging_host);
     (void)lay_out_view(cuda, &cuda->dev, (uint8_t *)cuda->staging_device);
     cuda->dev.lane_tokens = lane_tokens;
-    struct tables_host *tables = &own->tables_host;
-    CUDA_TRY(error, cudaMallocHost(&tables->writes, WRITES * sizeof(struct table_write)));
-    CUDA_TRY(error, cudaEventCreateWithFlags(&tables->writes_read, cudaEventDisableTiming));
-    tables->changes = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
-    tables->first_slots = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
-    tables->room = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
-    tables->end = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
-    tables->blocks = (uint32_t *)check_calloc((size_t)cuda->n_tables * cuda->n_lanes, sizeof(uint32_t));
     CUDA_TRY(error, cudaMemcpyAsync(cuda->rope_frequency, cuda->program->rope_frequency, cuda->program->rope_dims / 2 * sizeof(double), cudaMemcpyHostToDevice, cuda->stream));
     return STATUS_OK;
 }
 
-static enum status open_phase_events(struct cuda *cuda, struct error *error) {
-    if (!cuda->limits.phase_ns) return STATUS_OK;
-    struct cuda_private *own = private_of(cuda);
-    own->phase_events = (cudaEvent_t *)check_calloc(cuda->program->n_phases + 1, sizeof(cudaEvent_t));
-    for (uint32_t i = 0; i <= cuda->program->n_phases; i++) CUDA_TRY(error, cudaEventCreate(&own->phase_events[i]));
-    return STATUS_OK;
-}
-
 static enum status open_all(struct cuda *cuda, struct error *error) {
-    enum status status = check_program(cuda, error);
+    enum status status = cuda_supported(cuda, error);
     if (status == STATUS_OK) status = open_device(cuda, error);
     if (status == STATUS_OK) status = open_memory(cuda, error);
+    if (status == STATUS_OK) status = tables_open(cuda, error);
     if (status == STATUS_OK) status = products_open(cuda, error);
     if (status == STATUS_OK) status = attention_open(cuda, error);
     if (status == STATUS_OK) status = services_open(cuda, error);
     if (status == STATUS_OK) status = sampling_open(cuda, error);
-    if (status == STATUS_OK) status = open_phase_events(cuda, error);
+    if (status == STATUS_OK) status = step_open(cuda, error);
     if (status == STATUS_OK) status = weights_load(cuda, error);
     if (status != STATUS_OK) return status;
     CUDA_TRY(error, cudaStreamSynchronize(cuda->stream));
@@ -323,7 +256,6 @@ static enum status cuda_prepare(const struct program *program, const struct back
     struct cuda_private *own = (struct cuda_private *)check_calloc(1, sizeof *own);
     struct cuda *cuda = &own->cuda;
     begin(cuda, program, limits);
-    cuda->tables_host = &own->tables_host;
     cuda->backend.ops = &backend_cuda;
     const enum status status = open_all(cuda, error);
     if (status != STATUS_OK) {
@@ -337,312 +269,6 @@ static enum status cuda_prepare(const struct program *program, const struct back
 }
 
 static const char *cuda_describe(const struct backend *backend) { return ((const struct cuda *)(const void *)backend)->description; }
-
-/* ---- tables ---- */
-
-static __global__ void write_tables(const struct table_write *writes, uint32_t n, uint32_t *tables) {
-    const uint32_t i = blockIdx.x * SPREAD_THREADS + threadIdx.x;
-    if (i < n) tables[writes[i].at] = writes[i].value;
-}
-
-static enum status send_writes(struct cuda *cuda, struct error *error) {
-    struct tables_host *tables = cuda->tables_host;
-    const uint32_t n = tables->n_writes;
-    if (n == 0) return STATUS_OK;
-    CUDA_TRY(error, cudaMemcpyAsync(tables->writes_device, tables->writes, n * sizeof(struct table_write), cudaMemcpyHostToDevice, cuda->stream));
-    write_tables<<<div_up(n, SPREAD_THREADS), SPREAD_THREADS, 0, cuda->stream>>>(tables->writes_device, n, cuda->tables);
-    CUDA_TRY(error, cudaEventRecord(tables->writes_read, cuda->stream));
-    tables->n_writes = 0;
-    return STATUS_OK;
-}
-
-/* The pinned writes of the step before were read before its results came, so waiting is needed only within one step that fills them more than once. */
-static enum status add_write(struct cuda *cuda, uint32_t at, uint32_t value, struct error *error) {
-    struct tables_host *tables = cuda->tables_host;
-    if (tables->n_writes == WRITES) {
-        const enum status status = send_writes(cuda, error);
-        if (status != STATUS_OK) return status;
-        CUDA_TRY(error, cudaEventSynchronize(tables->writes_read));
-    }
-    tables->writes[tables->n_writes++] = (struct table_write){at, value};
-    return STATUS_OK;
-}
-
-/* Ids that the device lacks of one sequence, and lengths if it is new there. */
-static enum status send_table(struct cuda *cuda, const struct batch *batch, const struct batch_sequence *sequence, uint32_t table, uint32_t changes, uint32_t *advance, struct error *error) {
-    struct tables_host *tables = cuda->tables_host;
-    const uint32_t first = sequence->lane_tokens[0];
-    const bool known = changes != 0 && tables->changes[table] == changes && first >= tables->first_slots[table];
-    const uint32_t lengths = (uint32_t)ids_of_tables(cuda) + table * cuda->n_lanes;
-    uint32_t *blocks = tables->blocks + (size_t)table * cuda->n_lanes;
-    if (known && first >= tables->end[table] && first - tables->end[table] + sequence->n_rows <= tables->room[table]) {
-        tables->room[table] -= first - tables->end[table] + sequence->n_rows;
-        tables->end[table] = first + sequence->n_rows;
-        *advance = first - tables->first_slots[table];
-        return STATUS_OK;
-    }
-    uint32_t room = UINT32_MAX;
-    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
-        /* Lanes' lists lie far apart: without this, a cache miss a lane. */
-        if (lane + LANES_AHEAD < cuda->n_lanes) __builtin_prefetch(batch->block_ids + sequence->lane_first[lane + LANES_AHEAD] + (known ? blocks[lane + LANES_AHEAD] : 0));
-        const uint32_t end = sequence->lane_tokens[lane] + sequence->n_rows, needed = div_up(end, BLOCK_TOKENS);
-        const uint32_t at = (table * cuda->n_lanes + lane) * cuda->lane_blocks, *ids = batch->block_ids + sequence->lane_first[lane];
-        CHECK(needed <= cuda->lane_blocks);
-        enum status status = known ? STATUS_OK : add_write(cuda, lengths + lane, sequence->lane_tokens[lane], error);
-        for (uint32_t i = known ? blocks[lane] : 0; i < needed && status == STATUS_OK; i++) {
-            CHECK(ids[i] < cuda->limits.n_blocks);
-            status = add_write(cuda, at + i, ids[i], error);
-        }
-        if (status != STATUS_OK) return status;
-        if (!known || blocks[lane] < needed) blocks[lane] = needed;
-        const uint32_t left = blocks[lane] * BLOCK_TOKENS - end;
-        if (left < room) room = left;
-    }
-    if (!known) tables->first_slots[table] = first;
-    tables->changes[table] = changes;
-    tables->room[table] = room;
-    tables->end[table] = first + sequence->n_rows;
-    *advance = first - tables->first_slots[table];
-    return STATUS_OK;
-}
-
-/* ---- the step ---- */
-
-/* lane_tokens of the step's sequences, from the lengths that are on the device. */
-static __global__ void spread_lengths(const struct step_header *header, const struct step_sequence *sequences, const uint32_t *lengths, uint32_t n_lanes, uint32_t *lane_tokens) {
-    const uint32_t lane = blockIdx.x * SPREAD_THREADS + threadIdx.x, s = blockIdx.y;
-    if (s >= header->n_sequences || lane >= n_lanes) return;
-    lane_tokens[(size_t)s * n_lanes + lane] = lengths[(size_t)sequences[s].table * n_lanes + lane] + sequences[s].advance;
-}
-
-static void stage_rows(struct cuda *cuda, const struct batch *batch) {
-    const struct backend_limits *limits = &cuda->limits;
-    struct step_view *view = &cuda->host;
-    CHECK(batch->n_rows >= 1 && batch->n_rows <= limits->max_rows && batch->n_sequences <= limits->max_sequences && batch->n_samples <= limits->max_samples);
-    memcpy(view->tokens, batch->tokens, batch->n_rows * sizeof *view->tokens);
-    memcpy(view->positions, batch->positions, batch->n_rows * sizeof *view->positions);
-    struct step_header header = {};
-    header.n_rows = batch->n_rows;
-    header.n_sequences = batch->n_sequences;
-    header.n_samples = batch->n_samples;
-    uint32_t row = 0;
-    for (uint32_t s = 0; s < batch->n_sequences; s++) {
-        const struct batch_sequence *sequence = &batch->sequences[s];
-        CHECK(sequence->first_row == row && sequence->n_rows >= 1 && sequence->n_rows <= batch->n_rows - row && sequence->ring <= limits->n_rings);
-        for (uint32_t i = 0; i < sequence->n_rows; i++) view->row_sequence[row++] = s;
-        const uint32_t queries = sequence->n_rows * cuda->group;
-        header.any_accumulates |= sequence->accumulate;
-        if (queries <= TILE_QUERIES) {
-            view->decode[header.n_decode++] = s;
-            continue;
-        }
-        for (uint32_t first = (queries - 1) / PREFILL_QUERIES * PREFILL_QUERIES;; first -= PREFILL_QUERIES) { /* those that see most first */
-            view->tiles[header.n_tiles++] = (struct prefill_tile){s, first};
-            if (first == 0) break;
-        }
-    }
-    CHECK(row == batch->n_rows);
-    for (uint32_t i = 0; i < batch->n_samples; i++) {
-        const uint32_t sampled = batch->samples[i].row;
-        CHECK(sampled < batch->n_rows && (i == 0 || sampled >= batch->samples[i - 1].row));
-        if (i == 0 || sampled != batch->samples[i - 1].row) view->head_rows[header.n_head_rows++] = sampled;
-        view->sample_head_row[i] = header.n_head_rows - 1;
-    }
-    *view->header = header;
-}
-
-static enum status stage_tables(struct cuda *cuda, const struct batch *batch, struct error *error) {
-    bool versions = true;
-    for (uint32_t s = 0; s < batch->n_sequences; s++) versions = versions && batch->sequences[s].table_changes != 0;
-    for (uint32_t s = 0; s < batch->n_sequences; s++) {
-        const struct batch_sequence *sequence = &batch->sequences[s];
-        const uint32_t table = versions ? sequence->table : s;
-        CHECK(table < cuda->n_tables);
-        struct step_sequence staged = {};
-        staged.first_row = sequence->first_row;
-        staged.n_rows = sequence->n_rows;
-        staged.table = table;
-        staged.ring = sequence->ring;
-        staged.accumulate = sequence->accumulate;
-        const enum status status = send_table(cuda, batch, sequence, table, versions ? sequence->table_changes : 0, &staged.advance, error);
-        if (status != STATUS_OK) return status;
-        cuda->host.sequences[s] = staged;
-    }
-    return send_writes(cuda, error);
-}
-
-static enum status send_staging(struct cuda *cuda, struct error *error) {
-    const uint8_t *base = (const uint8_t *)cuda->staging_host;
-    const uint8_t *end = cuda->host.header->n_tiles ? (const uint8_t *)(cuda->host.tiles + cuda->host.header->n_tiles) : (const uint8_t *)(cuda->host.row_sequence + cuda->host.header->n_rows);
-    CUDA_TRY(error, cudaMemcpyAsync(cuda->staging_device, base, (size_t)(end - base), cudaMemcpyHostToDevice, cuda->stream));
-    return STATUS_OK;
-}
-
-static void mark(struct cuda *cuda, uint32_t phase) {
-    struct cuda_private *own = private_of(cuda);
-    if (own->phase_events) CUDA_CHECK(cudaEventRecord(own->phase_events[phase], cuda->stream));
-}
-
-/* The part of the step's samples whose head rows are in it. */
-static void cut_part(const struct cuda *cuda, uint32_t first, struct step_shape *part) {
-    const uint32_t *map = cuda->host.sample_head_row, n = cuda->host.header->n_samples, end = first + part->head_rows;
-    part->first_head_row = first;
-    part->first_sample = 0;
-    while (part->first_sample < n && map[part->first_sample] < first) part->first_sample++;
-    part->samples = 0;
-    while (part->first_sample + part->samples < n && map[part->first_sample + part->samples] < end) part->samples++;
-}
-
-static void tap(struct cuda *cuda, const struct step_shape *part) {
-    const size_t n_vocab = cuda->program->n_vocab;
-    for (uint32_t i = part->first_sample; cuda->tap && i < part->first_sample + part->samples; i++) {
-        const float *row = cuda->logits + (cuda->host.sample_head_row[i] - part->first_head_row) * n_vocab;
-        CUDA_CHECK(cudaMemcpyAsync(cuda->tap + i * n_vocab, row, n_vocab * sizeof(float), cudaMemcpyDeviceToHost, cuda->stream));
-    }
-}
-
-/* As many head rows at a time as `logits` holds; a captured step has one part, whose sizes are the bucket's. */
-static void run_head(struct cuda *cuda, const struct step_shape *shape) {
-    for (uint32_t first = 0; first < shape->head_rows; first += cuda->max_head_rows) {
-        struct step_shape part = *shape;
-        if (shape->head_rows > cuda->max_head_rows) {
-            part.head_rows = shape->head_rows - first < cuda->max_head_rows ? shape->head_rows - first : cuda->max_head_rows;
-            cut_part(cuda, first, &part);
-        }
-        rows_norm_head(cuda, &part);
-        product(cuda, &cuda->head, cuda->head_h, part.head_rows, cuda->logits, PRODUCT_F32);
-        tap(cuda, &part);
-        sampling_run(cuda, &part);
-    }
-}
-
-static void run_phase(struct cuda *cuda, const struct phase *phase, const struct step_shape *shape) {
-    struct device_layer *layer = phase->layer < cuda->program->n_layers ? &cuda->layers[phase->layer] : NULL;
-    switch (phase->kind) {
-    case PHASE_EMBED: weights_embed(cuda, shape); break;
-    case PHASE_ATTN_IN:
-        rows_norm(cuda, shape, layer->attention_norm, cuda->h);
-        product(cuda, &layer->qkv, cuda->h, shape->rows, cuda->qkv, PRODUCT_F32);
-        break;
-    case PHASE_ATTN:
-        rows_append(cuda, phase->layer, shape);
-        attention_run(cuda, phase->layer, shape);
-        break;
-    case PHASE_ATTN_OUT: product(cuda, &layer->o, cuda->a, shape->rows, cuda->x, PRODUCT_ADD_F32); break;
-    case PHASE_MLP_IN:
-        rows_norm(cuda, shape, layer->mlp_norm, cuda->h);
-        product(cuda, &layer->gate_up, cuda->h, shape->rows, cuda->gate_up, PRODUCT_F16);
-        rows_activate(cuda, shape);
-        break;
-    case PHASE_MLP_OUT: product(cuda, &layer->down, cuda->g, shape->rows, cuda->x, PRODUCT_ADD_F32); break;
-    case PHASE_HEAD: run_head(cuda, shape); break;
-    default: CHECK(!"a phase");
-    }
-}
-
-static void run_step(struct cuda *cuda, const struct step_shape *shape) {
-    const dim3 grid(div_up(cuda->n_lanes, SPREAD_THREADS), shape->sequences);
-    mark(cuda, 0);
-    spread_lengths<<<grid, SPREAD_THREADS, 0, cuda->stream>>>(cuda->dev.header, cuda->dev.sequences, cuda->tables + ids_of_tables(cuda), cuda->n_lanes, cuda->dev.lane_tokens);
-    rows_rope(cuda, shape);
-    attention_plan(cuda, shape);
-    for (uint32_t i = 0; i < cuda->program->n_phases; i++) {
-        run_phase(cuda, &cuda->program->phases[i], shape);
-        mark(cuda, i + 1);
-    }
-}
-
-/* Few enough different sizes that graphs are used again, close enough that little is computed for nothing. */
-static uint32_t bucket(uint32_t rows) {
-    uint32_t step = rows <= 8 ? 1 : rows <= 16 ? 4 : rows <= 64 ? 8 : rows <= 256 ? 32 : 64;
-    return div_up(rows, step) * step;
-}
-
-static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, cudaGraphExec_t *exec, struct error *error) {
-    struct cuda_private *own = private_of(cuda);
-    for (uint32_t i = 0; i < own->n_graphs; i++)
-        if (own->graphs[i].rows == shape->rows) {
-            *exec = own->graphs[i].exec;
-            return STATUS_OK;
-        }
-    CHECK(own->n_graphs < GRAPHS);
-    products_warm(cuda, shape->rows); /* looks algorithms up; cannot be captured */
-    cudaGraph_t graph;
-    CUDA_TRY(error, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal));
-    run_step(cuda, shape);
-    CUDA_TRY(error, cudaStreamEndCapture(cuda->stream, &graph));
-    const cudaError_t made = cudaGraphInstantiate(exec, graph, 0);
-    (void)cudaGraphDestroy(graph);
-    CUDA_TRY(error, made);
-    own->graphs[own->n_graphs++] = (struct step_graph){shape->rows, *exec};
-    return STATUS_OK;
-}
-
-static enum status launch(struct cuda *cuda, const struct batch *batch, struct error *error) {
-    const struct step_header *header = cuda->host.header;
-    struct step_shape shape = {};
-    shape.rows = header->n_rows;
-    shape.sequences = header->n_sequences;
-    shape.decode = header->n_decode;
-    shape.tiles = header->n_tiles;
-    shape.head_rows = header->n_head_rows;
-    shape.samples = header->n_samples;
-    shape.accumulates = header->any_accumulates;
-    (void)batch;
-    const uint32_t rows = bucket(header->n_rows);
-    const bool plain = header->n_tiles == 0 && !header->any_accumulates && header->n_head_rows == header->n_rows && header->n_samples == header->n_rows && header->n_sequences == header->n_rows;
-    if (!plain || cuda->tap || private_of(cuda)->phase_events || rows > GRAPH_ROWS_MAX || rows > cuda->max_head_rows || rows > cuda->limits.max_sequences || rows > cuda->limits.max_samples ||
-        rows > cuda->limits.max_rows) {
-        run_step(cuda, &shape);
-        CUDA_TRY(error, cudaGetLastError());
-        return STATUS_OK;
-    }
-    cudaGraphExec_t exec;
-    shape.rows = shape.sequences = shape.decode = shape.head_rows = shape.samples = rows;
-    const enum status status = graph_of(cuda, &shape, &exec, error);
-    if (status != STATUS_OK) return status;
-    CUDA_TRY(error, cudaGraphLaunch(exec, cuda->stream));
-    return STATUS_OK;
-}
-
-static enum status cuda_submit(struct backend *backend, const struct batch *batch, struct error *error) {
-    struct cuda *cuda = cuda_of(backend);
-    CHECK(!cuda->batch);
-    services_pool_changes(cuda);
-    stage_rows(cuda, batch);
-    enum status status = stage_tables(cuda, batch, error);
-    if (status == STATUS_OK) status = send_staging(cuda, error);
-    if (status != STATUS_OK) return status;
-    sampling_stage(cuda, batch);
-    status = launch(cuda, batch, error);
-    if (status == STATUS_OK) cuda->batch = batch;
-    return status;
-}
-
-static void add_phase_times(struct cuda *cuda) {
-    struct cuda_private *own = private_of(cuda);
-    for (uint32_t i = 0; own->phase_events && i < cuda->program->n_phases; i++) {
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, own->phase_events[i], own->phase_events[i + 1]));
-        cuda->limits.phase_ns[cuda->program->phases[i].kind] += (uint64_t)((double)ms * 1e6);
-    }
-}
-
-static enum status cuda_sync(struct backend *backend, struct sample_result *results, struct error *error) {
-    struct cuda *cuda = cuda_of(backend);
-    const struct batch *batch = cuda->batch;
-    CHECK(batch);
-    cuda->batch = NULL;
-    cuda->tap = NULL;
-    const uint64_t begun = cuda->limits.wait_ns ? clock_now_ns() : 0;
-    CUDA_TRY(error, cudaStreamSynchronize(cuda->stream));
-    if (cuda->limits.wait_ns) *cuda->limits.wait_ns += clock_now_ns() - begun;
-    add_phase_times(cuda);
-    sampling_collect(cuda, batch, results);
-    return STATUS_OK;
-}
-
-static void cuda_tap_logits(struct backend *backend, float *destination) { cuda_of(backend)->tap = destination; }
 
 extern "C" const struct backend_ops backend_cuda = {
     .name = "cuda",

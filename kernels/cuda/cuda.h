@@ -1,7 +1,9 @@
 /* What the files of the CUDA backend share. One stream, one device, the engine's thread; kernels find every size that changes from step to step in device memory, so that a captured
  * graph of a step stays right.
  *
- *   backend.cu    life, memory plan, the step: staging, tables, launches, graphs;  device.cu  which devices there are
+ *   backend.cu    life, memory plan;  device.cu  which devices there are;  cublas.cu  cuBLASLt, loaded
+ *   step.cu       the step: staging, launches, graphs;  tables.cu  block tables on the device
+ *   supported.cu  what is refused
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
  *   attention.cu  attention over per-lane tables, accumulated attention
@@ -18,7 +20,6 @@ extern "C" {
 #include "kernels/backend.h"
 }
 
-#include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -107,6 +108,8 @@ struct step_shape {
     bool accumulates;
 };
 
+struct tables_host;     /* tables.cu */
+struct step_device;     /* step.cu */
 struct sampling_device; /* sample.cu */
 struct score_device;    /* services.h */
 struct product_device;  /* products.cu */
@@ -138,7 +141,7 @@ struct cuda {
 
     struct device_pool pool;
     uint32_t *tables; /* block ids on the device */
-    struct tables_host *tables_host; /* backend.cu: what of them is already there */
+    struct tables_host *tables_host; /* what of them is already there */
 
     /* rings; queries in the 16-bit type that attention computes with: bf16 for KV_BF16, else f16 */
     uint16_t *ring_queries; /* [n_rings][n_layers][ring_rows][n_q], position p at p % ring_rows */
@@ -162,6 +165,7 @@ struct cuda {
     void *staging_host, *staging_device;
     size_t staging_bytes;
 
+    struct step_device *step;
     struct sampling_device *sampling;
     struct score_device *score;
     struct product_device *products;
@@ -180,7 +184,7 @@ enum status cuda_status(struct error *error, cudaError_t result, const char *wha
         enum status status_ = cuda_status((error), (call), #call);       \
         if (status_ != STATUS_OK) return status_;                        \
     } while (0)
-/* In services, which cannot fail: a device that stopped working ends the process with a message. */
+/* In services, which cannot fail, and where a device has stopped working: ends the process with a message and exit status 1. */
 void cuda_check(cudaError_t result, const char *what, const char *file, int line);
 #define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
 
@@ -200,9 +204,31 @@ static inline bool kv_computes_bf16(enum kv_dtype dtype) { return dtype == KV_BF
 static inline uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 /* ---- device.cu ---- */
-/* STATUS_UNSUPPORTED: there is none with this number, or it cannot do what is needed. */
+/* STATUS_UNSUPPORTED: there is none with this number, it cannot do what is needed, or cuBLASLt is not there. */
 enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error);
 enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error); /* backend_ops.memory */
+
+/* ---- tables.cu ---- */
+static inline size_t ids_of_tables(const struct cuda *cuda) { return (size_t)cuda->n_tables * cuda->n_lanes * cuda->lane_blocks; } /* lengths lie behind them */
+void tables_lay_out(struct cuda *cuda, struct device_arena *arena);
+size_t tables_pinned_bytes(void); /* of the host's memory, that tables_open will take */
+enum status tables_open(struct cuda *cuda, struct error *error);
+void tables_close(struct cuda *cuda);
+/* The step's sequences to host.sequences; what the device lacks of their tables is on its way. */
+enum status tables_stage(struct cuda *cuda, const struct batch *batch, struct error *error);
+/* Nothing is known to be on the device. After the stream has been waited for. */
+void tables_forget(struct cuda *cuda);
+
+/* ---- step.cu: struct backend_ops entries ---- */
+enum status step_open(struct cuda *cuda, struct error *error);
+void step_close(struct cuda *cuda);
+enum status cuda_submit(struct backend *backend, const struct batch *batch, struct error *error);
+enum status cuda_sync(struct backend *backend, struct sample_result *results, struct error *error);
+void cuda_tap_logits(struct backend *backend, float *destination);
+
+/* ---- supported.cu ---- */
+/* STATUS_UNSUPPORTED: the program's shape, or limits that are too large. After `cuda` has its sizes. */
+enum status cuda_supported(const struct cuda *cuda, struct error *error);
 
 /* ---- weights.cu ---- */
 /* Bytes on the device of all weights, with 16-bit and with native types; which of both `auto` takes. */
@@ -253,6 +279,7 @@ void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *s
 
 /* ---- services.cu, score.cu, rank.cu: struct backend_ops entries ---- */
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
+size_t services_pinned_bytes(const struct cuda *cuda);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
 /* What was read of the pool is out of date. */
@@ -269,6 +296,7 @@ void cuda_shift_sinks(struct backend *backend, const struct shift_request *reque
 
 /* ---- sample.cu ---- */
 void sampling_lay_out(struct cuda *cuda, struct device_arena *arena);
+size_t sampling_pinned_bytes(const struct cuda *cuda);
 enum status sampling_open(struct cuda *cuda, struct error *error);
 void sampling_close(struct cuda *cuda);
 /* Host side of a step: parameters, biases, bans, histories into pinned memory. Before the launches. */

@@ -1,14 +1,25 @@
 /* Which devices there are, and what memory they have. Owns nothing; any thread, whose current device stays as it was. */
+#include "kernels/cuda/cublas.h"
 #include "kernels/cuda/cuda.h"
+
+/* Why there is none. The runtime says of a missing driver that it is too old. */
+static enum status no_device(cudaError_t found, struct error *error) {
+    int driver = 0, runtime = 0;
+    if (found == cudaSuccess) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: the driver lists none");
+    if (found != cudaErrorInsufficientDriver || cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess)
+        return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: %s", cudaGetErrorString(found));
+    if (driver == 0) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: no NVIDIA driver is installed");
+    return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: the driver is for CUDA %d.%d, this program needs %d.%d or newer", driver / 1000, driver % 1000 / 10, runtime / 1000,
+                     runtime % 1000 / 10);
+}
 
 enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error) {
     int count = 0;
     const cudaError_t found = cudaGetDeviceCount(&count);
-    if (found != cudaSuccess || count == 0)
-        return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: %s", found != cudaSuccess ? cudaGetErrorString(found) : "the driver lists none");
+    if (found != cudaSuccess || count == 0) return no_device(found, error);
     if (device >= (uint32_t)count) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device %u: there are %d, the first is 0", device, count);
     CUDA_TRY(error, cudaGetDeviceProperties(properties, (int)device));
-    if (properties->major >= 8) return STATUS_OK;
+    if (properties->major >= 8) return cublas_lt_open(error);
     return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; 8.0 is needed", device, properties->name, properties->major,
                      properties->minor);
 }

@@ -3,9 +3,11 @@
  *
  * Up to SKINNY_ROWS rows a product is skinny.cu's; more are cuBLASLt's, or broad.cu's when deterministic. Of native weights those two get some rows at a time, widened. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/cuda/cublas.h"
 #include "kernels/cuda/products.h"
 
 extern "C" {
@@ -45,7 +47,7 @@ struct product_device {
 static void check_lt(cublasStatus_t result, const char *what) {
     if (result == CUBLAS_STATUS_SUCCESS) return;
     char text[160];
-    (void)snprintf(text, sizeof text, "%s: %s", what, cublasLtGetStatusString(result));
+    (void)snprintf(text, sizeof text, "%s: %s", what, cublas_lt()->GetStatusString(result));
     cuda_check(cudaErrorUnknown, text, __FILE__, __LINE__);
 }
 
@@ -67,11 +69,11 @@ struct lt_problem {
 static void describe(struct lt_problem *problem, const struct lt_shape *shape, uint32_t rows) {
     const cublasOperation_t transposed = CUBLAS_OP_T;
     const cudaDataType_t out = shape->kind == PRODUCT_F16 ? CUDA_R_16F : CUDA_R_32F;
-    check_lt(cublasLtMatmulDescInit(&problem->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
-    check_lt(cublasLtMatmulDescSetAttribute(&problem->operation, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed), "transposing");
-    check_lt(cublasLtMatrixLayoutInit(&problem->w, CUDA_R_16F, shape->k, shape->n, shape->k), "layout of weights");
-    check_lt(cublasLtMatrixLayoutInit(&problem->in, CUDA_R_16F, shape->k, rows, shape->k), "layout of activations");
-    check_lt(cublasLtMatrixLayoutInit(&problem->out, out, shape->n, rows, shape->out_stride), "layout of results");
+    check_lt(cublas_lt()->MatmulDescInit_internal(&problem->operation, sizeof problem->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
+    check_lt(cublas_lt()->MatmulDescSetAttribute(&problem->operation, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed), "transposing");
+    check_lt(cublas_lt()->MatrixLayoutInit_internal(&problem->w, sizeof problem->w, CUDA_R_16F, shape->k, shape->n, shape->k), "layout of weights");
+    check_lt(cublas_lt()->MatrixLayoutInit_internal(&problem->in, sizeof problem->in, CUDA_R_16F, shape->k, rows, shape->k), "layout of activations");
+    check_lt(cublas_lt()->MatrixLayoutInit_internal(&problem->out, sizeof problem->out, out, shape->n, rows, shape->out_stride), "layout of results");
 }
 
 /* What cuBLASLt thinks best first; how many. */
@@ -84,11 +86,11 @@ static uint32_t candidates(const struct product_device *products, const struct l
     cublasLtMatmulHeuristicResult_t results[CANDIDATES];
     int returned = 0;
     describe(&problem, shape, shape->rows);
-    check_lt(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
-    check_lt(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most), "workspace");
-    check_lt(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &sums, sizeof sums), "sums");
-    for (int i = 0; i < 2; i++) check_lt(cublasLtMatmulPreferenceSetAttribute(&preference, aligned[i], &alignment, sizeof alignment), "alignment");
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(products->handle, &problem.operation, &problem.w, &problem.in, &problem.out, &problem.out,
+    check_lt(cublas_lt()->MatmulPreferenceInit_internal(&preference, sizeof preference), "cublasLtMatmulPreferenceInit");
+    check_lt(cublas_lt()->MatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most), "workspace");
+    check_lt(cublas_lt()->MatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &sums, sizeof sums), "sums");
+    for (int i = 0; i < 2; i++) check_lt(cublas_lt()->MatmulPreferenceSetAttribute(&preference, aligned[i], &alignment, sizeof alignment), "alignment");
+    cublasStatus_t status = cublas_lt()->MatmulAlgoGetHeuristic(products->handle, &problem.operation, &problem.w, &problem.in, &problem.out, &problem.out,
                                                            &preference, CANDIDATES, results, &returned);
     uint32_t count = 0;
     for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < returned; i++)
@@ -130,7 +132,7 @@ static bool lt_launch(struct cuda *cuda, const struct lt_shape *shape, const cub
     const float one = 1, beta = call->kind == PRODUCT_ADD_F32 ? 1 : 0;
     describe(&problem, shape, call->rows);
     cublasStatus_t result =
-        cublasLtMatmul(cuda->products->handle, &problem.operation, &one, call->w, &problem.w, call->in, &problem.in, &beta, call->out, &problem.out,
+        cublas_lt()->Matmul(cuda->products->handle, &problem.operation, &one, call->w, &problem.w, call->in, &problem.in, &beta, call->out, &problem.out,
                        call->out, &problem.out, algorithm, cuda->workspace, WORKSPACE_BYTES, cuda->stream);
     if (result == CUBLAS_STATUS_NOT_SUPPORTED || result == CUBLAS_STATUS_INVALID_VALUE) return false;
     check_lt(result, "cublasLtMatmul");
@@ -281,10 +283,10 @@ void products_lay_out(struct cuda *cuda, struct device_arena *arena) {
 
 enum status products_open(struct cuda *cuda, struct error *error) {
     cuda->products = (struct product_device *)check_calloc(1, sizeof *cuda->products);
-    cublasStatus_t result = cublasLtCreate(&cuda->products->handle);
+    cublasStatus_t result = cublas_lt()->Create(&cuda->products->handle);
     if (result != CUBLAS_STATUS_SUCCESS) {
         cuda->products->handle = NULL;
-        return error_set(error, STATUS_DEVICE, "cuBLASLt: %s", cublasLtGetStatusString(result));
+        return error_set(error, STATUS_DEVICE, "cuBLASLt: %s", cublas_lt()->GetStatusString(result));
     }
     CUDA_TRY(error, cudaEventCreate(&cuda->products->begin));
     CUDA_TRY(error, cudaEventCreate(&cuda->products->end));
@@ -294,7 +296,7 @@ enum status products_open(struct cuda *cuda, struct error *error) {
 
 void products_close(struct cuda *cuda) {
     if (!cuda->products) return;
-    if (cuda->products->handle) (void)cublasLtDestroy(cuda->products->handle);
+    if (cuda->products->handle) (void)cublas_lt()->Destroy(cuda->products->handle);
     if (cuda->products->begin) (void)cudaEventDestroy(cuda->products->begin);
     if (cuda->products->end) (void)cudaEventDestroy(cuda->products->end);
     free(cuda->products->skinny);

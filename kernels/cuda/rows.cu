@@ -190,7 +190,7 @@ void rows_append(struct cuda *cuda, uint32_t layer, const struct step_shape *sha
     append_kernel<<<grid, 32 * HEADS_A_BLOCK, 0, cuda->stream>>>(p);
 }
 
-/* Two values at a time; n_ff is even (weights_lay_out CHECKs that rows are whole vectors). */
+/* Two values at a time; n_ff is a multiple of 8 (supported.cu). */
 static __global__ void __launch_bounds__(ACTIVATE_THREADS) activate_kernel(const struct step_header *header, const __half2 *gate_up, uint32_t half_ff, __half2 *g) {
     const uint32_t row = blockIdx.y, i = blockIdx.x * ACTIVATE_THREADS + threadIdx.x;
     if (row >= header->n_rows || i >= half_ff) return;

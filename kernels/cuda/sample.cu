@@ -191,7 +191,7 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     uint32_t *stage = (uint32_t *)device_take(arena, stage_words(cuda), sizeof(uint32_t));
     float *scratch = copied ? NULL : (float *)device_take(arena, (size_t)scratch_teams_of(cuda) * cuda->program->n_vocab, sizeof(float));
     if (!arena->base) return;
-    CHECK(cuda->program->n_vocab > 0 && cuda->program->n_vocab < 1u << 23);
+    CHECK(cuda->program->n_vocab > 0);
     if (!cuda->sampling) cuda->sampling = (struct sampling_device *)check_calloc(1, sizeof *cuda->sampling);
     struct sampling_device *s = cuda->sampling;
     s->size = size_of(cuda->program->n_vocab, copied ? ranks : 1);
@@ -202,6 +202,12 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     s->list_words = list_words_of(cuda);
     s->stage_device = stage;
     s->scratch = scratch;
+}
+
+static size_t tops_bytes(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * SAMPLE_TOP_MAX * sizeof(struct sample_place); }
+
+size_t sampling_pinned_bytes(const struct cuda *cuda) {
+    return stage_words(cuda) * sizeof(uint32_t) + cuda->limits.max_samples * sizeof(struct sample_answer) + tops_bytes(cuda);
 }
 
 static void configure(const struct cuda *cuda, const struct team_size *size, uint32_t teams, cudaLaunchConfig_t *config,
@@ -251,7 +257,7 @@ enum status sampling_open(struct cuda *cuda, struct error *error) {
     const size_t words = stage_words(cuda);
     CUDA_TRY(error, cudaHostAlloc((void **)&s->stage, words * sizeof(uint32_t), cudaHostAllocDefault));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->answers, s->max_samples * sizeof *s->answers, cudaHostAllocMapped));
-    CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, (size_t)s->max_samples * SAMPLE_TOP_MAX * sizeof *s->tops, cudaHostAllocMapped));
+    CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, tops_bytes(cuda), cudaHostAllocMapped));
     return fit_clusters(cuda, error);
 }
 

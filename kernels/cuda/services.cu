@@ -7,7 +7,6 @@
 #include "kernels/cuda/services.h"
 
 enum {
-    DIM_UNIT = 8,      /* dims of a head are a multiple of it: rows of a block are whole units of 8 or 16 bytes, which a thread moves at a time */
     SLICE_UNITS = 8,   /* of a row, to one block of threads */
     THREAD_PIECES = 4, /* in flight a thread */
     STAGE_BYTES = 4 << 20,
@@ -24,9 +23,8 @@ static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 /* Sizes alone. Whole layers fit at least: some scores are averaged over them. */
 static void measure(const struct cuda *cuda, struct score_device *score) {
     const size_t blocks = cuda->lane_blocks ? cuda->lane_blocks : 1, heads = cuda->program->n_kv_heads, layers = cuda->program->n_layers;
-    CHECK(blocks < UINT32_MAX / 2 / BLOCK_TOKENS);
     *score = (struct score_device){};
-    score->lane_slots = (uint32_t)blocks * BLOCK_TOKENS;
+    score->lane_slots = (uint32_t)(blocks * BLOCK_TOKENS);
     score->rank_slots = cuda->limits.rank_slots;
     size_t numbers, work, lists = (2 * blocks + score->lane_slots) * sizeof(uint32_t) + 64,
                           layer = heads * (blocks * sizeof(uint32_t) + sizeof(struct lane_job));
@@ -43,7 +41,6 @@ static void measure(const struct cuda *cuda, struct score_device *score) {
 static void lay_out_ranking(const struct cuda *cuda, struct device_arena *arena, struct score_device *score) {
     const size_t lanes = cuda->n_lanes, slots = lanes * score->rank_slots;
     if (slots == 0) return;
-    CHECK(slots <= UINT32_MAX);
     score->keys = (uint32_t *)device_take(arena, slots, sizeof *score->keys);
     score->kept = (uint32_t *)device_take(arena, slots, sizeof *score->kept);
     score->n_protected = (uint32_t *)device_take(arena, lanes, sizeof *score->n_protected);
@@ -64,18 +61,23 @@ void services_lay_out(struct cuda *cuda, struct device_arena *arena) {
     *cuda->score = score;
 }
 
+static size_t block_host_bytes(const struct cuda *cuda) { return (2 * (size_t)cuda->pool.d + 1) * BLOCK_TOKENS * sizeof(float); }
+
+size_t services_pinned_bytes(const struct cuda *cuda) {
+    struct score_device score;
+    measure(cuda, &score);
+    return score.stage_bytes + score.back_bytes + block_host_bytes(cuda);
+}
+
 enum status services_open(struct cuda *cuda, struct error *error) {
     struct score_device *score = cuda->score;
-    CHECK(score && score->lane_slots > 0);
-    if (cuda->pool.d % DIM_UNIT != 0 || cuda->pool.d > HEAD_DIM_MAX)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda: heads of %u dims; multiples of %d up to %d are supported", cuda->pool.d, DIM_UNIT,
-                         HEAD_DIM_MAX);
+    CHECK(score && score->lane_slots > 0 && cuda->pool.d % 8 == 0); /* rows of a block are whole units of 8 or 16 bytes, which a thread moves at a time */
     score->lane_at = (size_t *)check_calloc(cuda->n_lanes, sizeof *score->lane_at);
     score->lane_slots_ranked = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *score->lane_slots_ranked);
     score->n_kept = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *score->n_kept);
     CUDA_TRY(error, cudaMallocHost((void **)&score->stage_host, score->stage_bytes));
     CUDA_TRY(error, cudaMallocHost((void **)&score->back_host, score->back_bytes));
-    CUDA_TRY(error, cudaMallocHost((void **)&score->block_host, (2 * (size_t)cuda->pool.d + 1) * BLOCK_TOKENS * sizeof *score->block_host));
+    CUDA_TRY(error, cudaMallocHost((void **)&score->block_host, block_host_bytes(cuda)));
     services_pool_changes(cuda);
     return STATUS_OK;
 }

@@ -4,6 +4,7 @@
  *
  * f16 and not bf16: Q4_1's offsets need the mantissa. What f16's range does not hold is refused by name; to saturate would be another model. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>

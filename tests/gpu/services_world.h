@@ -222,7 +222,7 @@ struct tables {
 static const uint32_t lengths[] = {0, 1, 31, 33, 255, 256, 257, 1500, 512, 512};
 enum { LENGTHS = sizeof lengths / sizeof *lengths };
 
-static void make_tables(struct world *world, struct tables *tables) {
+static inline void make_tables(struct world *world, struct tables *tables) {
     const uint32_t n_lanes = world->cuda.n_lanes;
     tables->lane_first = (uint32_t *)check_calloc(n_lanes, sizeof(uint32_t)),
     tables->lane_tokens = (uint32_t *)check_calloc(n_lanes, sizeof(uint32_t));
@@ -244,7 +244,7 @@ static void make_tables(struct world *world, struct tables *tables) {
     upload(world);
 }
 
-static void free_tables(struct tables *tables) { free(tables->lane_first), free(tables->lane_tokens), free(tables->offset); }
+static inline void free_tables(struct tables *tables) { free(tables->lane_first), free(tables->lane_tokens), free(tables->offset); }
 
 /* Every check, in many shapes. */
 static int check_all(void (*check)(struct world *)) {

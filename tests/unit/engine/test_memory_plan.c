@@ -154,6 +154,7 @@ static struct {
     uint32_t asked; /* for this device */
     uint64_t available, total;
     bool absent;
+    uint64_t block_scratch; /* for each block of the longest lane */
 } device;
 
 static enum status device_memory(uint32_t number, uint64_t *available, uint64_t *total, struct error *error) {
@@ -169,12 +170,13 @@ static size_t device_block_bytes(const struct program *program, enum kv_dtype dt
 }
 
 static uint32_t device_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
-    assert_true(max >= 3);
+    assert_true(max >= 4);
     lines[0] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = limits->weights == WEIGHTS_NATIVE ? NATIVE_BYTES : F16_BYTES};
     lines[1] = (struct memory_line){
         .what = "tables", .count = limits->n_tables, .bytes_each = (uint64_t)program_lanes(program) * limits->table_blocks * sizeof(uint32_t)};
     lines[2] = (struct memory_line){.what = "staging", .count = 1, .bytes_each = STAGING_BYTES, .host = true};
-    return 3;
+    lines[3] = (struct memory_line){.what = "scratch", .count = limits->table_blocks, .bytes_each = device.block_scratch};
+    return 4;
 }
 
 static struct backend_ops device_ops(uint64_t available, uint64_t total) {
@@ -186,6 +188,7 @@ static struct backend_ops device_ops(uint64_t available, uint64_t total) {
     device.available = available;
     device.total = total;
     device.absent = false;
+    device.block_scratch = 0;
     return ops;
 }
 
@@ -209,7 +212,8 @@ static void check_device_plan(const struct memory_plan *plan) {
     for (uint32_t i = 0; i < plan->n_lines; i++) {
         const struct memory_line *line = &plan->lines[i];
         *(line->host ? &host : &on_device) += line->count * line->bytes_each;
-        bool of_backend = strcmp(line->what, "weights") == 0 || strcmp(line->what, "tables") == 0 || strcmp(line->what, "KV block") == 0;
+        bool of_backend = strcmp(line->what, "weights") == 0 || strcmp(line->what, "scratch") == 0 || strcmp(line->what, "tables") == 0 ||
+                          strcmp(line->what, "KV block") == 0;
         assert_true(line->host != of_backend);
         if (strcmp(line->what, "KV block") == 0) pool = line->count;
     }
@@ -303,6 +307,24 @@ static void test_less_memory_of_a_device_shortens_sequences(void **state) {
         assert_true((plan.lowered[0] != 0) == (plan.max_model_len < 8192));
         if (plan.lowered[0]) assert_non_null(strstr(plan.lowered, "free memory of the device"));
     }
+}
+
+/* What lies beside the pool grows with the length too: a model may have been trained for more tokens than there is room to list. */
+static void test_scratch_of_long_sequences_shortens_them(void **state) {
+    (void)state;
+    struct config config = defaults();
+    strcpy(config.weights, "native");
+    struct backend_ops ops = device_ops((NATIVE_BYTES + 256 * MIB) * 20 / 19 + MIB, 4 * GIB);
+    device.block_scratch = 2 * MIB; /* 514 MiB for 8192 tokens */
+    struct memory_plan plan = planned_on(&ops, &config, GIB);
+    check_device_plan(&plan);
+    assert_true(plan.max_model_len >= 1024 && plan.max_model_len < 4096);
+    assert_non_null(strstr(plan.lowered, "max_model_len 8192 -> "));
+    config.max_model_len = 8192;
+    refused_on(&ops, &config, GIB, STATUS_NO_MEMORY, "device memory: ");
+    config.max_model_len = 0;
+    device.block_scratch = GIB; /* of the shortest too */
+    refused_on(&ops, &config, GIB, STATUS_NO_MEMORY, "device memory: ");
 }
 
 static void test_two_memories_printed(void **state) {
@@ -418,6 +440,7 @@ int main(void) {
         cmocka_unit_test(test_device_limits),
         cmocka_unit_test(test_what_a_device_does_not_hold_is_refused),
         cmocka_unit_test(test_less_memory_of_a_device_shortens_sequences),
+        cmocka_unit_test(test_scratch_of_long_sequences_shortens_them),
         cmocka_unit_test(test_two_memories_printed),
         cmocka_unit_test(test_kv_dtype_auto),
         cmocka_unit_test(test_control_groups),

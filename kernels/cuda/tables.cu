@@ -1,0 +1,159 @@
+/* Block tables on the device. They stay from step to step: only ids that are new are sent, and a lane's length is the length when its table was last sent whole plus the rows since, the same
+ * for all lanes of a sequence. Owns what the host knows of them and the pinned memory in which writes wait. The engine's thread. */
+#include "kernels/cuda/cuda.h"
+
+#include <stdlib.h>
+
+enum {
+    WRITES = 1 << 17, /* table writes that wait in pinned memory */
+    WRITE_THREADS = 256,
+    LANES_AHEAD = 16,
+};
+
+struct table_write {
+    uint32_t at, value; /* of `tables`, lengths behind the ids */
+};
+
+/* What the device already has of the tables. */
+struct tables_host {
+    uint32_t *changes;     /* [n_tables] batch_sequence.table_changes of what is there; 0: nothing */
+    uint32_t *first_slots; /* [n_tables] lane 0's length when lengths were sent */
+    uint32_t *room;        /* [n_tables] rows that every lane can take in the blocks sent, beyond the end of the last step */
+    uint32_t *end;         /* [n_tables] lane 0's length at the end of the last step */
+    uint32_t *blocks;      /* [n_tables][n_lanes] ids sent */
+    struct table_write *writes, *writes_device; /* [WRITES] */
+    uint32_t n_writes;
+    cudaEvent_t writes_read; /* the pinned writes may be filled again */
+};
+
+/* ---- life ---- */
+
+void tables_lay_out(struct cuda *cuda, struct device_arena *arena) {
+    uint32_t *ids = (uint32_t *)device_take(arena, ids_of_tables(cuda) + (size_t)cuda->n_tables * cuda->n_lanes, sizeof(uint32_t));
+    struct table_write *writes = (struct table_write *)device_take(arena, WRITES, sizeof(struct table_write));
+    if (!arena->base) return;
+    if (!cuda->tables_host) cuda->tables_host = (struct tables_host *)check_calloc(1, sizeof *cuda->tables_host);
+    cuda->tables = ids;
+    cuda->tables_host->writes_device = writes;
+}
+
+size_t tables_pinned_bytes(void) { return WRITES * sizeof(struct table_write); }
+
+enum status tables_open(struct cuda *cuda, struct error *error) {
+    struct tables_host *tables = cuda->tables_host;
+    CUDA_TRY(error, cudaMallocHost((void **)&tables->writes, tables_pinned_bytes()));
+    CUDA_TRY(error, cudaEventCreateWithFlags(&tables->writes_read, cudaEventDisableTiming));
+    tables->changes = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
+    tables->first_slots = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
+    tables->room = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
+    tables->end = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
+    tables->blocks = (uint32_t *)check_calloc((size_t)cuda->n_tables * cuda->n_lanes, sizeof(uint32_t));
+    return STATUS_OK;
+}
+
+void tables_close(struct cuda *cuda) {
+    struct tables_host *tables = cuda->tables_host;
+    if (!tables) return;
+    (void)cudaFreeHost(tables->writes);
+    if (tables->writes_read) (void)cudaEventDestroy(tables->writes_read);
+    free(tables->changes);
+    free(tables->first_slots);
+    free(tables->room);
+    free(tables->end);
+    free(tables->blocks);
+    free(tables);
+    cuda->tables_host = NULL;
+}
+
+void tables_forget(struct cuda *cuda) {
+    cuda->tables_host->n_writes = 0;
+    for (uint32_t table = 0; table < cuda->n_tables; table++) cuda->tables_host->changes[table] = 0;
+}
+
+/* ---- what is new ---- */
+
+static __global__ void write_tables(const struct table_write *writes, uint32_t n, uint32_t *tables) {
+    const uint32_t i = blockIdx.x * WRITE_THREADS + threadIdx.x;
+    if (i < n) tables[writes[i].at] = writes[i].value;
+}
+
+static enum status send_writes(struct cuda *cuda, struct error *error) {
+    struct tables_host *tables = cuda->tables_host;
+    const uint32_t n = tables->n_writes;
+    if (n == 0) return STATUS_OK;
+    CUDA_TRY(error, cudaMemcpyAsync(tables->writes_device, tables->writes, n * sizeof(struct table_write), cudaMemcpyHostToDevice, cuda->stream));
+    write_tables<<<div_up(n, WRITE_THREADS), WRITE_THREADS, 0, cuda->stream>>>(tables->writes_device, n, cuda->tables);
+    CUDA_TRY(error, cudaEventRecord(tables->writes_read, cuda->stream));
+    tables->n_writes = 0;
+    return STATUS_OK;
+}
+
+/* The pinned writes of the step before were read before its results came, so waiting is needed only within one step that fills them more than once. */
+static enum status add_write(struct cuda *cuda, uint32_t at, uint32_t value, struct error *error) {
+    struct tables_host *tables = cuda->tables_host;
+    if (tables->n_writes == WRITES) {
+        const enum status status = send_writes(cuda, error);
+        if (status != STATUS_OK) return status;
+        CUDA_TRY(error, cudaEventSynchronize(tables->writes_read));
+    }
+    tables->writes[tables->n_writes++] = (struct table_write){at, value};
+    return STATUS_OK;
+}
+
+/* Ids that the device lacks of one sequence, and lengths if it is new there. */
+static enum status send_table(struct cuda *cuda, const struct batch *batch, const struct batch_sequence *sequence, uint32_t table, uint32_t changes, uint32_t *advance, struct error *error) {
+    struct tables_host *tables = cuda->tables_host;
+    const uint32_t first = sequence->lane_tokens[0];
+    const bool known = changes != 0 && tables->changes[table] == changes && first >= tables->first_slots[table];
+    const uint32_t lengths = (uint32_t)ids_of_tables(cuda) + table * cuda->n_lanes;
+    uint32_t *blocks = tables->blocks + (size_t)table * cuda->n_lanes;
+    if (known && first >= tables->end[table] && first - tables->end[table] + sequence->n_rows <= tables->room[table]) {
+        tables->room[table] -= first - tables->end[table] + sequence->n_rows;
+        tables->end[table] = first + sequence->n_rows;
+        *advance = first - tables->first_slots[table];
+        return STATUS_OK;
+    }
+    uint32_t room = UINT32_MAX;
+    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
+        /* Lanes' lists lie far apart: without this, a cache miss a lane. */
+        if (lane + LANES_AHEAD < cuda->n_lanes) __builtin_prefetch(batch->block_ids + sequence->lane_first[lane + LANES_AHEAD] + (known ? blocks[lane + LANES_AHEAD] : 0));
+        const uint32_t end = sequence->lane_tokens[lane] + sequence->n_rows, needed = div_up(end, BLOCK_TOKENS);
+        const uint32_t at = (table * cuda->n_lanes + lane) * cuda->lane_blocks, *ids = batch->block_ids + sequence->lane_first[lane];
+        CHECK(needed <= cuda->lane_blocks);
+        enum status status = known ? STATUS_OK : add_write(cuda, lengths + lane, sequence->lane_tokens[lane], error);
+        for (uint32_t i = known ? blocks[lane] : 0; i < needed && status == STATUS_OK; i++) {
+            CHECK(ids[i] < cuda->limits.n_blocks);
+            status = add_write(cuda, at + i, ids[i], error);
+        }
+        if (status != STATUS_OK) return status;
+        if (!known || blocks[lane] < needed) blocks[lane] = needed;
+        const uint32_t left = blocks[lane] * BLOCK_TOKENS - end;
+        if (left < room) room = left;
+    }
+    if (!known) tables->first_slots[table] = first;
+    tables->changes[table] = changes;
+    tables->room[table] = room;
+    tables->end[table] = first + sequence->n_rows;
+    *advance = first - tables->first_slots[table];
+    return STATUS_OK;
+}
+
+enum status tables_stage(struct cuda *cuda, const struct batch *batch, struct error *error) {
+    bool versions = true;
+    for (uint32_t s = 0; s < batch->n_sequences; s++) versions = versions && batch->sequences[s].table_changes != 0;
+    for (uint32_t s = 0; s < batch->n_sequences; s++) {
+        const struct batch_sequence *sequence = &batch->sequences[s];
+        const uint32_t table = versions ? sequence->table : s;
+        CHECK(table < cuda->n_tables);
+        struct step_sequence staged = {};
+        staged.first_row = sequence->first_row;
+        staged.n_rows = sequence->n_rows;
+        staged.table = table;
+        staged.ring = sequence->ring;
+        staged.accumulate = sequence->accumulate;
+        const enum status status = send_table(cuda, batch, sequence, table, versions ? sequence->table_changes : 0, &staged.advance, error);
+        if (status != STATUS_OK) return status;
+        cuda->host.sequences[s] = staged;
+    }
+    return send_writes(cuda, error);
+}

@@ -1,0 +1,147 @@
+/* What the cuda backend says without a device: shapes and limits that it refuses, by name, before it looks for one; plans of any size. Skipped where it is not built. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <string.h>
+
+#include "kernels/backend.h"
+#include "tests/support/tiny_program.h"
+
+enum status cublas_lt_open(struct error *error) __attribute__((weak)); /* kernels/cuda/cublas.h, which is C++; absent where the backend is */
+
+static struct backend_limits small_limits(void) {
+    return (struct backend_limits){.kv_dtype = KV_F16,
+                                   .n_blocks = 64,
+                                   .n_tables = 2,
+                                   .table_blocks = 8,
+                                   .max_rows = 16,
+                                   .max_sequences = 2,
+                                   .max_samples = 2,
+                                   .rank_slots = 256};
+}
+
+/* `words` are in what prepare says, and nothing came of it. */
+static void refuses(const struct program *program, const struct backend_limits *limits, const char *words) {
+    struct backend *backend = NULL;
+    struct error error = {.text = ""};
+    assert_int_equal(backend_find("cuda")->prepare(program, limits, &backend, &error), STATUS_UNSUPPORTED);
+    assert_null(backend);
+    if (!strstr(error.text, words)) fail_msg("\"%s\" does not say \"%s\"", error.text, words);
+}
+
+static void test_refused_shapes(void **state) {
+    (void)state;
+    static const struct {
+        uint32_t n_embd, n_heads, n_kv_heads, head_dim, n_ff;
+        const char *words;
+    } cases[] = {
+        {64, 4, 2, 4, 96, "heads of 4 dims"},        {64, 4, 2, 36, 96, "heads of 36 dims"},  {64, 1, 1, 256, 96, "heads of 256 dims"},
+        {60, 4, 2, 32, 96, "embeddings of 60 dims"}, {64, 4, 2, 32, 98, "an MLP of 98 dims"}, {64, 4, 2, 32, 97, "an MLP of 97 dims"},
+    };
+    const struct backend_limits limits = small_limits();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct tiny_shape shape = tiny_shape_default();
+        shape.n_embd = cases[i].n_embd, shape.n_heads = cases[i].n_heads, shape.n_kv_heads = cases[i].n_kv_heads;
+        shape.head_dim = cases[i].head_dim, shape.n_ff = cases[i].n_ff;
+        struct program *program = tiny_program_new(&shape);
+        refuses(program, &limits, cases[i].words);
+        tiny_program_free(program);
+    }
+}
+
+static void test_refused_limits(void **state) {
+    (void)state;
+    struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    struct backend_limits limits = small_limits();
+    limits.kv_dtype = KV_F32;
+    refuses(program, &limits, "KV dtype f32");
+    limits = small_limits(), limits.max_rows = 65536;
+    refuses(program, &limits, "engine.max_rows 65536");
+    limits = small_limits(), limits.n_tables = limits.max_sequences = 4096, limits.table_blocks = 1 << 19;
+    refuses(program, &limits, "block tables of 4096 sequences, 4 lanes");
+    limits = small_limits(), limits.rank_slots = 1 << 30;
+    refuses(program, &limits, "4 lanes of 1073741824 tokens");
+    limits = small_limits(), limits.n_tables = 1, limits.table_blocks = 1 << 27;
+    refuses(program, &limits, "sequences of 134217728 blocks a lane");
+    tiny_program_free(program);
+
+    shape.n_heads = 64, shape.n_kv_heads = 1, shape.head_dim = 8; /* 64 query heads a KV head: as many tiles as rows */
+    program = tiny_program_new(&shape);
+    limits = small_limits(), limits.max_rows = 65535;
+    refuses(program, &limits, "with 64 query heads a KV head");
+    tiny_program_free(program);
+}
+
+/* A model may say that it was trained for any length: its plan is a number, not an end of the process. */
+static void test_plans_of_any_size(void **state) {
+    (void)state;
+    struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    struct backend_limits limits = small_limits();
+    struct memory_line lines[16];
+    uint64_t small = 0, large = 0, pinned = 0;
+    for (uint32_t i = 0, n = backend_find("cuda")->memory_plan(program, &limits, lines, 16); i < n; i++)
+        small += lines[i].count * lines[i].bytes_each;
+    assert_true(backend_find("cuda")->memory_plan(program, &limits, lines, 16) == 4 && strcmp(lines[0].what, "weights") == 0 && !lines[0].host);
+    for (uint32_t i = 0; i < 4; i++) pinned += lines[i].host ? lines[i].count * lines[i].bytes_each : 0;
+    assert_in_range(pinned, 1 << 20, 64 << 20); /* of the host's memory, and bounded */
+    program->n_layers = 1024;                   /* counted alone; its phases stay two layers' */
+    program->n_kv_heads = program->n_heads = 1024;
+    limits.table_blocks = 1 << 19, limits.rank_slots = 1 << 24, limits.n_tables = limits.max_sequences = 4096;
+    for (uint32_t i = 0, n = backend_find("cuda")->memory_plan(program, &limits, lines, 16); i < n; i++)
+        large += lines[i].count * lines[i].bytes_each;
+    assert_true(small > 0 && large > 1ull << 50); /* 2^52 table entries alone */
+    program->n_layers = shape.n_layers, program->n_heads = shape.n_heads, program->n_kv_heads = shape.n_kv_heads;
+    tiny_program_free(program);
+}
+
+/* What is not refused comes to the device: one is found, or it is said that there is none. */
+static void test_supported(void **state) {
+    (void)state;
+    struct tiny_shape shape = tiny_shape_default();
+    shape.n_heads = 64, shape.n_kv_heads = 1, shape.head_dim = 8, shape.n_layers = 1, shape.n_vocab = 1,
+    shape.tied_head = shape.biases = shape.qk_norms = true;
+    struct program *program = tiny_program_new(&shape);
+    const struct backend_ops *ops = backend_find("cuda");
+    const struct backend_limits limits = small_limits();
+    struct backend *backend = NULL;
+    struct error none = {.text = ""}, error = {.text = ""};
+    const enum status device = ops->memory(0, NULL, NULL, &none);
+    assert_int_equal(ops->prepare(program, &limits, &backend, &error), device);
+    if (device != STATUS_OK) assert_string_equal(error.text, none.text);
+    ops->close(backend);
+    tiny_program_free(program);
+}
+
+static void test_no_such_device(void **state) {
+    (void)state;
+    struct error error = {.text = ""};
+    assert_int_equal(backend_find("cuda")->memory(4096, NULL, NULL, &error), STATUS_UNSUPPORTED);
+    assert_non_null(strstr(error.text, "no CUDA device"));
+    assert_null(strstr(error.text, "insufficient")); /* what the runtime says where no driver is */
+}
+
+/* Where it was built, it is there, and has every function that is called. */
+static void test_cublas_is_loaded(void **state) {
+    (void)state;
+    struct error error = {.text = ""};
+    if (cublas_lt_open(&error) != STATUS_OK) fail_msg("%s", error.text);
+    assert_int_equal(cublas_lt_open(NULL), STATUS_OK);
+}
+
+int main(void) {
+    static const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_refused_shapes), cmocka_unit_test(test_refused_limits), cmocka_unit_test(test_plans_of_any_size),
+        cmocka_unit_test(test_supported),      cmocka_unit_test(test_no_such_device), cmocka_unit_test(test_cublas_is_loaded),
+    };
+    if (!backend_find("cuda")) {
+        print_message("skipped: this build has no CUDA backend\n");
+        return 77;
+    }
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
