@@ -62,6 +62,7 @@ enum status cli_choose_backend(const struct config *config, const struct program
                                               .drop_source_pages = true}};
     (void)kv_dtype_parse(config->kv_dtype, &chosen->limits.kv_dtype);   /* "auto": as it is */
     (void)weights_mode_parse(config->weights, &chosen->limits.weights); /* one of the option's choices */
+    (void)activation_bits_parse(config->activations, &chosen->limits.activation_bits);
     enum status status = ops->memory(config->device, &available_bytes, &chosen->memory_bytes, error);
     if (status != STATUS_OK) {
         (void)error_prefix(error, "engine.backend: %s", ops->name);

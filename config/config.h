@@ -47,6 +47,7 @@ struct config {
     char backend[32]; /* auto, cuda, cpu, reference, mock */
     uint32_t device;
     char weights[16]; /* auto, f16, native: cuda alone */
+    char activations[16]; /* 8bit, 16bit: cpu alone */
     bool deterministic;
     uint32_t threads;           /* 0: auto */
     char instruction_set[32];   /* auto */

@@ -93,6 +93,7 @@ void engine_backend_limits(const struct memory_plan *plan, const struct config *
         .rank_slots = plan->max_model_len,
         .mock_tokens_per_second = config->mock_tokens_per_second,
     };
+    CHECK(activation_bits_parse(config->activations, &limits->activation_bits)); /* one of the option's choices */
 }
 
 void engine_scheduler_limits(const struct memory_plan *plan, const struct config *config, uint32_t n_lanes, struct scheduler_limits *limits) {

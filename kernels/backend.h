@@ -30,6 +30,7 @@ struct backend_limits {
     enum kv_dtype kv_dtype;
     uint32_t device;         /* of backends that have several */
     enum weights_mode weights; /* of backends with memory of their own */
+    uint32_t activation_bits;  /* cpu: 8 or 16 (0: 8) of activations where weights are quantised, and of queries where KV is q8. Others have no such choice */
     bool deterministic;      /* the row contract holds at any cost; the others hold it always */
     uint32_t n_blocks;       /* of the pool */
     uint32_t n_tables, table_blocks; /* what the sequences of batches name: batch_sequence.table < n_tables, table_blocks ids a lane at most. n_tables 0: max_sequences, n_blocks */
@@ -182,6 +183,7 @@ enum status backend_host_memory(uint32_t device, uint64_t *available_bytes, uint
 enum weights_mode weights_choice(uint64_t f16_bytes, uint64_t total_bytes);
 bool weights_mode_parse(const char *name, enum weights_mode *mode); /* "auto", "f16", "native" */
 const char *weights_mode_name(enum weights_mode mode);
+bool activation_bits_parse(const char *name, uint32_t *bits); /* "8bit", "16bit" */
 
 extern const struct backend_ops backend_cuda; /* in a build with CUDA (KVASIR_HAVE_CUDA) */
 extern const struct backend_ops backend_cpu, backend_reference, backend_mock;

@@ -86,7 +86,7 @@ static void put_output(struct cpu *cpu, uint32_t row, uint32_t head, const float
     float *to = cpu->a.values ? cpu->a.values + row * cpu->a.value_stride + (size_t)head * d : scratch;
     for (uint32_t i = 0; i < d; i++) to[i] = state[2 + i] * inverse;
     if (cpu->a.blocks && d % PANEL_K == 0)
-        cpu->isa->quantize(to, d / PANEL_K, cpu->a.blocks + row * cpu->a.block_stride + (size_t)head * (d / PANEL_K));
+        cpu->isa->quantize(to, d / PANEL_K, cpu->a.planes, act_block_at(&cpu->a, row, (size_t)head * (d / PANEL_K)));
 }
 
 /* A tile of query vectors of one KV head. */
@@ -130,14 +130,19 @@ static uint32_t row_of(const struct cpu *cpu, const struct tile *tile, uint32_t 
 /* keep: for the ring too. Several units may load the same queries, one of them keeps. */
 static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *tile, bool keep, struct worker_scratch *own, struct attend *attend) {
     const struct program *p = cpu->program;
-    *attend = (struct attend){
-        .shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, tile->sequence, tile->lane), .scratch = own->attend, .n_queries = tile->n};
+    *attend = (struct attend){.shape = &cpu->kv,
+                              .pool = cpu->pool,
+                              .blocks = table_of(cpu, tile->sequence, tile->lane),
+                              .scratch = own->attend,
+                              .wide_queries = act_planes(&cpu->limits) == 2,
+                              .n_queries = tile->n};
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
         float *query = own->queries + (size_t)q * cpu->kv.dims;
         prepare_head(cpu, row, cpu->qkv + row * cpu->qkv_stride + (size_t)query_head * p->head_dim, cpu->layers[layer].q_norm, own, query);
         if (keep) keep_query(cpu, layer, tile->sequence, row, query_head, query);
         for (uint32_t d = 0; d < p->head_dim; d++) query[d] *= p->attention_scale;
+        if (kv_transforms(&cpu->kv)) cpu->isa->hadamard(query, cpu->kv.dims);
         attend->query[q] = query;
         attend->visible[q] = tile->sequence->lane_tokens[tile->lane] + (row - tile->sequence->first_row) + 1;
     }

@@ -17,7 +17,7 @@ struct split {
     float *scores;   /* [n_queries][SPLIT_SLOTS] */
     float *out;      /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
     uint16_t *pairs; /* [n_queries][SPLIT_SLOTS] bf16 weights */
-    uint8_t *quants; /* [n_queries][dims]: queries as the score product takes them, s8 or bf16 */
+    uint8_t *quants; /* [n_queries][2 * dims]: queries as the score product takes them, one or two planes of s8, or bf16 */
 };
 
 INLINE const uint8_t *split_block(const struct split *s, uint32_t i) {
@@ -111,55 +111,74 @@ INLINE void widen_values(enum kv_dtype dtype, const struct split *s) {
     }
 }
 
-/* q8: a query is quantised with one scale; scores are exact integer products times two scales. */
+/* q8: a query is quantised with one scale, to 8 bits or (wide) to 256 times as many steps in two planes; scores are exact integer products times two scales. */
 struct q8_query {
-    float scale;
-    const int8_t *quants;
-    int32_t nsums[KV_DIMS_MAX / 16]; /* minus the sums of 16 quants */
+    float scale; /* of the last plane */
+    struct q8_plane {
+        const int8_t *quants;
+        int32_t nsums[KV_DIMS_MAX / 16]; /* minus the sums of 16 quants */
+    } plane[2];
 };
+
+static void q8_sums(struct q8_plane *plane, uint32_t dims, const int8_t *quants) {
+    plane->quants = quants;
+    for (uint32_t i = 0; i < dims / 16; i++) {
+        plane->nsums[i] = 0;
+        for (uint32_t j = 0; j < 16; j++) plane->nsums[i] -= quants[16 * i + j];
+    }
+}
 
 static void q8_query(const struct split *s, uint32_t q, struct q8_query *out) {
     const uint32_t dims = s->a->shape->dims;
     const float *x = s->a->query[q];
-    int8_t *quants = (int8_t *)s->quants + (size_t)q * dims;
+    int8_t *quants = (int8_t *)s->quants + (size_t)q * 2 * dims;
     vf highest = vf_zero();
     for (uint32_t i = 0; i < dims; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
     float most = vf_reduce_max(highest);
     bool small = !(most > 1e-34f);
     vf inverse = vf_set1(small ? 0 : 127.0f / most);
     for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + i, vf_mul(vf_load(x + i), inverse));
-    for (uint32_t i = 0; i < dims / 16; i++) {
-        out->nsums[i] = 0;
-        for (uint32_t j = 0; j < 16; j++) out->nsums[i] -= quants[16 * i + j];
-    }
+    q8_sums(&out->plane[0], dims, quants);
     out->scale = small ? 0 : most / 127.0f;
-    out->quants = quants;
+    if (!s->a->wide_queries) return;
+    for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + dims + i, rest_of(vf_mul(vf_load(x + i), inverse), quants + i));
+    q8_sums(&out->plane[1], dims, quants + dims);
+    out->scale *= 1.0f / 256;
 }
 
-/* n queries from `first` on over the 32 slots of block b: keys are loaded once for all of them. */
-INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries, const uint8_t *k, uint32_t b, uint32_t first, const uint32_t n) {
+/* n queries from `first` on over the 32 slots of block b: keys are loaded once for all of them. Planes join as floats: of 1024 dims, a plane's product alone is below 2^24. */
+INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries, const uint8_t *k, uint32_t b, uint32_t first, const uint32_t n,
+                           const uint32_t planes) {
     const uint32_t dims = s->a->shape->dims;
     const float *scales = (const float *)(const void *)(k + s->a->shape->scale_offset);
     for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += LANES) {
-        vi dot[Q8_QUERIES];
+        vi dot[Q8_QUERIES][2];
 #pragma GCC unroll 4
-        for (uint32_t q = 0; q < n; q++) dot[q] = vi_zero();
+        for (uint32_t q = 0; q < n; q++) dot[q][0] = dot[q][1] = vi_zero();
         for (uint32_t dim = 0; dim < dims; dim += 16) {
             vb quads[4];
 #pragma GCC unroll 4
             for (uint32_t i = 0; i < 4; i++) quads[i] = vb_load(k + (size_t)(dim / 4 + i) * 128 + slot * 4);
 #pragma GCC unroll 4
-            for (uint32_t q = 0; q < n; q++) dot[q] = vi_add(dot[q], vi_dot_signed(quads, queries[q].quants + dim, 4, queries[q].nsums[dim / 16]));
+            for (uint32_t q = 0; q < n; q++)
+#pragma GCC unroll 2
+                for (uint32_t p = 0; p < planes; p++) {
+                    const struct q8_plane *plane = &queries[q].plane[p];
+                    dot[q][p] = vi_add(dot[q][p], vi_dot_signed(quads, plane->quants + dim, 4, plane->nsums[dim / 16]));
+                }
         }
         vf of_slots = vf_load(scales + slot);
 #pragma GCC unroll 4
-        for (uint32_t q = 0; q < n; q++)
+        for (uint32_t q = 0; q < n; q++) {
+            vf product = vf_from_vi(dot[q][0]);
+            if (planes == 2) product = vf_fma(product, vf_set1(256), vf_from_vi(dot[q][1]));
             vf_store(s->scores + (size_t)(first + q) * SPLIT_SLOTS + b * BLOCK_TOKENS + slot,
-                     vf_mul(vf_from_vi(dot[q]), vf_mul(vf_set1(queries[q].scale), of_slots)));
+                     vf_mul(product, vf_mul(vf_set1(queries[q].scale), of_slots)));
+        }
     }
 }
 
-static void q8_scores(const struct split *s) {
+INLINE void q8_scores_of(const struct split *s, const uint32_t planes) {
     for (uint32_t first = 0; first < s->n_queries; first += Q8_QUERIES) {
         struct q8_query queries[Q8_QUERIES];
         const uint32_t n = s->n_queries - first < Q8_QUERIES ? s->n_queries - first : Q8_QUERIES;
@@ -168,13 +187,20 @@ static void q8_scores(const struct split *s) {
             const uint8_t *k = split_block(s, b);
             if (first == 0) prefetch_ahead(s, b);
             switch (n) {
-            case 1: q8_scores_tile(s, queries, k, b, first, 1); break;
-            case 2: q8_scores_tile(s, queries, k, b, first, 2); break;
-            case 3: q8_scores_tile(s, queries, k, b, first, 3); break;
-            default: q8_scores_tile(s, queries, k, b, first, Q8_QUERIES);
+            case 1: q8_scores_tile(s, queries, k, b, first, 1, planes); break;
+            case 2: q8_scores_tile(s, queries, k, b, first, 2, planes); break;
+            case 3: q8_scores_tile(s, queries, k, b, first, 3, planes); break;
+            default: q8_scores_tile(s, queries, k, b, first, Q8_QUERIES, planes);
             }
         }
     }
+}
+
+static void q8_scores(const struct split *s) {
+    if (s->a->wide_queries)
+        q8_scores_of(s, 2);
+    else
+        q8_scores_of(s, 1);
 }
 
 /* n queries, n_vectors vectors of dims from `dim` on: as many sums as hide the latency of an addition, each with slots ascending. */
@@ -402,20 +428,21 @@ static void weights(const struct attend *a, uint32_t split) {
 INLINE float finite_within(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x == x ? x : 0; }
 
 static void append_q8(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v) {
-    float *scales = (float *)(void *)(block + shape->scale_offset);
+    const float limits[2] = {1e35f, 3e38f}; /* of keys, that the sum of all dims too is finite */
+    float *scales = (float *)(void *)(block + shape->scale_offset), x[KV_DIMS_MAX];
     for (int which = 0; which < (v ? 2 : 1); which++) {
-        const float *x = which ? v : k;
         float most = 0;
-        for (uint32_t i = 0; i < shape->head_dim; i++) {
-            float magnitude = __builtin_fabsf(finite_within(x[i], 3e38f));
+        for (uint32_t i = 0; i < shape->dims; i++) x[i] = i < shape->head_dim ? finite_within((which ? v : k)[i], limits[which]) : 0;
+        if (!which) hadamard(x, shape->dims);
+        for (uint32_t i = 0; i < shape->dims; i++) {
+            float magnitude = __builtin_fabsf(x[i]);
             most = magnitude > most ? magnitude : most;
         }
         bool small = !(most > 1e-34f);
         float inverse = small ? 0 : 127.0f / most;
         scales[which * BLOCK_TOKENS + (int)slot] = small ? 0 : most / 127.0f;
         for (uint32_t i = 0; i < shape->dims; i++) {
-            float scaled = i < shape->head_dim ? finite_within(x[i], 3e38f) * inverse : 0;
-            int q = (int)((scaled + 0x1.8p23f) - 0x1.8p23f); /* nearest, ties to even */
+            int q = (int)((x[i] * inverse + 0x1.8p23f) - 0x1.8p23f); /* nearest, ties to even */
             if (which)
                 block[shape->v_offset + (size_t)slot * shape->dims + i] = (uint8_t)q;
             else

@@ -135,16 +135,17 @@ static void need(struct needs *needs, const struct panel *panel) {
         needs->blocks = true;
 }
 
-static void take_act(struct arena *arena, struct act *act, struct needs needs, uint32_t rows, uint32_t cols) {
-    *act = (struct act){.block_stride = cols / PANEL_K, .value_stride = (cols + PANEL_K - 1) / PANEL_K * PANEL_K};
-    if (needs.blocks) act->blocks = take(arena, rows * act->block_stride, sizeof(struct act_block));
+static void take_act(struct arena *arena, struct act *act, struct needs needs, uint32_t rows, uint32_t cols, uint32_t planes) {
+    *act = (struct act){
+        .planes = planes, .row_bytes = cols / PANEL_K * act_block_bytes(planes), .value_stride = (cols + PANEL_K - 1) / PANEL_K * PANEL_K};
+    if (needs.blocks) act->blocks = take(arena, rows, act->row_bytes);
     if (needs.values) act->values = take(arena, rows * act->value_stride, sizeof(float));
 }
 
 static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_workers) {
     const struct program *p = cpu->program;
     const struct backend_limits *limits = &cpu->limits;
-    const uint32_t rows = limits->max_rows, n_q = p->n_heads * p->head_dim, n_kv = p->n_kv_heads * p->head_dim;
+    const uint32_t planes = act_planes(limits), rows = limits->max_rows, n_q = p->n_heads * p->head_dim, n_kv = p->n_kv_heads * p->head_dim;
     struct needs h = {0}, a = {0}, g = {0}, z = {0};
     for (uint32_t i = 0; i < p->n_layers; i++) {
         const struct layer *layer = &cpu->layers[i];
@@ -159,10 +160,10 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     cpu->rope = take(arena, (size_t)rows * 2 * p->rope_dims, sizeof(float));
     cpu->qkv_stride = n_q + 2 * (size_t)n_kv;
     cpu->qkv = take(arena, rows * cpu->qkv_stride, sizeof(float));
-    take_act(arena, &cpu->h, h, rows, p->n_embd);
-    take_act(arena, &cpu->a, a, rows, n_q);
-    take_act(arena, &cpu->g, g, rows, p->n_ff);
-    take_act(arena, &cpu->z, z, HEAD_ROWS, p->n_embd);
+    take_act(arena, &cpu->h, h, rows, p->n_embd, planes);
+    take_act(arena, &cpu->a, a, rows, n_q, planes);
+    take_act(arena, &cpu->g, g, rows, p->n_ff, planes);
+    take_act(arena, &cpu->z, z, HEAD_ROWS, p->n_embd, planes);
     cpu->logits_stride = (size_t)cpu->head.n_strips * STRIP_ROWS;
     cpu->logits = take(arena, HEAD_ROWS * cpu->logits_stride, sizeof(float));
     cpu->head_rows = take(arena, limits->max_samples, sizeof(uint32_t));
@@ -180,7 +181,7 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     size_t widest = p->n_embd > n_q ? p->n_embd : n_q;
     for (uint32_t w = 0; w < n_workers; w++) {
         struct worker_scratch own = {0};
-        take_act(arena, &own.act, h, PRIVATE_ROWS, p->n_embd);
+        take_act(arena, &own.act, h, PRIVATE_ROWS, p->n_embd, planes);
         own.row = take(arena, widest + PANEL_K, sizeof(float));
         own.head = take(arena, dims, sizeof(float));
         own.queries = take(arena, (size_t)ATTEND_QUERIES * dims, sizeof(float));
@@ -355,7 +356,8 @@ static enum status cpu_prepare(const struct program *program, const struct backe
         cpu_close(&cpu->backend);
         return status;
     }
-    (void)snprintf(cpu->description, sizeof cpu->description, "cpu %s, %u thread%s", isa->name, n_workers, n_workers == 1 ? "" : "s");
+    (void)snprintf(cpu->description, sizeof cpu->description, "cpu %s, %u thread%s%s", isa->name, n_workers, n_workers == 1 ? "" : "s",
+                   act_planes(limits) == 2 ? ", 16-bit activations" : "");
     if (limits->rank_slots > 0) cpu->backend.ranking = ranking_new(program, limits->rank_slots);
     for (uint32_t i = 0; i < program->n_phases; i++) {
         pack_phase(cpu, &program->phases[i]);

@@ -105,6 +105,9 @@ struct cpu {
     float *tap;
 };
 
+/* Planes of quantised activations (layout.h), 2 where queries too have 16 bits. */
+static inline uint32_t act_planes(const struct backend_limits *limits) { return limits->activation_bits == 16 ? 2 : 1; }
+
 void cpu_step(struct cpu *cpu);
 
 /* kv.c */
@@ -127,6 +130,9 @@ void cpu_score(struct backend *backend, const struct score_request *request, flo
 typedef void stage_function(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker);
 /* step.c */
 void put_row(struct cpu *cpu, const struct act *act, uint32_t row, const float *values, uint32_t n);
+/* y = one strip of the matrix times n_rows rows from `row` on. */
+void multiply_strip(const struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows,
+                    float (*y)[STRIP_ROWS]);
 /* attend.c */
 stage_function stage_append, stage_attend, stage_merge;
 /* Decides how attention is divided; returns its number of units. Sets fused_append and n_splits. */

@@ -40,16 +40,6 @@ void stage_head_norm(void *context, const struct stage *stage, uint32_t first, u
     }
 }
 
-static void head_strip(const struct cpu *cpu, uint32_t strip, uint32_t row, uint32_t n, float (*y)[STRIP_ROWS]) {
-    const struct panel *head = &cpu->head;
-    const uint8_t *data = head->data + strip * head->strip_bytes;
-    const struct act *z = &cpu->z;
-    if (panel_is_float(head->type))
-        cpu->isa->product[head->type](data, head->n_blocks, z->values + row * z->value_stride, z->value_stride * sizeof(float), n, y);
-    else
-        cpu->isa->product[head->type](data, head->n_blocks, z->blocks + row * z->block_stride, z->block_stride * sizeof(struct act_block), n, y);
-}
-
 void stage_head_product(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
     struct cpu *cpu = context;
     struct worker_scratch *own = &cpu->workers_scratch[worker];
@@ -64,7 +54,7 @@ void stage_head_product(void *context, const struct stage *stage, uint32_t first
     }
     for (uint32_t r = 0; r < n; r++) best_logits_clear(&best[r]);
     for (uint32_t strip = first * HEAD_STRIPS; strip < end * HEAD_STRIPS && strip < n_strips; strip++) {
-        head_strip(cpu, strip, 0, n, y);
+        multiply_strip(cpu, &cpu->head, strip, &cpu->z, 0, n, y);
         if ((strip + 1) * STRIP_ROWS > n_vocab)
             for (uint32_t r = 0; r < n; r++)
                 for (uint32_t i = n_vocab - strip * STRIP_ROWS; i < STRIP_ROWS; i++) y[r][i] = -__builtin_inff();
@@ -93,7 +83,7 @@ static void copy_logits(struct cpu *cpu, uint32_t r, bool written, float *logits
     }
     for (uint32_t strip = 0; strip < cpu->head.n_strips; strip++) {
         float y[1][STRIP_ROWS];
-        head_strip(cpu, strip, r, 1, y);
+        multiply_strip(cpu, &cpu->head, strip, &cpu->z, r, 1, y);
         uint32_t left = cpu->program->n_vocab - strip * STRIP_ROWS;
         memcpy(logits + (size_t)strip * STRIP_ROWS, y[0], (left < STRIP_ROWS ? left : STRIP_ROWS) * sizeof *logits);
     }

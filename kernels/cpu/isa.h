@@ -9,7 +9,7 @@
 
 enum { PRODUCT_ROWS = 12 /* rows one product call takes at most */, ATTEND_QUERIES = 24 /* queries of one attend call */ };
 
-/* y[row][0..15] of one strip. `first` points at the first row's blocks (quantised types) or values (float types); stride in bytes. */
+/* y[row][0..15] of one strip. `first` points at the first row's blocks (quantised types; of as many planes as the function is for) or values (float types); stride in bytes. */
 typedef void product_function(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float (*y)[STRIP_ROWS]);
 
 /* Query vectors of one KV head against one lane. State of query i: state[i * state_stride]: maximum, sum, then dims of unnormalised output. */
@@ -18,9 +18,10 @@ struct attend {
     const uint8_t *pool;
     const uint32_t *blocks;             /* the lane's table */
     uint32_t n_queries;                 /* <= ATTEND_QUERIES */
-    const float *query[ATTEND_QUERIES]; /* [dims], scaled */
+    const float *query[ATTEND_QUERIES]; /* [dims], scaled; transformed as keys are (layout.h) */
     uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
     uint8_t *scratch;                   /* attend_scratch_bytes */
+    bool wide_queries;                  /* q8: queries of 16 bits, not 8 */
     bool sums_only;                     /* maxima and sums, no output */
     /* Where weights exp(score - maximum of the split) are kept, 0 where a query does not see: [n_queries][kept_stride], slot by slot up to whole blocks of what the last
      * query sees. NULL: nowhere. */
@@ -70,12 +71,12 @@ struct cpu_isa {
     const char *name;
     const char *text; /* what the CPU must have, for messages */
     bool (*present)(void);
-    product_function *product[TENSOR_TYPES];
+    product_function *product[ACT_PLANES][TENSOR_TYPES]; /* [planes - 1] */
     /* out = x * rsqrt(mean x^2 + epsilon) * weight */
     void (*norm)(const float *x, const float *weight, uint32_t n, float epsilon, float *out);
-    void (*quantize)(const float *x, uint32_t n_blocks, struct act_block *blocks);
-    /* One block of each of n_rows rows. stride in blocks. */
-    void (*quantize_column)(const float (*x)[PANEL_K], uint32_t n_rows, struct act_block *first, size_t stride);
+    void (*quantize)(const float *x, uint32_t n_blocks, uint32_t planes, struct act_block *first);
+    /* One block of each of n_rows rows. stride in bytes. */
+    void (*quantize_column)(const float (*x)[PANEL_K], uint32_t n_rows, uint32_t planes, struct act_block *first, size_t stride);
     /* out = silu(gate) * up: 16 columns, into half of 32. */
     void (*silu)(const float (*gate)[STRIP_ROWS], const float (*up)[STRIP_ROWS], uint32_t n_rows, float (*out)[PANEL_K]);
     /* The first n results of a strip for n_rows rows: stored, with a bias or without (NULL); added. stride in floats. */
@@ -83,6 +84,8 @@ struct cpu_isa {
     void (*add_strip)(const float (*y)[STRIP_ROWS], uint32_t n_rows, uint32_t n, float *x, size_t stride);
     /* Rotary positions of the first n dims; tables [n] as step.c makes them. */
     void (*rotate)(const float *x, uint32_t n, bool halves, const float *cosine, const float *sine, float *restrict out);
+    /* The Walsh-Hadamard transform of each run of `size` values, the largest power of two that divides n (a multiple of KV_PAD), orthonormal: its own inverse. */
+    void (*hadamard)(float *restrict x, uint32_t n);
     /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless.
      * v NULL: the key alone. */
     void (*append)(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v);
@@ -96,7 +99,7 @@ struct cpu_isa {
     void (*fold)(enum score_kind kind, const struct kept_split *split, float *total);
     /* sums[n_slots rounded up to a block] += the sum over the rows of p in fixed point. */
     void (*accumulate)(const struct kept_split *split, uint64_t *sums);
-    /* queries [1 + n][dims]: the mean, then each row less the mean. scores [n_slots] */
+    /* queries [1 + n][dims], transformed as keys are: the mean, then each row less the mean. scores [n_slots] */
     void (*expected)(const struct lane_view *lane, const float *queries, uint32_t n, float scale, float *scores);
     void (*keydiff)(const struct lane_view *lane, float *scores);
     void (*value_norms)(const struct lane_view *lane, float *scores);

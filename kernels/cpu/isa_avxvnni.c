@@ -42,6 +42,7 @@ const struct cpu_isa cpu_isa_avxvnni = {
     .put_strip = put_strip,
     .add_strip = add_strip,
     .rotate = rotate,
+    .hadamard = hadamard,
     .append = append,
     .attend = attend,
     .weights = weights,

@@ -49,9 +49,14 @@ void cpu_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float 
     const struct kv_shape *shape = &cpu->kv;
     const uint8_t *bytes = cpu->pool + block * shape->bytes, *values = bytes + shape->v_offset;
     const float *scales = (const float *)(const void *)(bytes + shape->scale_offset);
+    if (kv_transforms(shape)) {
+        float key[KV_DIMS_MAX];
+        for (uint32_t i = 0; i < shape->dims; i++) key[i] = scales[slot] * (float)(bytes[(size_t)(i / 4) * 128 + slot * 4 + i % 4] - 128);
+        cpu->isa->hadamard(key, shape->dims);
+        memcpy(k, key, shape->head_dim * sizeof *k);
+    }
     for (uint32_t i = 0; i < shape->head_dim; i++) {
         if (shape->dtype == KV_Q8) {
-            k[i] = scales[slot] * (float)(bytes[(size_t)(i / 4) * 128 + slot * 4 + i % 4] - 128);
             v[i] = scales[BLOCK_TOKENS + slot] * (float)(int8_t)values[(size_t)slot * shape->dims + i];
         } else {
             k[i] = element(shape->dtype, bytes, (size_t)(i / 2) * 64 + slot * 2 + i % 2);

@@ -34,30 +34,44 @@ struct panel {
     uint8_t *data; /* NULL: absent */
 };
 
-/* 32 activations of one row: x = d q. Quantised once, read by every product of the phase. */
-struct act_block {
-    float d;
-    float s;          /* d * sum of q: what a minimum is multiplied with */
+struct act_plane {
     int32_t nsum;     /* -sum of q, */
     int32_t nsum_low; /* -sum of q[0..15]: takes the offset of unsigned quants away, exactly */
-    int8_t q[32];
+    int8_t q[32];     /* -127..127 */
 };
 
-/* One row of activations in the forms that the matrices of a phase ask for. */
-struct act {
-    struct act_block *blocks; /* [row][block_stride] */
-    float *values;            /* [row][value_stride], padded with zeros to a multiple of 32 */
-    size_t block_stride, value_stride;
+/* 32 activations of one row, quantised once, read by every product of the phase. One plane: x = d q, 8 bits. Two: x = d (256 q + q'), 16 bits; weights are unpacked once
+ * for both. */
+enum { ACT_PLANES = 2 /* at most */ };
+struct act_block {
+    float d;
+    float s; /* sum of x: what a minimum is multiplied with */
+    struct act_plane plane[];
 };
+static inline size_t act_block_bytes(uint32_t planes) { return sizeof(struct act_block) + planes * sizeof(struct act_plane); }
+
+/* Rows of activations in the forms that the matrices of a phase ask for. */
+struct act {
+    uint8_t *blocks; /* [row][row_bytes]: blocks of `planes` planes */
+    float *values;   /* [row][value_stride], padded with zeros to a multiple of 32 */
+    uint32_t planes;
+    size_t row_bytes, value_stride;
+};
+static inline struct act_block *act_block_at(const struct act *act, size_t row, size_t block) {
+    return (struct act_block *)(void *)(act->blocks + row * act->row_bytes + block * act_block_bytes(act->planes));
+}
 
 /* KV block of one lane: 32 slots, dims padded to 16.
  *   f32, f16, bf16  K [dims/2][32][2], V [16][dims][2] elements: pair dot products for both, without a transpose
- *   q8              K u8 [dims/4][32][4] (value + 128), V s8 [32][dims], then f32 scales: K [32], V [32] */
+ *   q8              K u8 [dims/4][32][4] (value + 128), V s8 [32][dims], then f32 scales: K [32], V [32]
+ * Keys of q8 are kept transformed (isa.h: hadamard), and meet queries that are transformed too, which leaves products as they are: what a few dims have too much of is shared
+ * among all, so that one scale a slot loses less. (As Ashkboos et al. do with keys in QuaRot, 2024.) */
 struct kv_shape {
     enum kv_dtype dtype;
     uint32_t head_dim, dims; /* dims: head_dim rounded up to 16 */
     size_t v_offset, scale_offset;
     size_t bytes; /* of a block, without its positions */
 };
+static inline bool kv_transforms(const struct kv_shape *shape) { return shape->dtype == KV_Q8; }
 
 enum { SPLIT_SLOTS = 256, KV_PAD = 16, KV_DIMS_MAX = 1024 };

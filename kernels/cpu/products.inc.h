@@ -1,7 +1,7 @@
 /* Products of a 16-row strip with up to PRODUCT_ROWS rows of activations, over the vectors of the file that includes this one.
  *
  * Quantised weights: for each block of 32 k the exact integer dot product, then one (or, with a minimum, two) multiply-adds onto the row's one sum, k
- * ascending. The number of rows in a tile decides only how often unpacked weights are used: each row's chain of operations is the same in every tile. */
+ * ascending. Activations of two planes give two dot products, joined as integers before. The number of rows in a tile decides only how often unpacked weights are used: each row's chain of operations is the same in every tile. */
 
 struct unpacked {
     vb quad[8];
@@ -90,24 +90,31 @@ INLINE void unpack(enum tensor_type type, const uint8_t *strip, uint32_t b, int 
     }
 }
 
-INLINE vf product_step(enum tensor_type type, const struct unpacked *u, const struct act_block *a, vf sum) {
+/* Exact products of a block's quants, less their offset, with one plane of activations; of Q6_K with the first half or the second. */
+INLINE vi plane_dot(enum tensor_type type, const struct unpacked *u, const struct act_plane *a, const int half) {
+    switch (type) {
+    case TENSOR_Q6_K: return vi_dot(vi_offset(half ? a->nsum - a->nsum_low : a->nsum_low, 5), u->quad + 4 * half, a->q + 16 * half, 4, 6);
+    case TENSOR_Q8_0: return vi_dot_signed(u->quad, a->q, 8, a->nsum);
+    case TENSOR_Q4_0: return vi_dot(vi_offset(a->nsum, 3), u->quad, a->q, 8, 4);
+    case TENSOR_Q5_0: return vi_dot(vi_offset(a->nsum, 4), u->quad, a->q, 8, 5);
+    default: return vi_dot(vi_zero(), u->quad, a->q, 8, type == TENSOR_Q4_1 || type == TENSOR_Q4_K ? 4 : 5);
+    }
+}
+
+/* With both planes below 32 * 128 * (127 * 257) < 2^28. */
+INLINE vf block_dot(enum tensor_type type, const struct unpacked *u, const struct act_block *a, const uint32_t planes, const int half) {
+    vi dot = plane_dot(type, u, &a->plane[0], half);
+    if (planes == 2) dot = vi_add(vi_times_256(dot), plane_dot(type, u, &a->plane[1], half));
+    return vf_from_vi(dot);
+}
+
+INLINE vf product_step(enum tensor_type type, const struct unpacked *u, const struct act_block *a, const uint32_t planes, vf sum) {
     vf d = vf_set1(a->d);
     if (type == TENSOR_Q6_K) {
-        vi low = vi_dot(vi_offset(a->nsum_low, 5), u->quad, a->q, 4, 6);
-        vi high = vi_dot(vi_offset(a->nsum - a->nsum_low, 5), u->quad + 4, a->q + 16, 4, 6);
-        sum = vf_fma(vf_mul(u->d_low, d), vf_from_vi(low), sum);
-        return vf_fma(vf_mul(u->d, d), vf_from_vi(high), sum);
+        sum = vf_fma(vf_mul(u->d_low, d), block_dot(type, u, a, planes, 0), sum);
+        return vf_fma(vf_mul(u->d, d), block_dot(type, u, a, planes, 1), sum);
     }
-    vi dot;
-    if (type == TENSOR_Q8_0)
-        dot = vi_dot_signed(u->quad, a->q, 8, a->nsum);
-    else if (type == TENSOR_Q4_0)
-        dot = vi_dot(vi_offset(a->nsum, 3), u->quad, a->q, 8, 4);
-    else if (type == TENSOR_Q5_0)
-        dot = vi_dot(vi_offset(a->nsum, 4), u->quad, a->q, 8, 5);
-    else
-        dot = vi_dot(vi_zero(), u->quad, a->q, 8, type == TENSOR_Q4_1 || type == TENSOR_Q4_K ? 4 : 5);
-    sum = vf_fma(vf_mul(u->d, d), vf_from_vi(dot), sum);
+    sum = vf_fma(vf_mul(u->d, d), block_dot(type, u, a, planes, 0), sum);
     if (type == TENSOR_Q8_0 || type == TENSOR_Q4_0 || type == TENSOR_Q5_0) return sum;
     return vf_fma(u->m, vf_set1(a->s), sum);
 }
@@ -130,20 +137,20 @@ INLINE size_t block_bytes(enum tensor_type type) {
  * ahead of itself; where a strip is used by several tiles, they share the next strip. What lies behind the last strip is only named, never read. */
 enum { FETCH_AHEAD = 4096 };
 
-INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n_blocks, const uint8_t *first, size_t stride, const int n_rows,
-                         uintptr_t fetch, const size_t n_lines, float (*y)[STRIP_ROWS]) {
+INLINE void product_tile(enum tensor_type type, const uint32_t planes, const uint8_t *strip, uint32_t n_blocks, const uint8_t *first, size_t stride,
+                         const int n_rows, uintptr_t fetch, const size_t n_lines, float (*y)[STRIP_ROWS]) {
     for (int part = 0; part < STRIP_ROWS / LANES; part++) {
         vf sum[PRODUCT_TILE];
 #pragma GCC unroll 12
         for (int r = 0; r < n_rows; r++) sum[r] = vf_zero();
         const uint8_t *at = first;
-        for (uint32_t b = 0; b < n_blocks; b++, at += sizeof(struct act_block)) {
+        for (uint32_t b = 0; b < n_blocks; b++, at += act_block_bytes(planes)) {
             struct unpacked u;
             unpack(type, strip, b, part, &u);
             for (size_t line = 0; line < n_lines; line++) __builtin_prefetch((const void *)(fetch + (b * n_lines + line) * 64));
 #pragma GCC unroll 12
             for (int r = 0; r < n_rows; r++)
-                sum[r] = product_step(type, &u, (const struct act_block *)(const void *)(at + (size_t)r * stride), sum[r]);
+                sum[r] = product_step(type, &u, (const struct act_block *)(const void *)(at + (size_t)r * stride), planes, sum[r]);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < n_rows; r++) vf_store(y[r] + LANES * part, sum[r]);
@@ -151,32 +158,32 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
 }
 
 /* One function a number of rows, so that the sums are registers. */
-#define PRODUCT_CASE(type, n)                                                                                                                        \
+#define PRODUCT_CASE(type, planes, n)                                                                                                                \
     case n:                                                                                                                                          \
-        product_tile(type, strip, n_blocks, at, stride, n, next, (block_bytes(type) + 63) / 64, y);                                                  \
+        product_tile(type, planes, strip, n_blocks, at, stride, n, next, (block_bytes(type) + 63) / 64, y);                                          \
         return
 
 #if PRODUCT_TILE == 12
-#define PRODUCT_CASES(type)                                                                                                                          \
-    PRODUCT_CASE(type, 3);                                                                                                                           \
-    PRODUCT_CASE(type, 4);                                                                                                                           \
-    PRODUCT_CASE(type, 5);                                                                                                                           \
-    PRODUCT_CASE(type, 6);                                                                                                                           \
-    PRODUCT_CASE(type, 7);                                                                                                                           \
-    PRODUCT_CASE(type, 8);                                                                                                                           \
-    PRODUCT_CASE(type, 9);                                                                                                                           \
-    PRODUCT_CASE(type, 10);                                                                                                                          \
-    PRODUCT_CASE(type, 11);                                                                                                                          \
-    PRODUCT_CASE(type, 12)
+#define PRODUCT_CASES(type, planes)                                                                                                                  \
+    PRODUCT_CASE(type, planes, 3);                                                                                                                   \
+    PRODUCT_CASE(type, planes, 4);                                                                                                                   \
+    PRODUCT_CASE(type, planes, 5);                                                                                                                   \
+    PRODUCT_CASE(type, planes, 6);                                                                                                                   \
+    PRODUCT_CASE(type, planes, 7);                                                                                                                   \
+    PRODUCT_CASE(type, planes, 8);                                                                                                                   \
+    PRODUCT_CASE(type, planes, 9);                                                                                                                   \
+    PRODUCT_CASE(type, planes, 10);                                                                                                                  \
+    PRODUCT_CASE(type, planes, 11);                                                                                                                  \
+    PRODUCT_CASE(type, planes, 12)
 #elif PRODUCT_TILE == 4
-#define PRODUCT_CASES(type)                                                                                                                          \
-    PRODUCT_CASE(type, 3);                                                                                                                           \
-    PRODUCT_CASE(type, 4)
+#define PRODUCT_CASES(type, planes)                                                                                                                  \
+    PRODUCT_CASE(type, planes, 3);                                                                                                                   \
+    PRODUCT_CASE(type, planes, 4)
 #else
-#define PRODUCT_CASES(type)
+#define PRODUCT_CASES(type, planes)
 #endif
 
-#define PRODUCT(type, name)                                                                                                                          \
+#define PRODUCT(type, planes, name)                                                                                                                  \
     static void product_##name(const uint8_t *strip, uint32_t n_blocks, const void *first, size_t stride, uint32_t n_rows, float(*y)[STRIP_ROWS]) {  \
         const uint8_t *at = first;                                                                                                                   \
         uintptr_t next = (uintptr_t)strip + n_blocks * block_bytes(type);                                                                            \
@@ -184,26 +191,34 @@ INLINE void product_tile(enum tensor_type type, const uint8_t *strip, uint32_t n
         const uintptr_t end = next + n_blocks * block_bytes(type);                                                                                   \
         for (; n_rows > PRODUCT_TILE; n_rows -= PRODUCT_TILE, at += PRODUCT_TILE * stride, y += PRODUCT_TILE, next += (size_t)n_blocks * 128) {      \
             if (next < end)                                                                                                                          \
-                product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 2, y);                                                           \
+                product_tile(type, planes, strip, n_blocks, at, stride, PRODUCT_TILE, next, 2, y);                                                   \
             else                                                                                                                                     \
-                product_tile(type, strip, n_blocks, at, stride, PRODUCT_TILE, next, 0, y);                                                           \
+                product_tile(type, planes, strip, n_blocks, at, stride, PRODUCT_TILE, next, 0, y);                                                   \
         }                                                                                                                                            \
         switch (n_rows) {                                                                                                                            \
-            PRODUCT_CASE(type, 1);                                                                                                                   \
-            PRODUCT_CASE(type, 2);                                                                                                                   \
-            PRODUCT_CASES(type);                                                                                                                     \
+            PRODUCT_CASE(type, planes, 1);                                                                                                           \
+            PRODUCT_CASE(type, planes, 2);                                                                                                           \
+            PRODUCT_CASES(type, planes);                                                                                                             \
         default: return;                                                                                                                             \
         }                                                                                                                                            \
     }
 
-PRODUCT(TENSOR_Q4_0, q4_0)
-PRODUCT(TENSOR_Q4_1, q4_1)
-PRODUCT(TENSOR_Q5_0, q5_0)
-PRODUCT(TENSOR_Q5_1, q5_1)
-PRODUCT(TENSOR_Q8_0, q8_0)
-PRODUCT(TENSOR_Q4_K, q4_k)
-PRODUCT(TENSOR_Q5_K, q5_k)
-PRODUCT(TENSOR_Q6_K, q6_k)
+PRODUCT(TENSOR_Q4_0, 1, q4_0)
+PRODUCT(TENSOR_Q4_0, 2, q4_0_wide)
+PRODUCT(TENSOR_Q4_1, 1, q4_1)
+PRODUCT(TENSOR_Q4_1, 2, q4_1_wide)
+PRODUCT(TENSOR_Q5_0, 1, q5_0)
+PRODUCT(TENSOR_Q5_0, 2, q5_0_wide)
+PRODUCT(TENSOR_Q5_1, 1, q5_1)
+PRODUCT(TENSOR_Q5_1, 2, q5_1_wide)
+PRODUCT(TENSOR_Q8_0, 1, q8_0)
+PRODUCT(TENSOR_Q8_0, 2, q8_0_wide)
+PRODUCT(TENSOR_Q4_K, 1, q4_k)
+PRODUCT(TENSOR_Q4_K, 2, q4_k_wide)
+PRODUCT(TENSOR_Q5_K, 1, q5_k)
+PRODUCT(TENSOR_Q5_K, 2, q5_k_wide)
+PRODUCT(TENSOR_Q6_K, 1, q6_k)
+PRODUCT(TENSOR_Q6_K, 2, q6_k_wide)
 
 /* Float weights: four sums a row (k mod 4), so that one row is not bound by the latency of its adds; joined at the end. */
 INLINE vf load_weights(enum tensor_type type, const uint8_t *strip, size_t at) {
@@ -245,9 +260,12 @@ FLOAT_PRODUCT(TENSOR_F32, f32)
 FLOAT_PRODUCT(TENSOR_F16, f16)
 FLOAT_PRODUCT(TENSOR_BF16, bf16)
 
-#define PRODUCTS                                                                                                                                     \
+#define PRODUCTS_OF(form)                                                                                                                            \
     {                                                                                                                                                \
-        [TENSOR_F32] = product_f32, [TENSOR_F16] = product_f16, [TENSOR_BF16] = product_bf16, [TENSOR_Q8_0] = product_q8_0,                          \
-        [TENSOR_Q4_0] = product_q4_0, [TENSOR_Q4_1] = product_q4_1, [TENSOR_Q5_0] = product_q5_0, [TENSOR_Q5_1] = product_q5_1,                      \
-        [TENSOR_Q4_K] = product_q4_k, [TENSOR_Q5_K] = product_q5_k, [TENSOR_Q6_K] = product_q6_k                                                     \
+        [TENSOR_F32] = product_f32, [TENSOR_F16] = product_f16, [TENSOR_BF16] = product_bf16, [TENSOR_Q8_0] = product_q8_0##form,                    \
+        [TENSOR_Q4_0] = product_q4_0##form, [TENSOR_Q4_1] = product_q4_1##form, [TENSOR_Q5_0] = product_q5_0##form,                                  \
+        [TENSOR_Q5_1] = product_q5_1##form, [TENSOR_Q4_K] = product_q4_k##form, [TENSOR_Q5_K] = product_q5_k##form,                                  \
+        [TENSOR_Q6_K] = product_q6_k##form                                                                                                           \
     }
+#define PRODUCTS                                                                                                                                     \
+    { PRODUCTS_OF(), PRODUCTS_OF(_wide) }

@@ -35,7 +35,24 @@ static void norm(const float *x, const float *weight, uint32_t n, float epsilon,
     for (; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
-INLINE void quantize_block(const float *x, struct act_block *block) {
+/* What quants q leave of `scaled`, in 256ths of their step: half a step at most, of which the last 256th is given up. */
+INLINE vf rest_of(vf scaled, const int8_t *q) {
+    vf rest = vf_mul(vf_sub(scaled, vf_load_s8(q)), vf_set1(256)), most = vf_set1(-127);
+    rest = vf_sub(vf_zero(), vf_max(rest, most));
+    return vf_sub(vf_zero(), vf_max(rest, most));
+}
+
+INLINE void quantize_rest(const float *x, vf inverse, const int8_t *q, struct act_plane *plane, int32_t *sum) {
+    float rest[PANEL_K];
+    for (int i = 0; i < PANEL_K; i += LANES) vf_store(rest + i, rest_of(vf_mul(vf_load(x + i), inverse), q + i));
+    int32_t low, high;
+    quantize_32(rest, vf_set1(1), plane->q, &low, &high);
+    plane->nsum = -(low + high);
+    plane->nsum_low = -low;
+    *sum = low + high;
+}
+
+INLINE void quantize_block(const float *x, const uint32_t planes, struct act_block *block) {
     vf highest = vf_zero();
     for (int i = 0; i < PANEL_K; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
     float most = vf_reduce_max(highest);
@@ -43,19 +60,35 @@ INLINE void quantize_block(const float *x, struct act_block *block) {
     bool small = !(most > 1e-34f);
     float d = small ? 0 : most * (1.0f / 127), inverse = small ? 0 : 127.0f / most;
     int32_t low, high;
-    quantize_32(x, vf_set1(inverse), block->q, &low, &high);
+    quantize_32(x, vf_set1(inverse), block->plane[0].q, &low, &high);
+    block->plane[0].nsum = -(low + high);
+    block->plane[0].nsum_low = -low;
+    int32_t sum = low + high;
+    if (planes == 2) {
+        int32_t rest;
+        quantize_rest(x, vf_set1(inverse), block->plane[0].q, &block->plane[1], &rest);
+        d *= 1.0f / 256;
+        sum = 256 * sum + rest;
+    }
     block->d = d;
-    block->s = d * (float)(low + high);
-    block->nsum = -(low + high);
-    block->nsum_low = -low;
+    block->s = d * (float)sum;
 }
 
-static void quantize(const float *x, uint32_t n_blocks, struct act_block *blocks) {
-    for (uint32_t b = 0; b < n_blocks; b++) quantize_block(x + (size_t)b * PANEL_K, &blocks[b]);
+/* n blocks, each `from` floats and `to` bytes after the one before. */
+INLINE void quantize_blocks(const float *x, size_t from, uint32_t n, const uint32_t planes, struct act_block *first, size_t to) {
+    uint8_t *at = (uint8_t *)first;
+    for (uint32_t i = 0; i < n; i++) quantize_block(x + i * from, planes, (struct act_block *)(void *)(at + i * to));
 }
 
-static void quantize_column(const float (*x)[PANEL_K], uint32_t n_rows, struct act_block *first, size_t stride) {
-    for (uint32_t r = 0; r < n_rows; r++) quantize_block(x[r], first + r * stride);
+static void quantize_column(const float (*x)[PANEL_K], uint32_t n_rows, uint32_t planes, struct act_block *first, size_t stride) {
+    if (planes == 2)
+        quantize_blocks(x[0], PANEL_K, n_rows, 2, first, stride);
+    else
+        quantize_blocks(x[0], PANEL_K, n_rows, 1, first, stride);
+}
+
+static void quantize(const float *x, uint32_t n_blocks, uint32_t planes, struct act_block *first) {
+    quantize_column((const float(*)[PANEL_K])(const void *)x, n_blocks, planes, first, act_block_bytes(planes));
 }
 
 INLINE vf silu_vector(vf gate, vf up) {
@@ -104,6 +137,26 @@ static void rotate(const float *x, uint32_t n, bool halves, const float *cosine,
             out[i + 1] = x[i + 1] * cosine[i + 1] + x[i] * sine[i + 1];
         }
     }
+}
+
+INLINE void hadamard_level(float *x, uint32_t n, const uint32_t step) {
+    for (uint32_t first = 0; first < n; first += 2 * step)
+        for (uint32_t i = first; i < first + step; i++) {
+            float a = x[i], b = x[i + step];
+            x[i] = a + b;
+            x[i + step] = a - b;
+        }
+}
+
+static void hadamard(float *restrict x, uint32_t n) {
+    const uint32_t size = n & (0u - n);
+    hadamard_level(x, n, 1); /* constants: the compiler makes shuffles of the narrow ones */
+    hadamard_level(x, n, 2);
+    hadamard_level(x, n, 4);
+    hadamard_level(x, n, 8);
+    for (uint32_t step = KV_PAD; step < size; step *= 2) hadamard_level(x, n, step);
+    const float scale = 1 / __builtin_sqrtf((float)size);
+    for (uint32_t i = 0; i < n; i++) x[i] *= scale;
 }
 
 static void track(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best) {

@@ -73,6 +73,7 @@ static uint32_t window_tile(const struct cpu *cpu, const struct score_request *r
         if (*visible > 0) {
             float *query = own->queries + (size_t)n * cpu->kv.dims;
             ring_query(cpu, request, lane, row, head, cpu->program->attention_scale, query);
+            if (kv_transforms(&cpu->kv)) cpu->isa->hadamard(query, cpu->kv.dims);
             heads[n] = head;
             attend->query[n] = query;
             attend->visible[n++] = *visible;
@@ -111,6 +112,7 @@ static void score_window(struct cpu *cpu, const struct score_request *request, u
                                 .pool = cpu->pool,
                                 .blocks = request->block_ids + request->lane_first[lane],
                                 .scratch = own->attend,
+                                .wide_queries = act_planes(&cpu->limits) == 2,
                                 .sums_only = true};
         if (window_tile(cpu, request, lane, own, &next, &visible, &attend, heads) == 0) return;
         for (uint32_t q = 0; q < attend.n_queries; q++) {
@@ -175,6 +177,7 @@ static void score_expected(struct cpu *cpu, const struct score_request *request,
         for (uint32_t i = 0; i < dims; i++) mean[i] /= (float)(n > 0 ? n : 1);
         for (uint32_t r = 0; r < n; r++)
             for (uint32_t i = 0; i < dims; i++) own->moments[(size_t)(1 + r) * dims + i] -= mean[i];
+        for (uint32_t r = 0; r <= n && kv_transforms(&cpu->kv); r++) cpu->isa->hadamard(own->moments + (size_t)r * dims, dims);
         cpu->isa->expected(view, own->moments, n, p->attention_scale, scores);
     }
 }

@@ -60,7 +60,7 @@ static void accumulate(const struct kept_split *split, uint64_t *sums) {
     }
 }
 
-/* Keys of block b as [dims/2][32][2] floats, exactly as cached. */
+/* Keys of block b as [dims/2][32][2] floats, exactly as cached; of q8 still transformed, which leaves lengths and products as they are. */
 static const float *block_keys(const struct lane_view *lane, uint32_t b) {
     const struct kv_shape *shape = lane->shape;
     const uint8_t *block = lane->pool + (size_t)lane->blocks[b] * shape->bytes;

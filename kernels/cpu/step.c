@@ -41,7 +41,7 @@ void put_row(struct cpu *cpu, const struct act *act, uint32_t row, const float *
         memcpy(to, values, n * sizeof *to);
         for (size_t i = n; i < act->value_stride; i++) to[i] = 0;
     }
-    if (act->blocks) cpu->isa->quantize(values, n / PANEL_K, act->blocks + row * act->block_stride);
+    if (act->blocks) cpu->isa->quantize(values, n / PANEL_K, act->planes, act_block_at(act, row, 0));
 }
 
 static void normalise(struct cpu *cpu, const float *weight, const struct act *act, uint32_t first, uint32_t end, uint32_t worker) {
@@ -75,14 +75,14 @@ static const struct act *normed(struct cpu *cpu, const struct stage *stage, cons
     return &own->act;
 }
 
-static void multiply(struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows,
-                     float (*y)[STRIP_ROWS]) {
+void multiply_strip(const struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows,
+                    float (*y)[STRIP_ROWS]) {
     const uint8_t *data = panel->data + strip * panel->strip_bytes;
+    product_function *product = cpu->isa->product[act->planes - 1][panel->type];
     if (panel_is_float(panel->type))
-        cpu->isa->product[panel->type](data, panel->n_blocks, act->values + row * act->value_stride, act->value_stride * sizeof(float), n_rows, y);
+        product(data, panel->n_blocks, act->values + row * act->value_stride, act->value_stride * sizeof(float), n_rows, y);
     else
-        cpu->isa->product[panel->type](data, panel->n_blocks, act->blocks + row * act->block_stride, act->block_stride * sizeof(struct act_block),
-                                       n_rows, y);
+        product(data, panel->n_blocks, act_block_at(act, row, 0), act->row_bytes, n_rows, y);
 }
 
 enum { TILE_ROWS = 4 * PRODUCT_ROWS };
@@ -118,7 +118,7 @@ static void qkv_unit(struct cpu *cpu, const struct layer *layer, const struct ac
     float y[TILE_ROWS][STRIP_ROWS];
     for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
         uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
-        multiply(cpu, panels[which], strip, act, row, rows, y);
+        multiply_strip(cpu, panels[which], strip, act, row, rows, y);
         cpu->isa->put_strip((const float(*)[STRIP_ROWS])y, rows, n, bias, cpu->qkv + row * cpu->qkv_stride + column + strip * STRIP_ROWS,
                             cpu->qkv_stride);
     }
@@ -142,7 +142,7 @@ static void add_product(struct cpu *cpu, const struct panel *panel, const struct
         uint32_t n = columns_of(panel, unit.group);
         for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
             uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
-            multiply(cpu, panel, unit.group, act, row, rows, y);
+            multiply_strip(cpu, panel, unit.group, act, row, rows, y);
             cpu->isa->add_strip((const float(*)[STRIP_ROWS])y, rows, n, cpu->x + (size_t)row * n_embd + unit.group * STRIP_ROWS, n_embd);
         }
     }
@@ -157,15 +157,14 @@ static void mlp_unit(struct cpu *cpu, const struct layer *layer, const struct ac
     for (uint32_t row = unit.row; row < unit.end_row; row += TILE_ROWS) {
         uint32_t rows = unit.end_row - row < TILE_ROWS ? unit.end_row - row : TILE_ROWS;
         for (uint32_t half = 0; half < (odd ? 1u : 2u); half++) {
-            multiply(cpu, &layer->gate, 2 * unit.group + half, act, row, rows, gate);
-            multiply(cpu, &layer->up, 2 * unit.group + half, act, row, rows, up);
+            multiply_strip(cpu, &layer->gate, 2 * unit.group + half, act, row, rows, gate);
+            multiply_strip(cpu, &layer->up, 2 * unit.group + half, act, row, rows, up);
             cpu->isa->silu((const float(*)[STRIP_ROWS])gate, (const float(*)[STRIP_ROWS])up, rows, (float(*)[PANEL_K])(both[0] + half * STRIP_ROWS));
         }
         for (uint32_t r = 0; cpu->g.values && r < rows; r++)
             memcpy(cpu->g.values + (row + r) * cpu->g.value_stride + column, both[r], sizeof both[r]);
         if (cpu->g.blocks)
-            cpu->isa->quantize_column((const float(*)[PANEL_K])both, rows, cpu->g.blocks + row * cpu->g.block_stride + unit.group,
-                                      cpu->g.block_stride);
+            cpu->isa->quantize_column((const float(*)[PANEL_K])both, rows, cpu->g.planes, act_block_at(&cpu->g, row, unit.group), cpu->g.row_bytes);
     }
 }
 
@@ -195,7 +194,8 @@ static void stage_quantize_attention(void *context, const struct stage *stage, u
     (void)stage, (void)worker;
     struct cpu *cpu = context;
     for (uint32_t row = first; row < end; row++)
-        cpu->isa->quantize(cpu->a.values + row * cpu->a.value_stride, (uint32_t)cpu->a.block_stride, cpu->a.blocks + row * cpu->a.block_stride);
+        cpu->isa->quantize(cpu->a.values + row * cpu->a.value_stride, cpu->program->n_heads * cpu->program->head_dim / PANEL_K, cpu->a.planes,
+                           act_block_at(&cpu->a, row, 0));
 }
 
 static void add_stage(struct cpu *cpu, enum phase_kind phase, stage_function *run, uint32_t n_units, uint32_t index) {

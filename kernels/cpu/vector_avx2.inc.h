@@ -90,6 +90,7 @@ INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32
 INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
 INLINE vi vi_set1(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vi vi_times_256(vi a) { return _mm256_slli_epi32(a, 8); }
 INLINE vb vb_load(const uint8_t *p) { return _mm256_loadu_si256((const void *)p); }
 INLINE vb vb_low(vb a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 INLINE vb vb_high(vb a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }

@@ -80,6 +80,7 @@ INLINE void vf_store_f16(uint16_t *p, vf x) {
 INLINE vi vi_set1(int32_t x) { return (vi){x, x, x, x}; }
 INLINE vi vi_zero(void) { return vi_set1(0); }
 INLINE vi vi_add(vi a, vi b) { return a + b; }
+INLINE vi vi_times_256(vi a) { return a * 256; }
 INLINE vb vb_load(const uint8_t *p) {
     vb x;
     memcpy(&x, p, sizeof x);

@@ -85,6 +85,7 @@ struct setting {
     const char *backend, *instruction_set;
     enum kv_dtype kv_dtype;
     uint32_t threads;
+    const char *activations;
 };
 
 /* false: this machine does not have the instruction set. */
@@ -98,6 +99,7 @@ static bool open_client(struct client *client, struct setting setting, bool crow
     (void)snprintf(config.kv_dtype, sizeof config.kv_dtype, "%s", kv_dtype_name(setting.kv_dtype));
     const struct program *program = model_program(model);
     config.threads = setting.threads;
+    (void)snprintf(config.activations, sizeof config.activations, "%s", setting.activations);
     config.max_model_len = model_len();
     config.max_sequences = crowded ? 12 : 2;
     config.max_rows = crowded ? TOGETHER_ROWS : 512;
@@ -147,9 +149,10 @@ static void run_together(struct setting setting) {
         finish_job(jobs[i], &together);
     }
     struct engine_stats stats = client_settled(&client);
-    print_message("  %s %s, kv %s, %u threads: %u preemptions, %u partial prefix hits, %u forks, %u chunks, %u steps\n", setting.backend,
-                  setting.instruction_set, kv_dtype_name(setting.kv_dtype), setting.threads, (unsigned)stats.preemptions,
-                  (unsigned)stats.prefix_partial_hits, (unsigned)stats.forks, (unsigned)stats.chunks, (unsigned)stats.steps);
+    print_message("  %s %s, kv %s, %s activations, %u threads: %u preemptions, %u partial prefix hits, %u forks, %u chunks, %u steps\n",
+                  setting.backend, setting.instruction_set, kv_dtype_name(setting.kv_dtype), setting.activations, setting.threads,
+                  (unsigned)stats.preemptions, (unsigned)stats.prefix_partial_hits, (unsigned)stats.forks, (unsigned)stats.chunks,
+                  (unsigned)stats.steps);
     assert_true(stats.preemptions >= 8);
     assert_true(stats.prefix_partial_hits >= 8);
     assert_true(stats.forks >= 1);
@@ -164,9 +167,9 @@ static void compare(struct setting setting) {
             assert_int_equal(a->n_tokens, b->n_tokens);
             for (uint32_t t = 0; t < a->n_tokens; t++)
                 if (a->tokens[t] != b->tokens[t] || memcmp(&a->logprobs[t], &b->logprobs[t], sizeof(float)) != 0)
-                    fail_msg("%s %s, kv %s, %u threads: request %u, choice %u, token %u: alone %d (%.9g), together %d (%.9g)", setting.backend,
-                             setting.instruction_set, kv_dtype_name(setting.kv_dtype), setting.threads, i, c, t, a->tokens[t], (double)a->logprobs[t],
-                             b->tokens[t], (double)b->logprobs[t]);
+                    fail_msg("%s %s, kv %s, %s activations, %u threads: request %u, choice %u, token %u: alone %d (%.9g), together %d (%.9g)",
+                             setting.backend, setting.instruction_set, kv_dtype_name(setting.kv_dtype), setting.activations, setting.threads, i, c, t,
+                             a->tokens[t], (double)a->logprobs[t], b->tokens[t], (double)b->logprobs[t]);
         }
     assert_memory_equal(alone.prompt, together.prompt, sizeof alone.prompt);
     bool differ = false; /* random candidates do not all say the same, or nothing was tested */
@@ -176,27 +179,34 @@ static void compare(struct setting setting) {
 
 /* ---- the settings ---- */
 
+/* Alone on one thread against together on one and two, or on two alone. */
+static bool check_set(struct setting setting, uint32_t first_threads) {
+    if (!run_alone(setting)) return false;
+    for (setting.threads = first_threads; setting.threads <= 2; setting.threads++) {
+        run_together(setting);
+        compare(setting);
+    }
+    return true;
+}
+
 static uint32_t check_cpu(enum kv_dtype kv_dtype) {
     static const char *const sets[] = {"avx512bf16", "avx512", "avxvnni", "avx2", "generic"};
     uint32_t n_present = 0;
     if (!test_runs_on_name("cpu")) return 0;
     for (uint32_t s = 0; s < sizeof sets / sizeof *sets; s++) {
-        struct setting setting = {.backend = "cpu", .instruction_set = sets[s], .kv_dtype = kv_dtype, .threads = 1};
+        struct setting setting = {.backend = "cpu", .instruction_set = sets[s], .kv_dtype = kv_dtype, .threads = 1, .activations = "8bit"};
         if (is_sample && n_present > 0 && strcmp(sets[s], "generic") == 0) continue; /* plain C takes minutes here: the tiny model covers it */
-        if (!run_alone(setting)) continue;
+        if (!check_set(setting, is_sample ? 2 : 1)) continue;                        /* together on one thread too is the tiny model's */
+        setting.activations = "16bit";                                               /* so is every set with these */
+        if (!is_sample || n_present == 0) assert_true(check_set(setting, 2));
         n_present++;
-        /* Alone on one thread against together on two; together on one thread beside it is the tiny model's. */
-        for (setting.threads = is_sample ? 2 : 1; setting.threads <= 2; setting.threads++) {
-            run_together(setting);
-            compare(setting);
-        }
     }
     assert_true(n_present >= 1);
     return n_present;
 }
 
 static uint32_t check_device(enum kv_dtype kv_dtype) {
-    struct setting setting = {.backend = "cuda", .instruction_set = "auto", .kv_dtype = kv_dtype, .threads = 1};
+    struct setting setting = {.backend = "cuda", .instruction_set = "auto", .kv_dtype = kv_dtype, .threads = 1, .activations = "8bit"};
     if (!test_runs_on_name(setting.backend) || backend_find(setting.backend)->block_bytes(model_program(model), kv_dtype) == 0) return 0;
     assert_true(run_alone(setting));
     run_together(setting);

@@ -225,6 +225,7 @@ enum status phase_world_new(const struct phase_case *phase_case, const struct pr
     const struct backend_limits limits = {
         .kv_dtype = options->kv_dtype,
         .weights = options->weights,
+        .activation_bits = options->activation_bits,
         .deterministic = options->deterministic,
         .n_blocks = n_blocks,
         .n_tables = PHASE_SEQUENCES,

@@ -53,6 +53,7 @@ struct phase_world_options {
     uint32_t threads;
     uint32_t history_chunk; /* rows of one step while the history is read; 0: as many as fit */
     enum weights_mode weights;
+    uint32_t activation_bits;
     bool deterministic;
 };
 

@@ -269,6 +269,10 @@ static void test_device_limits(void **state) {
     struct memory_plan plan = planned_on(&ops, &config, GIB);
     struct backend_limits limits;
     engine_backend_limits(&plan, &config, &limits);
+    assert_int_equal(limits.activation_bits, 8);
+    strcpy(config.activations, "16bit");
+    engine_backend_limits(&plan, &config, &limits);
+    assert_int_equal(limits.activation_bits, 16);
     assert_int_equal(limits.device, 1);
     assert_true(limits.deterministic);
     assert_int_equal(limits.weights, WEIGHTS_NATIVE);

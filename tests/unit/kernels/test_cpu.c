@@ -19,6 +19,7 @@
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/workers.h"
 #include "tests/support/quantize.h"
+#include "tests/support/tiny_program.h"
 
 enum { MOST_ROWS = 97 };
 
@@ -74,54 +75,52 @@ static void test_rows_come_back_out_of_panels(void **state) {
     }
 }
 
-/* Rows of activations in both forms. */
-struct rows {
-    float *values;
-    struct act_block *blocks;
-    uint32_t cols, stride;
-};
-
-static struct rows rows_new(const struct cpu_isa *isa, uint32_t cols, bool worst, uint64_t seed) {
-    struct rows rows = {.cols = cols, .stride = (cols + PANEL_K - 1) / PANEL_K * PANEL_K};
+/* Rows of activations in both forms; `worst`: all at an end of the range, or as far from the first plane's steps as they can be, so that the second is at an end of its. */
+static struct act rows_new(const struct cpu_isa *isa, uint32_t cols, uint32_t planes, bool worst, uint64_t seed) {
+    struct act rows = {.planes = planes, .value_stride = (cols + PANEL_K - 1) / PANEL_K * PANEL_K};
     struct random random = {seed};
-    rows.values = check_calloc((size_t)MOST_ROWS * rows.stride, sizeof(float));
-    rows.blocks = check_calloc((size_t)MOST_ROWS * rows.stride / PANEL_K, sizeof(struct act_block));
+    rows.row_bytes = rows.value_stride / PANEL_K * act_block_bytes(planes);
+    rows.values = check_calloc((size_t)MOST_ROWS * rows.value_stride, sizeof(float));
+    rows.blocks = check_calloc(MOST_ROWS, rows.row_bytes);
     for (uint32_t r = 0; r < MOST_ROWS; r++) {
+        float *values = rows.values + r * rows.value_stride;
         for (uint32_t c = 0; c < cols; c++) {
-            float x = 2 * random_unit(random_next(&random)) - 1;
-            rows.values[(size_t)r * rows.stride + c] = worst ? (r % 3 == 0 ? 1 : r % 3 == 1 ? -1 : x > 0 ? 1 : -1) : x;
+            float x = 2 * random_unit(random_next(&random)) - 1, size = c % PANEL_K && r % 2 ? 126.499f / 127 : 1;
+            values[c] = worst ? size * (r % 3 == 0 ? 1 : r % 3 == 1 ? -1 : x > 0 ? 1 : -1) : x;
         }
-        isa->quantize(rows.values + (size_t)r * rows.stride, rows.stride / PANEL_K, rows.blocks + (size_t)r * rows.stride / PANEL_K);
+        isa->quantize(values, (uint32_t)rows.value_stride / PANEL_K, planes, act_block_at(&rows, r, 0));
     }
     return rows;
 }
 
-static void rows_free(struct rows *rows) {
+static void rows_free(struct act *rows) {
     free(rows->values);
     free(rows->blocks);
 }
 
-/* The activation that the product sees: d q, or the value. */
-static double activation(const struct rows *rows, bool floats, uint32_t r, uint32_t c) {
-    size_t at = (size_t)r * rows->stride + c;
-    return floats ? (double)rows->values[at] : (double)rows->blocks[at / PANEL_K].d * rows->blocks[at / PANEL_K].q[at % PANEL_K];
+/* What a product sees: d q, or d (256 q + q'). */
+static double activation_of(const struct act_block *block, uint32_t planes, size_t i) {
+    return (double)block->d * (planes == 2 ? 256 * block->plane[0].q[i] + block->plane[1].q[i] : block->plane[0].q[i]);
 }
 
-static void multiply(const struct cpu_isa *isa, const struct panel *panel, uint32_t strip, const struct rows *rows, uint32_t first, uint32_t n,
+static double activation(const struct act *rows, bool floats, uint32_t r, uint32_t c) {
+    return floats ? (double)rows->values[r * rows->value_stride + c] : activation_of(act_block_at(rows, r, c / PANEL_K), rows->planes, c % PANEL_K);
+}
+
+static void multiply(const struct cpu_isa *isa, const struct panel *panel, uint32_t strip, const struct act *rows, uint32_t first, uint32_t n,
                      float (*y)[STRIP_ROWS]) {
     bool floats = panel_is_float(panel->type);
-    const size_t at = (size_t)first * rows->stride;
-    const void *from = floats ? (const void *)(rows->values + at) : (const void *)(rows->blocks + at / PANEL_K);
-    size_t stride = floats ? rows->stride * sizeof(float) : rows->stride / PANEL_K * sizeof(struct act_block);
-    isa->product[panel->type](panel->data + strip * panel->strip_bytes, panel->n_blocks, from, stride, n, y);
+    const void *from = floats ? (const void *)(rows->values + first * rows->value_stride) : (const void *)act_block_at(rows, first, 0);
+    size_t stride = floats ? rows->value_stride * sizeof(float) : rows->row_bytes;
+    isa->product[rows->planes - 1][panel->type](panel->data + strip * panel->strip_bytes, panel->n_blocks, from, stride, n, y);
 }
 
 /* Against the widened weights in double: what is left is rounding. A saturated pair would be off by far more. */
-static void check_product(const struct cpu_isa *isa, enum tensor_type type, bool worst) {
+static void check_product(const struct cpu_isa *isa, enum tensor_type type, uint32_t planes, bool worst) {
     const uint32_t n_rows = 37, cols = tensor_type_info(type)->block_size == 1 ? 77 : 512;
     struct matrix m = matrix_new(type, n_rows, cols, worst, 11);
     struct panel panel = pack_all(&m.tensor);
-    struct rows rows = rows_new(isa, cols, worst, 13);
+    struct act rows = rows_new(isa, cols, planes, worst, 13);
     static float single[MOST_ROWS][STRIP_ROWS], many[MOST_ROWS][STRIP_ROWS];
     float weights[512];
     for (uint32_t strip = 0; strip < panel.n_strips; strip++) {
@@ -130,7 +129,7 @@ static void check_product(const struct cpu_isa *isa, enum tensor_type type, bool
             memset(many, 0xff, sizeof many);
             multiply(isa, &panel, strip, &rows, 0, n, many);
             if (memcmp(single, many, n * sizeof *many) != 0)
-                fail_msg("%s %s: a row of %u differs from itself alone", isa->name, tensor_type_info(type)->name, n);
+                fail_msg("%s %s, %u planes: a row of %u differs from itself alone", isa->name, tensor_type_info(type)->name, planes, n);
         }
         for (uint32_t i = 0; i < STRIP_ROWS; i++) {
             uint32_t output = strip * STRIP_ROWS + i;
@@ -144,7 +143,8 @@ static void check_product(const struct cpu_isa *isa, enum tensor_type type, bool
                 }
                 /* Weights are within 1, so minimum and scaled quant, which may cancel, are within 3 together. Some 34 roundings of 2^-24 on the way. */
                 if (!(fabs((double)single[r][i] - sum) <= 2e-6 * size))
-                    fail_msg("%s %s row %u output %u: %g, not %g", isa->name, tensor_type_info(type)->name, r, output, (double)single[r][i], sum);
+                    fail_msg("%s %s, %u planes, row %u output %u: %g, not %g", isa->name, tensor_type_info(type)->name, planes, r, output,
+                             (double)single[r][i], sum);
             }
         }
     }
@@ -160,12 +160,18 @@ static void test_products(void **state) {
             print_message("not on this machine: %s\n", (*isa)->name);
             continue;
         }
-        for (int type = 0; type < TENSOR_TYPES; type++) {
-            check_product(*isa, (enum tensor_type)type, false);
-            check_product(*isa, (enum tensor_type)type, true);
-        }
+        for (int type = 0; type < TENSOR_TYPES; type++)
+            for (uint32_t planes = 1; planes <= ACT_PLANES; planes++) {
+                check_product(*isa, (enum tensor_type)type, planes, false);
+                check_product(*isa, (enum tensor_type)type, planes, true);
+            }
     }
 }
+
+union any_block {
+    struct act_block block;
+    uint8_t bytes[sizeof(struct act_block) + ACT_PLANES * sizeof(struct act_plane)];
+};
 
 /* Q8_0 quants of -128, which a file may hold though no quantiser makes them: 128 x 127 twice must not saturate either. */
 static void test_lowest_quant(void **state) {
@@ -178,13 +184,17 @@ static void test_lowest_quant(void **state) {
     struct panel panel = pack_all(&tensor);
     for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
         if (!(*isa)->present()) continue;
-        struct act_block block;
+        union any_block any;
         float x[32], y[1][STRIP_ROWS];
-        for (int sign = -1; sign <= 1; sign += 2) {
-            for (int i = 0; i < 32; i++) x[i] = (float)(sign * 127);
-            (*isa)->quantize(x, 1, &block);
-            (*isa)->product[TENSOR_Q8_0](panel.data, 1, &block, sizeof block, 1, y);
-            assert_true(fabs((double)y[0][0] - -128.0 * 127 * 32 * sign) < 1);
+        for (int round = 0; round < 8; round++) { /* 126.499: the second plane is at its end too */
+            const int sign = round & 1 ? 1 : -1;
+            const uint32_t planes = round & 2 ? 2 : 1;
+            for (int i = 0; i < 32; i++) x[i] = (float)sign * (round & 4 && i > 0 ? 126.499f : 127);
+            (*isa)->quantize(x, 1, planes, &any.block);
+            (*isa)->product[planes - 1][TENSOR_Q8_0](panel.data, 1, &any.block, 0, 1, y);
+            double sum = 0;
+            for (size_t i = 0; i < 32; i++) sum += activation_of(&any.block, planes, i);
+            assert_true(fabs((double)y[0][0] + 128.0 * sum) < 1);
         }
     }
     free(panel.data);
@@ -202,18 +212,28 @@ static void test_quantised_activations(void **state) {
                 x[i] = round == 0 ? 0 : size * (2 * random_unit(random_next(&random)) - 1);
                 most = fmaxf(most, fabsf(x[i]));
             }
-            struct act_block block;
-            (*isa)->quantize(x, 1, &block);
-            int32_t sum = 0, low = 0;
-            for (int i = 0; i < PANEL_K; i++) {
-                assert_true(block.q[i] >= -127 && block.q[i] <= 127);
-                assert_true(fabsf(block.d * (float)block.q[i] - x[i]) <= most / 127 * 0.501f);
-                sum += block.q[i];
-                if (i < 16) low += block.q[i];
+            if (round % 7 == 3) x[5] = most * (62.5f / 127); /* between two steps of the first plane: the second ends at 127 of 128 */
+            for (uint32_t planes = 1; planes <= ACT_PLANES; planes++) {
+                union any_block any;
+                const struct act_block *block = &any.block;
+                /* Half a step, and what the second plane cannot hold; two products are rounded on the way. */
+                const double step = (double)most / 127 / (planes == 2 ? 256 : 1), bound = planes == 2 ? 1.01 : 0.501;
+                int32_t sum = 0;
+                (*isa)->quantize(x, 1, planes, &any.block);
+                for (uint32_t p = 0; p < planes; p++) {
+                    int32_t all = 0, low = 0;
+                    for (size_t i = 0; i < PANEL_K; i++) {
+                        assert_true(block->plane[p].q[i] >= -127 && block->plane[p].q[i] <= 127);
+                        all += block->plane[p].q[i];
+                        if (i < 16) low += block->plane[p].q[i];
+                    }
+                    assert_int_equal(block->plane[p].nsum, -all);
+                    assert_int_equal(block->plane[p].nsum_low, -low);
+                    sum = 256 * sum + all;
+                }
+                for (size_t i = 0; i < PANEL_K; i++) assert_true(fabs(activation_of(block, planes, i) - (double)x[i]) <= bound * step);
+                assert_true(block->s == block->d * (float)sum);
             }
-            assert_int_equal(block.nsum, -sum);
-            assert_int_equal(block.nsum_low, -low);
-            assert_true(block.s == block.d * (float)sum);
         }
     }
 }
@@ -281,7 +301,8 @@ static void test_weights_made_again(void **state) {
     for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
         if (!(*isa)->present()) continue;
         uint8_t *scratch = check_calloc(attend_scratch_bytes(DIM), 1);
-        for (int dtype = 0; dtype < KV_DTYPES; dtype++) {
+        for (int round = 0; round <= KV_DTYPES; round++) { /* the last: q8 once more, with wide queries */
+            const int dtype = round < KV_DTYPES ? round : KV_Q8;
             const struct kv_shape shape = kv_shape_of(&program, (enum kv_dtype)dtype);
             uint8_t *pool = check_calloc(BLOCKS, shape.bytes);
             for (uint32_t slot = 0; slot < SLOTS; slot++) {
@@ -290,6 +311,7 @@ static void test_weights_made_again(void **state) {
                 (*isa)->append(&shape, pool + blocks[slot / BLOCK_TOKENS] * shape.bytes, slot % BLOCK_TOKENS, k, v);
             }
             struct attend attend = {.shape = &shape, .pool = pool, .blocks = blocks, .n_queries = ATTEND_QUERIES, .scratch = scratch};
+            attend.wide_queries = round == KV_DTYPES;
             attend.kept = kept, attend.kept_stride = STRIDE, attend.kept_maxima = maxima;
             memset(states, 0, sizeof states);
             for (uint32_t q = 0; q < ATTEND_QUERIES; q++) { /* the first see one split, the last all */
@@ -322,6 +344,110 @@ static void test_weights_made_again(void **state) {
     }
 }
 
+/* The transform is its own inverse, keeps products, and is that of each run of the largest power of two. */
+static void test_hadamard(void **state) {
+    (void)state;
+    static const uint32_t sizes[] = {16, 32, 48, 64, 80, 96, 128, 1024};
+    struct random random = {31};
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
+        if (!(*isa)->present()) continue;
+        for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+            const uint32_t n = sizes[s], run = n & (0u - n);
+            float x[1024], y[1024];
+            double most = 0;
+            for (uint32_t i = 0; i < n; i++) x[i] = y[i] = 2 * random_unit(random_next(&random)) - 1;
+            (*isa)->hadamard(y, n);
+            for (uint32_t i = 0; i < n; i++) { /* row i of the matrix: signs by the parity of common bits */
+                double sum = 0;
+                for (uint32_t j = 0; j < run; j++) sum += (__builtin_popcount(i % run & j) % 2 ? -1 : 1) * (double)x[i / run * run + j];
+                most = fmax(most, fabs(sum / sqrt(run) - (double)y[i]));
+            }
+            (*isa)->hadamard(y, n);
+            for (uint32_t i = 0; i < n; i++) most = fmax(most, fabs((double)x[i] - (double)y[i]));
+            if (!(most < 2e-6)) fail_msg("%s, %u values: off by %g", (*isa)->name, n, most);
+        }
+    }
+}
+
+/* q8 attention against double over the quants as they lie in the pool: what is left is the rounding of queries. One dim of the keys is far larger than the others. */
+static double q8_error(const struct cpu_isa *isa, bool wide) {
+    enum { DIM = 48, SLOTS = SPLIT_SLOTS - 21, BLOCKS = SPLIT_SLOTS / BLOCK_TOKENS };
+    const struct program program = {.head_dim = DIM};
+    const struct kv_shape shape = kv_shape_of(&program, KV_Q8);
+    struct random random = {37};
+    uint8_t *pool = check_calloc(BLOCKS, shape.bytes), *scratch = check_calloc(attend_scratch_bytes(DIM), 1);
+    uint32_t blocks[BLOCKS];
+    float queries[5][DIM], states[5][2 + DIM] = {{0}};
+    for (uint32_t b = 0; b < BLOCKS; b++) blocks[b] = BLOCKS - 1 - b;
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        float k[DIM], v[DIM];
+        for (int i = 0; i < DIM; i++) k[i] = 2 * random_unit(random_next(&random)) - 1, v[i] = 2 * random_unit(random_next(&random)) - 1;
+        k[7] *= 20;
+        isa->append(&shape, pool + blocks[slot / BLOCK_TOKENS] * shape.bytes, slot % BLOCK_TOKENS, k, v);
+    }
+    struct attend attend = {.shape = &shape, .pool = pool, .blocks = blocks, .n_queries = 5, .scratch = scratch, .wide_queries = wide};
+    for (uint32_t q = 0; q < 5; q++) {
+        for (uint32_t i = 0; i < DIM; i++) queries[q][i] = 2 * random_unit(random_next(&random)) - 1;
+        isa->hadamard(queries[q], DIM);
+        attend.query[q] = queries[q];
+        attend.visible[q] = SLOTS - 4 + q;
+        states[q][0] = -INFINITY;
+    }
+    isa->attend(&attend, 0, 1, states[0], 2 + DIM);
+    double worst = 0;
+    for (uint32_t q = 0; q < 5; q++) {
+        double weights[SLOTS], sum = 0, out[DIM] = {0};
+        for (uint32_t slot = 0; slot < attend.visible[q]; slot++) {
+            const uint8_t *block = pool + blocks[slot / BLOCK_TOKENS] * shape.bytes;
+            const float *scales = (const float *)(const void *)(block + shape.scale_offset);
+            uint32_t at = slot % BLOCK_TOKENS;
+            double score = 0;
+            for (uint32_t i = 0; i < DIM; i++) score += (double)queries[q][i] * (block[i / 4 * 128 + at * 4 + i % 4] - 128) * (double)scales[at];
+            sum += weights[slot] = exp(score);
+            for (uint32_t i = 0; i < DIM; i++)
+                out[i] += weights[slot] * (int8_t)block[shape.v_offset + (size_t)at * DIM + i] * (double)scales[BLOCK_TOKENS + at];
+        }
+        for (uint32_t i = 0; i < DIM; i++) worst = fmax(worst, fabs(out[i] / sum - (double)(states[q][2 + i] / states[q][1])));
+    }
+    free(scratch);
+    free(pool);
+    return worst;
+}
+
+static void test_q8_queries(void **state) {
+    (void)state;
+    for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
+        if (!(*isa)->present()) continue;
+        double narrow = q8_error(*isa, false), wide = q8_error(*isa, true);
+        if (!(wide < 5e-4 && narrow < 256 * 5e-4 && wide < narrow / 50)) fail_msg("%s: off by %g, wide %g", (*isa)->name, narrow, wide);
+    }
+}
+
+static uint64_t planned_scratch(const struct program *program, uint32_t activation_bits) {
+    const struct backend_limits limits = {
+        .kv_dtype = KV_F16, .activation_bits = activation_bits, .max_rows = 100, .max_sequences = 4, .max_samples = 4, .threads = 1};
+    struct memory_line lines[8];
+    uint32_t n = backend_cpu.memory_plan(program, &limits, lines, 8);
+    for (uint32_t i = 0; i < n; i++)
+        if (strcmp(lines[i].what, "scratch") == 0) return lines[i].count * lines[i].bytes_each;
+    fail_msg("no scratch");
+    return 0;
+}
+
+/* The second plane is in the plan: of all rows three buffers, of the head's rows and of a worker's own one each. */
+static void test_memory_plan(void **state) {
+    (void)state;
+    struct tiny_shape shape = tiny_shape_default();
+    shape.type = TENSOR_Q8_0;
+    struct program *program = tiny_program_new(&shape);
+    const uint64_t columns = program->n_embd + program->n_heads * program->head_dim + program->n_ff;
+    const uint64_t blocks = (100 * columns + (HEAD_ROWS + PRIVATE_ROWS) * program->n_embd) / PANEL_K, more = blocks * sizeof(struct act_plane);
+    uint64_t narrow = planned_scratch(program, 8), wide = planned_scratch(program, 16);
+    assert_int_equal(narrow, planned_scratch(program, 0));
+    assert_in_range(wide - narrow, more - 5 * 64, more + 5 * 64); /* buffers begin on cache lines */
+    tiny_program_free(program);
+}
+
 /* "auto" is the dtype of the best instruction set present, the last one in the list. */
 static void test_kv_dtype(void **state) {
     (void)state;
@@ -341,6 +467,9 @@ int main(void) {
         cmocka_unit_test(test_quantised_activations),
         cmocka_unit_test(test_workers),
         cmocka_unit_test(test_weights_made_again),
+        cmocka_unit_test(test_hadamard),
+        cmocka_unit_test(test_q8_queries),
+        cmocka_unit_test(test_memory_plan),
         cmocka_unit_test(test_kv_dtype),
     };
     return cmocka_run_group_tests_name("cpu", tests, NULL, NULL);
