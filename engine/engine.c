@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "engine/internal.h"
+#include "kernels/kivi.h"
 
 /* ---- events: engine thread ---- */
 
@@ -116,7 +117,7 @@ static void take_submit(struct engine *engine, struct request *request) {
                                             .points = compression_points(&request->kv),
                                             .peak_tokens = peak_tokens(&request->kv),
                                             .needs_ring = compression_needs_ring(&request->kv),
-                                            .private = has_own_blocks(&request->kv),
+                                            .private = has_own_blocks(&request->kv) || kivi_bits(engine->plan.kv_dtype) > 0,
                                             .first_needed_row = request->prompt_results ? 0 : compression_first_row(&request->kv, request->n_prompt)};
     CHECK(scheduler_add(engine->scheduler, &asked)); /* engine_submit counts to the same bound */
 }

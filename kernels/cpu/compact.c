@@ -4,6 +4,7 @@
 
 #include "base/check.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/kivi.h"
 
 struct compacting {
     struct cpu *cpu;
@@ -44,11 +45,8 @@ static void move_values_32(const uint32_t *source, uint32_t *destination, uint32
     }
 }
 
-static void move_run(struct cpu *cpu, uint32_t source, uint32_t destination, const struct run *run) {
-    const struct kv_shape *shape = &cpu->kv;
+static void move_numbers(const struct kv_shape *shape, const uint8_t *from, uint8_t *to, const struct run *run) {
     const uint32_t dims = shape->dims;
-    const uint8_t *from = cpu->pool + source * shape->bytes;
-    uint8_t *to = cpu->pool + destination * shape->bytes;
     const void *from_v = from + shape->v_offset;
     void *to_v = to + shape->v_offset;
     switch (shape->dtype) {
@@ -70,6 +68,10 @@ static void move_run(struct cpu *cpu, uint32_t source, uint32_t destination, con
             squeeze_32((const uint32_t *)(const void *)from + row * BLOCK_TOKENS, (uint32_t *)(void *)to + row * BLOCK_TOKENS, run);
         move_values_16(from_v, to_v, dims, run);
     }
+}
+
+/* Positions and accumulated attention. */
+static void move_marks(struct cpu *cpu, uint32_t source, uint32_t destination, const struct run *run) {
     for (uint32_t i = 0; i < run->n; i++) {
         size_t a = (size_t)source * BLOCK_TOKENS + run->from[i], b = (size_t)destination * BLOCK_TOKENS + run->to + i;
         cpu->positions[b] = cpu->positions[a];
@@ -77,9 +79,43 @@ static void move_run(struct cpu *cpu, uint32_t source, uint32_t destination, con
     }
 }
 
+static void move_run(struct cpu *cpu, uint32_t source, uint32_t destination, const struct run *run) {
+    if (cpu->kv.raw_bytes)
+        move_numbers(&cpu->raw_shape, raw_block(cpu, source), raw_block(cpu, destination), run);
+    else
+        move_numbers(&cpu->kv, cpu->pool + source * cpu->kv.bytes, cpu->pool + destination * cpu->kv.bytes, run);
+    move_marks(cpu, source, destination, run);
+}
+
+/* KIVI: leading slots of the lane that lie in blocks which the next row reads as codes. They move by whole blocks; the others are f16 blocks' and stay such. */
+static uint32_t coded_slots(const struct cpu *cpu, const struct compaction *item) {
+    if (cpu->kv.raw_bytes == 0 || item->n_slots == 0) return 0;
+    const uint32_t last = item->n_slots - 1;
+    int32_t newest = cpu->positions[(size_t)item->source[last / BLOCK_TOKENS] * BLOCK_TOKENS + last % BLOCK_TOKENS];
+    return count_codes(cpu, item->source, item->n_slots, newest + 1) * BLOCK_TOKENS;
+}
+
+static void move_block(struct cpu *cpu, uint32_t source, uint32_t destination) {
+    struct run all = {.n = BLOCK_TOKENS};
+    if (source == destination) return;
+    for (uint32_t i = 0; i < BLOCK_TOKENS; i++) all.from[i] = (uint8_t)i;
+    memcpy(cpu->pool + destination * cpu->kv.bytes, cpu->pool + source * cpu->kv.bytes, cpu->kv.bytes);
+    move_marks(cpu, source, destination, &all);
+}
+
+static uint32_t move_coded(struct cpu *cpu, const struct compaction *item, const uint32_t *keep, uint32_t coded) {
+    uint32_t i = 0;
+    for (; i < item->n_keep && keep[i] < coded; i += BLOCK_TOKENS) {
+        CHECK(kivi_whole_block(keep, item->n_keep, i));
+        move_block(cpu, item->source[keep[i] / BLOCK_TOKENS], item->destination[i / BLOCK_TOKENS]);
+    }
+    return i;
+}
+
 static void compact_lane(struct cpu *cpu, const struct compaction *item) {
     const uint32_t *keep = host_kept(&cpu->backend, item);
-    for (uint32_t i = 0; i < item->n_keep;) {
+    const uint32_t first = move_coded(cpu, item, keep, coded_slots(cpu, item));
+    for (uint32_t i = first; i < item->n_keep;) {
         uint32_t source = keep[i] / BLOCK_TOKENS, destination = i / BLOCK_TOKENS;
         struct run run = {.to = i % BLOCK_TOKENS};
         for (; i < item->n_keep && keep[i] / BLOCK_TOKENS == source && i / BLOCK_TOKENS == destination; i++) {
@@ -89,6 +125,9 @@ static void compact_lane(struct cpu *cpu, const struct compaction *item) {
         bool stays = item->source[source] == item->destination[destination] && run.from[0] == run.to && run.from[run.n - 1] == run.to + run.n - 1;
         if (!stays) move_run(cpu, item->source[source], item->destination[destination], &run);
     }
+    for (uint32_t b = first / BLOCK_TOKENS; cpu->kv.raw_bytes && b < item->n_keep / BLOCK_TOKENS; b++)
+        if (keep[(b + 1) * BLOCK_TOKENS - 1] != (b + 1) * BLOCK_TOKENS - 1 || item->source[b] != item->destination[b])
+            close_lane(cpu, item->destination, b * BLOCK_TOKENS, (b + 1) * BLOCK_TOKENS);
 }
 
 static void stage_compact(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
@@ -97,8 +136,29 @@ static void stage_compact(void *context, const struct stage *stage, uint32_t fir
     for (uint32_t i = first; i < end; i++) compact_lane(compacting->cpu, &compacting->items[i]);
 }
 
+/* KIVI, before the lanes are shared among the workers: f16 blocks that are written have places; those that are read keep theirs, being no longer the ones unused longest. */
+static void place_lanes(struct cpu *cpu, uint32_t count, const struct compaction *items) {
+    for (const struct compaction *item = items; item < items + count; item++)
+        for (uint32_t slot = coded_slots(cpu, item); slot < item->n_slots; slot += BLOCK_TOKENS) {
+            CHECK(cpu->raw.of[item->source[slot / BLOCK_TOKENS]] != RAW_NONE);
+            (void)raw_take(&cpu->raw, item->source[slot / BLOCK_TOKENS]);
+        }
+    for (const struct compaction *item = items; item < items + count; item++) {
+        const uint32_t *keep = host_kept(&cpu->backend, item), coded = coded_slots(cpu, item);
+        for (uint32_t slot = 0; slot < item->n_keep; slot += BLOCK_TOKENS) {
+            uint32_t destination = item->destination[slot / BLOCK_TOKENS];
+            cpu->closed[destination] = slot + BLOCK_TOKENS <= item->n_keep;
+            if (keep[slot] >= coded)
+                (void)raw_take(&cpu->raw, destination);
+            else if (destination != item->source[keep[slot] / BLOCK_TOKENS])
+                raw_forget(&cpu->raw, destination);
+        }
+    }
+}
+
 void cpu_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     struct cpu *cpu = (struct cpu *)backend;
     struct compacting compacting = {cpu, items};
+    if (cpu->kv.raw_bytes) place_lanes(cpu, count, items);
     workers_run(cpu->workers, &compacting, &(struct stage){.run = stage_compact, .n_units = count}, 1);
 }

@@ -30,6 +30,7 @@ const struct cpu_isa cpu_isa_avx2 = {
     .add_strip = add_strip,
     .rotate = rotate,
     .append = append,
+    .close_block = close_block,
     .attend = attend,
     .weights = weights,
     .factors = factors,

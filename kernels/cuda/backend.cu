@@ -75,7 +75,7 @@ void cuda_check(cudaError_t result, const char *what, const char *file, int line
 static size_t kv_bytes(uint32_t d, enum kv_dtype dtype) { return 2 * (size_t)BLOCK_TOKENS * d * (dtype == KV_Q8 ? 1 : dtype == KV_F32 ? 4 : 2); }
 
 static size_t cuda_block_bytes(const struct program *program, enum kv_dtype dtype) {
-    if (dtype == KV_F32) return 0;
+    if (dtype != KV_F16 && dtype != KV_BF16 && dtype != KV_Q8) return 0;
     const size_t scales = dtype == KV_Q8 ? 2 * BLOCK_TOKENS * sizeof(float) : 0;
     return kv_bytes(program->head_dim, dtype) + scales + BLOCK_TOKENS * (sizeof(int32_t) + sizeof(uint64_t));
 }
@@ -233,7 +233,8 @@ static void cuda_close(struct backend *backend) {
 /* What this backend cannot do is said before anything is taken. */
 static enum status check_program(const struct cuda *cuda, struct error *error) {
     const struct program *p = cuda->program;
-    if (cuda->limits.kv_dtype == KV_F32) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype f32; f16, bf16 and q8 are supported");
+    if (cuda_block_bytes(p, cuda->limits.kv_dtype) == 0)
+        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype %s; f16, bf16 and q8 are supported", kv_dtype_name(cuda->limits.kv_dtype));
     if (p->n_ff % 2 != 0) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: n_ff %u; even numbers are supported", p->n_ff);
     if (ids_of_tables(cuda) + (size_t)cuda->n_tables * cuda->n_lanes > UINT32_MAX)
         return error_set(error, STATUS_UNSUPPORTED, "cuda backend: block tables of %u sequences, %u lanes, %u blocks exceed 2^32 entries", cuda->n_tables, cuda->n_lanes, cuda->lane_blocks);
