@@ -123,14 +123,14 @@ static void quantize(enum kv_dtype dtype, const double *x, size_t stride, uint32
     for (uint32_t i = 0; i < n; i++) out[i * stride] = low + (scale > 0 ? fmin(nearbyint((x[i * stride] - low) / scale), levels) * scale : 0);
 }
 
-/* KIVI: what the row at `position` sees of the lane, its own slot being the last one. Blocks that are full and whose newest token lies 64 or more back are codes: keys by channel over
+/* What the row at oracle->position sees of the lane, of which `before` slots are older than it. KIVI: blocks that are full and whose newest token lies 64 or more back are codes: keys by channel over
  * the block, values by 32 channels of a slot. */
-static void see(const struct oracle *oracle, const struct lane *lane, double *k, double *v) {
+static void see(const struct oracle *oracle, const struct lane *lane, uint32_t before, double *k, double *v) {
     uint32_t d = oracle->program->head_dim;
     memcpy(k, lane->k, (size_t)lane->n_slots * d * sizeof *k);
     memcpy(v, lane->v, (size_t)lane->n_slots * d * sizeof *v);
     if (oracle->dtype != KV_KIVI4 && oracle->dtype != KV_KIVI2) return;
-    for (uint32_t first = 0; first + BLOCK_TOKENS < lane->n_slots; first += BLOCK_TOKENS) {
+    for (uint32_t first = 0; first + BLOCK_TOKENS <= before; first += BLOCK_TOKENS) {
         if (lane->positions[first + BLOCK_TOKENS - 1] + 1 + 64 > oracle->position) continue;
         for (uint32_t c = 0; c < d; c++) quantize(oracle->dtype, lane->k + (size_t)first * d + c, d, BLOCK_TOKENS, k + (size_t)first * d + c);
         for (uint32_t s = first; s < first + BLOCK_TOKENS; s++)
@@ -158,7 +158,7 @@ static void attend(const struct oracle *oracle, struct lane *lane, const double 
     const struct program *program = oracle->program;
     uint32_t d = program->head_dim;
     double *k = check_calloc((size_t)lane->n_slots * d, sizeof *k), *v = check_calloc((size_t)lane->n_slots * d, sizeof *v);
-    see(oracle, lane, k, v);
+    see(oracle, lane, lane->n_slots - 1, k, v);
     double *p = check_calloc(lane->n_slots, sizeof *p), largest = -INFINITY, total = 0;
     for (uint32_t s = 0; s < lane->n_slots; s++) {
         for (uint32_t i = 0; i < d; i++) p[s] += q[i] * k[(size_t)s * d + i];
@@ -199,6 +199,10 @@ const double *oracle_queries(const struct oracle *oracle, int32_t position, uint
 static void keep_queries(struct oracle *oracle, uint32_t layer) {
     memcpy((double *)(uintptr_t)oracle_queries(oracle, oracle->position, layer), oracle->q,
            (size_t)oracle->program->n_heads * oracle->program->head_dim * sizeof(double));
+}
+
+void oracle_seen(const struct oracle *oracle, uint32_t lane, double *k, double *v) {
+    see(oracle, &oracle->lanes[lane], oracle->lanes[lane].n_slots, k, v);
 }
 
 double oracle_accumulated(const struct oracle *oracle, uint32_t lane, uint32_t slot) { return oracle->lanes[lane].accumulated[slot]; }

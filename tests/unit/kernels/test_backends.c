@@ -87,7 +87,7 @@ static const double reference_bound[KV_DTYPES] = {[KV_F32] = 1e-11, [KV_F16] = 1
  *   A device rounds weights and activations to f16: 2^-12 of each operand of seven products a layer, 1e-6 squared over two layers, more where attention and silu amplify it. */
 static double backend_bound(const struct phase_case *c, const struct variant *variant, enum kv_dtype dtype) {
     bool floats = c->type <= TENSOR_BF16 && !(c->flags & PHASE_MIXED_TYPES);
-    static const double of_dtype[KV_DTYPES] = {[KV_F32] = 1e-9, [KV_F16] = 1e-5, [KV_BF16] = 5e-4, [KV_Q8] = 5e-3, [KV_KIVI4] = 1e-4, [KV_KIVI2] = 1e-3};
+    static const double of_dtype[KV_DTYPES] = {[KV_F32] = 1e-9, [KV_F16] = 1e-5, [KV_BF16] = 5e-4, [KV_Q8] = 5e-3, [KV_KIVI4] = 1e-3, [KV_KIVI2] = 1e-2};
     /* What a product's noise moves across the border between two codes is wrong by a whole step of 1/15 or a third of the range. */
     double flips = floats ? 0 : dtype == KV_KIVI2 ? 0.1 : dtype == KV_KIVI4 ? 1e-2 : 0;
     return of_dtype[dtype] + (floats ? 0 : 2e-3) + flips + (variant->has_device ? 5e-5 : 0);
