@@ -23,7 +23,7 @@ static struct row row_of(const struct eval *eval, const struct eval_cell *cell) 
     struct row row = {.blocks = cell->blocks / cell->n_windows,
                       .kl_mean = eval_mean(cell->window_kl, cell->n_windows),
                       .same_top1 = (double)cell->same_top / rows,
-                      .ppl_ratio = exp(cell->nll / rows - full->nll / (double)full->n_rows),
+                      .ppl_ratio = exp(cell->nll / rows - (eval->exact ? eval->exact_nll : full->nll) / (double)full->n_rows),
                       .hit_rate = cell->hits_all > 0 ? cell->hits_kept / cell->hits_all : 1};
     double *sorted = check_calloc(cell->n_rows, sizeof *sorted);
     memcpy(sorted, cell->kl, cell->n_rows * sizeof *sorted);
@@ -92,6 +92,7 @@ static void print_rows(const struct eval *eval, FILE *out) {
             " tokens of one head, mean over windows; hit rate: attention pairs of the last prompt "
             "rows that were kept;\nattn err: relative error of a head's output for the same query, mean over heads.\n",
             EVAL_GOLD, (uint32_t)BLOCK_TOKENS);
+    if (eval->exact) fprintf(out, "KL, same top and PPL ratio: against a full cache in f16, on every row.\n");
     if (eval->config->eval.tasks == 0) return;
     fprintf(out, "Tasks count at depths where the full cache is right in %.0f %% or more:", 100 * EVAL_COUNTS);
     for (int kind = 0; kind < EVAL_KINDS; kind++) {
@@ -267,6 +268,7 @@ void eval_print_json(const struct eval *eval, FILE *out) {
     key_text(&json, "commit", version_commit());
     key_text(&json, "backend", lab_describe(eval->lab));
     key_text(&json, "kv_dtype", kv_dtype_name(lab_kv_dtype(eval->lab)));
+    key_text(&json, "against", kv_dtype_name(lab_kv_dtype(eval->exact ? eval->exact : eval->lab)));
     key_text(&json, "text", eval->text.made_up ? "made up" : config->eval.text);
     key_unsigned(&json, "text_tokens", eval->text.list.count);
     key_unsigned(&json, "windows", config->eval.windows);

@@ -130,6 +130,8 @@ uint32_t raw_shared_needed(const struct backend_limits *limits); /* a KV head */
 /* Blocks of the lane that a row at `position`, with `before` slots of the lane before its own, reads as codes: the first ones. */
 uint32_t count_codes(const struct cpu *cpu, const uint32_t *blocks, uint32_t before, int32_t position);
 struct residual residual_of(const struct cpu *cpu, const uint32_t *blocks, uint32_t before, int32_t position); /* zeros: no KIVI dtype */
+/* For a score: as the row after the newest token reads the lane, even if the rows that score are older. */
+struct residual residual_now(const struct cpu *cpu, const uint32_t *blocks, uint32_t n_slots, int32_t last_position);
 uint8_t *raw_block(const struct cpu *cpu, uint32_t block);
 /* Codes for the blocks that slots [first_slot, end_slot) fill. */
 void close_lane(const struct cpu *cpu, const uint32_t *blocks, uint32_t first_slot, uint32_t end_slot);

@@ -20,6 +20,12 @@ struct residual residual_of(const struct cpu *cpu, const uint32_t *blocks, uint3
     return (struct residual){.pool = cpu->raw_pool, .of = cpu->raw.of, .n_codes = count_codes(cpu, blocks, before, position)};
 }
 
+struct residual residual_now(const struct cpu *cpu, const uint32_t *blocks, uint32_t n_slots, int32_t last_position) {
+    if (cpu->kv.raw_bytes == 0 || n_slots == 0) return (struct residual){0};
+    int32_t newest = cpu->positions[(size_t)blocks[(n_slots - 1) / BLOCK_TOKENS] * BLOCK_TOKENS + (n_slots - 1) % BLOCK_TOKENS];
+    return residual_of(cpu, blocks, n_slots, (newest > last_position ? newest : last_position) + 1);
+}
+
 uint8_t *raw_block(const struct cpu *cpu, uint32_t block) {
     CHECK(cpu->raw.of[block] != RAW_NONE);
     return cpu->raw_pool + (size_t)cpu->raw.of[block] * cpu->kv.raw_bytes;

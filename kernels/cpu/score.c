@@ -109,7 +109,7 @@ static void score_window(struct cpu *cpu, const struct score_request *request, u
         struct attend attend = {.shape = &cpu->kv,
                                 .pool = cpu->pool,
                                 .blocks = request->block_ids + request->lane_first[lane],
-                                .residual = residual_of(cpu, request->block_ids + request->lane_first[lane], n_slots, request->last_position + 1),
+                                .residual = residual_now(cpu, request->block_ids + request->lane_first[lane], n_slots, request->last_position),
                                 .scratch = own->attend,
                                 .sums_only = true};
         if (window_tile(cpu, request, lane, own, &next, &visible, &attend, heads) == 0) return;
@@ -191,7 +191,7 @@ static void score_one(struct cpu *cpu, const struct score_request *request, uint
     const struct lane_view view = {.shape = &cpu->kv,
                                    .pool = cpu->pool,
                                    .blocks = request->block_ids + request->lane_first[lane],
-                                   .residual = residual_of(cpu, request->block_ids + request->lane_first[lane], request->lane_tokens[lane], request->last_position + 1),
+                                   .residual = residual_now(cpu, request->block_ids + request->lane_first[lane], request->lane_tokens[lane], request->last_position),
                                    .n_slots = request->lane_tokens[lane],
                                    .keys = own->keys,
                                    .sums = own->sums,

@@ -78,9 +78,11 @@ static void score_one_lane(const struct reference *r, const struct score_request
     float *q = check_calloc((size_t)request->n_window * group * d + 1, sizeof *q);
     int32_t *positions = check_calloc((size_t)n + 1, sizeof *positions);
     uint64_t *accumulated = check_calloc((size_t)n + 1, sizeof *accumulated);
+    /* KIVI: as the row after the newest token reads the lane, even if the rows that score are older. */
+    int32_t newest = n > 0 ? kv_pool_position(&r->pool, ids[(n - 1) / BLOCK_TOKENS], (n - 1) % BLOCK_TOKENS) : -1;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t block = ids[i / BLOCK_TOKENS], slot = i % BLOCK_TOKENS;
-        bool codes = kv_pool_reads_codes(&r->pool, ids, i / BLOCK_TOKENS, n, request->last_position + 1);
+        bool codes = kv_pool_reads_codes(&r->pool, ids, i / BLOCK_TOKENS, n, (newest > request->last_position ? newest : request->last_position) + 1);
         kv_pool_read_k(&r->pool, block, slot, codes, k + (size_t)i * d);
         kv_pool_read_v(&r->pool, block, slot, codes, v + (size_t)i * d);
         positions[i] = kv_pool_position(&r->pool, block, slot);
