@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/kivi.h"
 
 /* Best first: "auto" is the first one that has a device, which is why a backend that invents its numbers comes last. */
 const struct backend_ops *const backends[] = {
@@ -19,6 +20,11 @@ const struct backend_ops *backend_find(const char *name) {
     for (const struct backend_ops *const *ops = backends; *ops; ops++)
         if (any ? (*ops)->memory(0, NULL, NULL, NULL) == STATUS_OK : strcmp((*ops)->name, name) == 0) return *ops;
     return NULL;
+}
+
+size_t backend_block_bytes(const struct backend_ops *ops, const struct program *program, enum kv_dtype dtype, bool accumulators) {
+    size_t bytes = ops->block_bytes(program, dtype);
+    return bytes + (bytes > 0 && kivi_bits(dtype) && accumulators ? BLOCK_TOKENS * sizeof(uint64_t) : 0);
 }
 
 enum status backend_host_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error) {

@@ -114,7 +114,8 @@ struct backend_ops {
      * STATUS_UNSUPPORTED: there is not, and why. Any thread. */
     enum status (*memory)(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error);
 
-    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included. 0: this backend does not keep KV in this type. */
+    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included; of KIVI dtypes, where it counts, not of necessity accumulated attention, which is kept with
+     * them only where limits.accumulators ask for it (backend_block_bytes adds it). 0: this backend does not keep KV in this type. */
     size_t (*block_bytes)(const struct program *program, enum kv_dtype dtype);
     /* What prepare will allocate beside the pool, line by line; returns the number of lines (<= max). limits->n_blocks is not read, nor is a device asked, but for WEIGHTS_AUTO. */
     uint32_t (*memory_plan)(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max);
@@ -175,6 +176,8 @@ extern const struct backend_ops *const backends[];
 const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best one that has a device on this machine */
 /* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
+/* ops->block_bytes with all that a pool with these limits keeps of a block. */
+size_t backend_block_bytes(const struct backend_ops *ops, const struct program *program, enum kv_dtype dtype, bool accumulators);
 /* backend_ops.copy_bandwidth of those that compute where this program runs, with `threads` workers. */
 double backend_host_copy_bandwidth(uint32_t threads);
 /* What prepare says to a program with a random_seed, where makes_weights is false; STATUS_OK to all others. */

@@ -225,7 +225,7 @@ static void lay_out_pool(struct cpu *cpu, struct arena *arena) {
     size_t slots = (size_t)cpu->limits.n_blocks * BLOCK_TOKENS;
     cpu->pool = take(arena, cpu->limits.n_blocks, cpu->kv.bytes);
     cpu->positions = take(arena, slots, sizeof *cpu->positions);
-    cpu->accumulated = take(arena, slots, sizeof *cpu->accumulated);
+    if (cpu->kv.raw_bytes == 0 || cpu->limits.accumulators) cpu->accumulated = take(arena, slots, sizeof *cpu->accumulated);
     if (cpu->kv.raw_bytes == 0) return;
     cpu->raw.n_blocks = cpu->limits.n_blocks;
     cpu->raw.of = take(arena, cpu->limits.n_blocks, sizeof *cpu->raw.of);

@@ -26,7 +26,8 @@ struct kv_shape kv_shape_of(const struct program *program, enum kv_dtype dtype) 
 
 size_t cpu_block_bytes(const struct program *program, enum kv_dtype dtype) {
     const struct kv_shape shape = kv_shape_of(program, dtype);
-    return shape.bytes + BLOCK_TOKENS * (sizeof(int32_t) + sizeof(uint64_t)) + (shape.raw_bytes ? sizeof(uint32_t) + sizeof(uint8_t) : 0);
+    const size_t bytes = shape.bytes + BLOCK_TOKENS * sizeof(int32_t);
+    return bytes + (shape.raw_bytes ? sizeof(uint32_t) + sizeof(uint8_t) : BLOCK_TOKENS * sizeof(uint64_t)); /* residual.c's two marks */
 }
 
 /* The residual's part of a block's copy. */
@@ -50,7 +51,7 @@ void cpu_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *so
         if (source[i] == destination[i]) continue;
         if (cpu->kv.raw_bytes) copy_raw(cpu, source[i], destination[i]);
         memcpy(cpu->pool + destination[i] * cpu->kv.bytes, cpu->pool + source[i] * cpu->kv.bytes, cpu->kv.bytes);
-        for (size_t slot = 0; slot < BLOCK_TOKENS; slot++)
+        for (size_t slot = 0; slot < BLOCK_TOKENS && cpu->limits.accumulators; slot++)
             cpu->accumulated[(size_t)destination[i] * BLOCK_TOKENS + slot] = cpu->accumulated[(size_t)source[i] * BLOCK_TOKENS + slot];
         memcpy(cpu->positions + (size_t)destination[i] * BLOCK_TOKENS, cpu->positions + (size_t)source[i] * BLOCK_TOKENS,
                BLOCK_TOKENS * sizeof(int32_t));

@@ -81,6 +81,7 @@ static void open_blocks(struct cpu *cpu, const struct lane_step *step, uint32_t 
 void residual_begin(struct cpu *cpu) {
     const uint32_t lanes = program_lanes(cpu->program), n_kv = cpu->program->n_kv_heads;
     if (cpu->kv.raw_bytes == 0) return;
+    for (uint32_t s = 0; s < cpu->batch->n_sequences; s++) CHECK(!cpu->batch->sequences[s].accumulate || cpu->limits.accumulators);
     for (uint32_t s = 0; s < cpu->batch->n_sequences; s++) /* what is there must not be given away to what is not yet */
         for (uint32_t lane = 0; lane < lanes && cpu->batch->sequences[s].n_rows > 0; lane++) {
             const struct lane_step step = lane_of(cpu, &cpu->batch->sequences[s], lane);
