@@ -117,7 +117,8 @@ static void take_submit(struct engine *engine, struct request *request) {
                                             .points = compression_points(&request->kv),
                                             .peak_tokens = peak_tokens(&request->kv),
                                             .needs_ring = compression_needs_ring(&request->kv),
-                                            .private = has_own_blocks(&request->kv) || kivi_bits(engine->plan.kv_dtype) > 0,
+                                            .private = has_own_blocks(&request->kv),
+                                            .rereads = kivi_bits(engine->plan.kv_dtype) > 0, /* a fork may wait for its first row longer than the residual is kept */
                                             .first_needed_row = request->prompt_results ? 0 : compression_first_row(&request->kv, request->n_prompt)};
     CHECK(scheduler_add(engine->scheduler, &asked)); /* engine_submit counts to the same bound */
 }

@@ -22,6 +22,11 @@ const struct backend_ops *backend_find(const char *name) {
     return NULL;
 }
 
+bool backend_resumes_always(struct backend *backend, uint32_t count, const uint32_t *blocks) {
+    (void)backend, (void)count, (void)blocks;
+    return true;
+}
+
 size_t backend_block_bytes(const struct backend_ops *ops, const struct program *program, enum kv_dtype dtype, bool accumulators) {
     size_t bytes = ops->block_bytes(program, dtype);
     return bytes + (bytes > 0 && kivi_bits(dtype) && accumulators ? BLOCK_TOKENS * sizeof(uint64_t) : 0);

@@ -133,6 +133,9 @@ struct backend_ops {
     /* KV services, between steps. */
     /* Whole blocks: block destination[i] becomes a copy of block source[i] (K, V, metadata). */
     void (*copy_blocks)(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
+    /* Could rows go on right behind these blocks, each the last or the last but one of its lane? KIVI dtypes: if it still has them in full precision, which it then does until the next submit,
+     * whatever is submitted. All others: true. */
+    bool (*resumes)(struct backend *backend, uint32_t count, const uint32_t *blocks);
     /* Each item is one lane; no item's destination is another item's source or destination. */
     void (*compact)(struct backend *backend, uint32_t count, const struct compaction *items);
     /* Slot `slot` of `block`, widened: k and v [head_dim] (keys as cached: rotated); of a block that was filled what its codes say, if it has any. For tests and eval. */
@@ -176,6 +179,7 @@ extern const struct backend_ops *const backends[];
 const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best one that has a device on this machine */
 /* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
+bool backend_resumes_always(struct backend *backend, uint32_t count, const uint32_t *blocks);
 /* ops->block_bytes with all that a pool with these limits keeps of a block. */
 size_t backend_block_bytes(const struct backend_ops *ops, const struct program *program, enum kv_dtype dtype, bool accumulators);
 /* backend_ops.copy_bandwidth of those that compute where this program runs, with `threads` workers. */

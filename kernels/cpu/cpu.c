@@ -481,6 +481,7 @@ const struct backend_ops backend_cpu = {
     .submit = cpu_submit,
     .sync = cpu_sync,
     .copy_blocks = cpu_copy_blocks,
+    .resumes = cpu_resumes,
     .compact = cpu_compact,
     .read_f32 = cpu_read_f32,
     .score = cpu_score,

@@ -135,6 +135,7 @@ struct residual residual_now(const struct cpu *cpu, const uint32_t *blocks, uint
 uint8_t *raw_block(const struct cpu *cpu, uint32_t block);
 /* Codes for the blocks that slots [first_slot, end_slot) fill. */
 void close_lane(const struct cpu *cpu, const uint32_t *blocks, uint32_t first_slot, uint32_t end_slot);
+bool cpu_resumes(struct backend *backend, uint32_t count, const uint32_t *blocks);
 /* Around a step's stages: every f16 block that a row reads or fills has its place; then, that the next row will read. */
 void residual_begin(struct cpu *cpu);
 void residual_end(struct cpu *cpu);

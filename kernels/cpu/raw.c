@@ -20,6 +20,7 @@ static void link_before(struct raw_places *raw, uint32_t place, uint32_t newer) 
 void raw_init(struct raw_places *raw) {
     const uint32_t end = raw->n_places;
     raw->older[end] = raw->newer[end] = end;
+    raw->n_idle = raw->n_places;
     for (uint32_t i = 0; i < raw->n_blocks; i++) raw->of[i] = RAW_NONE;
     for (uint32_t i = 0; i < raw->n_places; i++) {
         raw->block[i] = RAW_NONE;
@@ -55,20 +56,36 @@ void raw_forget(struct raw_places *raw, uint32_t block) {
 
 void raw_hold(struct raw_places *raw, uint32_t place) {
     CHECK(place < raw->n_places);
-    if (raw->holds[place]++ == 0) unlink_place(raw, place);
+    if (raw->holds[place]++ > 0) return;
+    unlink_place(raw, place);
+    raw->n_idle--;
 }
 
 void raw_release(struct raw_places *raw, uint32_t place) {
     CHECK(place < raw->n_places && raw->holds[place] > 0);
-    if (--raw->holds[place] == 0) link_before(raw, place, raw->n_places);
+    if (--raw->holds[place] > 0) return;
+    link_before(raw, place, raw->n_places);
+    raw->n_idle++;
+}
+
+static uint32_t *held_by(struct raw_places *raw, uint32_t table, uint32_t lane) {
+    CHECK(table < raw->n_tables);
+    return raw->held + ((size_t)table * raw->n_lanes + lane) * KIVI_RAW_BLOCKS;
+}
+
+void raw_release_table(struct raw_places *raw, uint32_t table) {
+    uint32_t *held = held_by(raw, table, 0);
+    for (uint32_t i = 0; i < raw->n_lanes * KIVI_RAW_BLOCKS; i++) {
+        if (held[i] != RAW_NONE) raw_release(raw, held[i]);
+        held[i] = RAW_NONE;
+    }
 }
 
 void raw_hold_lane(struct raw_places *raw, uint32_t table, uint32_t lane, const uint32_t *blocks, uint32_t n) {
-    CHECK(table < raw->n_tables && n <= KIVI_RAW_BLOCKS);
-    uint32_t *held = raw->held + ((size_t)table * raw->n_lanes + lane) * KIVI_RAW_BLOCKS;
-    for (uint32_t i = 0; i < n; i++) raw_hold(raw, raw->of[blocks[i]]);
-    for (uint32_t i = 0; i < KIVI_RAW_BLOCKS; i++) {
-        if (held[i] != RAW_NONE) raw_release(raw, held[i]);
-        held[i] = i < n ? raw->of[blocks[i]] : RAW_NONE;
+    CHECK(n <= KIVI_RAW_BLOCKS);
+    uint32_t *held = held_by(raw, table, lane);
+    for (uint32_t i = 0; i < n; i++) {
+        CHECK(held[i] == RAW_NONE);
+        raw_hold(raw, held[i] = raw->of[blocks[i]]);
     }
 }

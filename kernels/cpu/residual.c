@@ -64,11 +64,12 @@ static struct lane_step lane_of(const struct cpu *cpu, const struct batch_sequen
     return step;
 }
 
-/* Blocks that the step opens: those inside a chunk lie in places that all layers use in turn, as the stages of a layer are over before the next one's begin. */
-static void open_blocks(struct cpu *cpu, const struct lane_step *step, uint32_t head, uint32_t *shared) {
+/* Blocks that the step opens: those inside a chunk may lie in places that all layers use in turn, as the stages of a layer are over before the next one's begin. `reserved` places are
+ * not for them. */
+static void open_blocks(struct cpu *cpu, const struct lane_step *step, uint32_t head, uint64_t reserved, uint32_t *shared) {
     struct raw_places *raw = &cpu->raw;
     for (uint32_t b = step->held; b < blocks_for(step->end); b++) {
-        if (b >= step->inner) {
+        if (b >= step->inner || raw->n_idle > reserved) {
             raw_hold(raw, raw_take(raw, step->blocks[b]));
             continue;
         }
@@ -87,15 +88,27 @@ void residual_begin(struct cpu *cpu) {
             const struct lane_step step = lane_of(cpu, &cpu->batch->sequences[s], lane);
             for (uint32_t b = step.first; b < step.held; b++) raw_hold(&cpu->raw, cpu->raw.of[step.blocks[b]]);
         }
+    for (uint32_t s = 0; s < cpu->batch->n_sequences; s++)
+        if (cpu->batch->sequences[s].n_rows > 0) raw_release_table(&cpu->raw, cpu->batch->sequences[s].table);
+    const uint64_t reserved = (uint64_t)2 * KIVI_RAW_BLOCKS * cpu->batch->n_sequences * lanes; /* all that the step may need for good */
     for (uint32_t lane = 0; lane < lanes; lane++) {
         if (lane % n_kv == 0) memset(cpu->raw_used, 0, n_kv * sizeof *cpu->raw_used);
         for (uint32_t s = 0; s < cpu->batch->n_sequences; s++) {
             if (cpu->batch->sequences[s].n_rows == 0) continue;
             const struct lane_step step = lane_of(cpu, &cpu->batch->sequences[s], lane);
-            open_blocks(cpu, &step, lane % n_kv, &cpu->raw_used[lane % n_kv]);
+            open_blocks(cpu, &step, lane % n_kv, reserved, &cpu->raw_used[lane % n_kv]);
             for (uint32_t b = step.before / BLOCK_TOKENS; b < blocks_for(step.end); b++) cpu->closed[step.blocks[b]] = (b + 1) * BLOCK_TOKENS <= step.end;
         }
     }
+}
+
+bool cpu_resumes(struct backend *backend, uint32_t count, const uint32_t *blocks) {
+    struct cpu *cpu = (struct cpu *)backend;
+    if (cpu->kv.raw_bytes == 0) return true;
+    for (uint32_t i = 0; i < count; i++)
+        if (cpu->raw.of[blocks[i]] == RAW_NONE) return false;
+    for (uint32_t i = 0; i < count; i++) (void)raw_take(&cpu->raw, blocks[i]); /* used now */
+    return true;
 }
 
 void residual_end(struct cpu *cpu) {

@@ -652,6 +652,7 @@ extern "C" const struct backend_ops backend_cuda = {
     .submit = cuda_submit,
     .sync = cuda_sync,
     .copy_blocks = cuda_copy_blocks,
+    .resumes = backend_resumes_always,
     .compact = cuda_compact,
     .read_f32 = cuda_read_f32,
     .score = cuda_score,

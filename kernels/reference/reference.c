@@ -390,6 +390,7 @@ const struct backend_ops backend_reference = {
     .submit = reference_submit,
     .sync = reference_sync,
     .copy_blocks = reference_copy_blocks,
+    .resumes = backend_resumes_always,
     .compact = reference_compact,
     .read_f32 = reference_read_f32,
     .score = reference_score,
