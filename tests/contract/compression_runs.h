@@ -11,6 +11,7 @@
 enum { RUN_NEW_MAX = 160, RUN_CANDIDATES = 3, RUN_PROMPT_MAX = 400, RUN_JOBS_MAX = 128, RUN_MODEL_LEN = 640, RUN_LANES_MAX = 64 };
 
 static struct model *run_model; /* model_dummy("tiny") */
+static bool run_kivi4;          /* KV is kept as kivi4; else as f32 by the reference, as f16 by others */
 
 struct run_setting {
     const char *backend;
