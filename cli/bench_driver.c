@@ -143,7 +143,8 @@ double bench_slot_bytes(const struct program *program, enum kv_dtype dtype) {
     case KV_Q8: return elements + 2 * sizeof(float);
     case KV_KIVI4:
     case KV_KIVI2: /* what most of a long context takes: the residual is not in it */
-        return elements * kivi_bits(dtype) / 8 + sizeof(struct kivi_scale) * (1.0 * program->head_dim / BLOCK_TOKENS + kivi_value_groups(program->head_dim));
+        return elements * kivi_bits(dtype) / 8 +
+               sizeof(struct kivi_scale) * (1.0 * program->head_dim / BLOCK_TOKENS + kivi_value_groups(program->head_dim));
     case KV_DTYPES: break;
     }
     CHECK(!"a KV dtype");

@@ -188,8 +188,9 @@ struct eval {
     const struct config *config;
     struct model *model;
     struct lab *lab;
-    struct lab *exact; /* kivi4 and kivi2: the same model over an f16 cache, whose distributions all cells are compared with, that of the full cache too; else NULL */
-    double exact_nll;  /* of cells[0].n_rows */
+    struct lab *
+        exact; /* kivi4 and kivi2: the same model over an f16 cache, whose distributions all cells are compared with, that of the full cache too; else NULL */
+    double exact_nll; /* of cells[0].n_rows */
     struct eval_text text;
     uint8_t *classes;
     uint32_t n_prompt, n_keep, n_cells;

@@ -25,7 +25,9 @@ struct window {
 };
 
 static uint64_t cell_work(const struct eval *eval) { return EVAL_GOLD + eval->n_prompt / 16; }
-static uint64_t window_work(const struct eval *eval) { return (eval->exact ? 2 : 1) * (eval->n_prompt + cell_work(eval)) + (eval->n_cells - 1) * cell_work(eval); }
+static uint64_t window_work(const struct eval *eval) {
+    return (eval->exact ? 2 : 1) * (eval->n_prompt + cell_work(eval)) + (eval->n_cells - 1) * cell_work(eval);
+}
 
 static void open_window(struct window *window, struct eval *eval) {
     const struct program *program = model_program(eval->model);

@@ -77,7 +77,8 @@ enum status backend_needs_data(const struct backend_ops *ops, const struct progr
                      ops->name);
 }
 
-static const char *const kv_dtype_names[KV_DTYPES] = {[KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8", [KV_KIVI4] = "kivi4", [KV_KIVI2] = "kivi2"};
+static const char *const kv_dtype_names[KV_DTYPES] = {
+    [KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8", [KV_KIVI4] = "kivi4", [KV_KIVI2] = "kivi2"};
 
 const char *kv_dtype_name(enum kv_dtype dtype) {
     CHECK((unsigned)dtype < KV_DTYPES);

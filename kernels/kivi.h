@@ -19,8 +19,8 @@
 #include "kernels/backend.h"
 
 #define KIVI_RESIDUAL 64
-#define KIVI_GROUP 32u      /* channels of a value that share a scale, as in all of the paper's settings */
-#define KIVI_RAW_BLOCKS 3u  /* of a lane, at most, are read in f16 by the next row: it and KIVI_RESIDUAL slots before it span no more */
+#define KIVI_GROUP 32u     /* channels of a value that share a scale, as in all of the paper's settings */
+#define KIVI_RAW_BLOCKS 3u /* of a lane, at most, are read in f16 by the next row: it and KIVI_RESIDUAL slots before it span no more */
 
 static inline uint32_t kivi_bits(enum kv_dtype dtype) { return dtype == KV_KIVI4 ? 4 : dtype == KV_KIVI2 ? 2 : 0; } /* 0: not KIVI */
 static inline uint32_t kivi_value_groups(uint32_t head_dim) { return (head_dim + KIVI_GROUP - 1) / KIVI_GROUP; }
@@ -57,5 +57,6 @@ static inline float kivi_number(uint8_t code, struct kivi_scale scale) {
 
 /* keep[i] and the 31 behind it are one whole block that becomes a whole block: what a compaction must do to blocks that are codes, whose slots share scales. */
 static inline bool kivi_whole_block(const uint32_t *keep, uint32_t n_keep, uint32_t i) {
-    return i % BLOCK_TOKENS == 0 && keep[i] % BLOCK_TOKENS == 0 && n_keep - i >= BLOCK_TOKENS && keep[i + BLOCK_TOKENS - 1] == keep[i] + BLOCK_TOKENS - 1;
+    return i % BLOCK_TOKENS == 0 && keep[i] % BLOCK_TOKENS == 0 && n_keep - i >= BLOCK_TOKENS &&
+           keep[i + BLOCK_TOKENS - 1] == keep[i] + BLOCK_TOKENS - 1;
 }

@@ -17,8 +17,8 @@ struct ranking {
     uint32_t n_lanes, n_layers, n_kv_heads, group, lane_slots, raw_layers;
     /* Of the sequence that was ranked last: */
     uint32_t *n_slots, *n_protected, *n_joined; /* [n_lanes] */
-    size_t *first;                   /* [n_lanes] where a lane's keys and list begin */
-    uint32_t *keys, *kept;           /* [n_lanes * lane_slots] */
+    size_t *first;                              /* [n_lanes] where a lane's keys and list begin */
+    uint32_t *keys, *kept;                      /* [n_lanes * lane_slots] */
     /* Scratch: */
     uint32_t *below;         /* [n_lanes] */
     uint32_t (*counts)[256]; /* [n_lanes] */

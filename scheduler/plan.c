@@ -279,7 +279,8 @@ static bool fork_one(struct scheduler *s, uint32_t from, uint32_t to) {
     struct choice *choice = &s->choices[to];
     uint32_t partial = 0;
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) partial += table_lane_tokens(&s->tables, leader->table)[lane] % BLOCK_TOKENS != 0;
-    if (request_of(s, leader)->asked.private || request_of(s, leader)->asked.rereads || !blocks_available(s, partial) || !choice_take_table(s, to)) return false;
+    if (request_of(s, leader)->asked.private || request_of(s, leader)->asked.rereads || !blocks_available(s, partial) || !choice_take_table(s, to))
+        return false;
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
         uint32_t tokens = table_lane_tokens(&s->tables, leader->table)[lane], full = tokens / BLOCK_TOKENS;
         const uint32_t *ids = table_lane_ids(&s->tables, leader->table, lane);

@@ -167,7 +167,8 @@ static uint32_t part_of(const struct cpu *cpu, const struct tile *tile, const st
         const uint32_t row = row_of(cpu, tile, first, &head);
         part->residual = residual_of(cpu, attend->blocks, attend->visible[first] - 1, cpu->batch->positions[row]);
         for (end = first + 1; end < attend->n_queries; end++)
-            if (count_codes(cpu, attend->blocks, attend->visible[end] - 1, cpu->batch->positions[row_of(cpu, tile, end, &head)]) != part->residual.n_codes)
+            if (count_codes(cpu, attend->blocks, attend->visible[end] - 1, cpu->batch->positions[row_of(cpu, tile, end, &head)]) !=
+                part->residual.n_codes)
                 break;
     }
     part->n_queries = end - first;

@@ -16,10 +16,10 @@ struct split {
     const struct attend *a;
     uint32_t first_block, n_blocks; /* of the lane */
     uint32_t n_queries;
-    float *scores;   /* [n_queries][SPLIT_SLOTS] */
-    float *out;      /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
-    uint16_t *pairs; /* [n_queries][SPLIT_SLOTS] bf16 weights */
-    uint8_t *quants; /* [n_queries][dims]: queries as the score product takes them, s8 or bf16 */
+    float *scores;        /* [n_queries][SPLIT_SLOTS] */
+    float *out;           /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
+    uint16_t *pairs;      /* [n_queries][SPLIT_SLOTS] bf16 weights */
+    uint8_t *quants;      /* [n_queries][dims]: queries as the score product takes them, s8 or bf16 */
     float *keys, *values; /* KIVI: a block of keys, the split's values, as blocks of f32; else NULL */
 };
 
@@ -91,7 +91,8 @@ INLINE void widen_values_tile(enum kv_dtype dtype, const struct split *s, uint32
 #pragma GCC unroll 8
         for (int v = 0; v < HALF_VECTORS; v++) sum[q][v] = vf_zero();
     for (uint32_t b = 0; b < s->n_blocks; b++) {
-        const uint8_t *values = s->values ? (const uint8_t *)(s->values + (size_t)b * BLOCK_TOKENS * dims) : split_block(s, b) + s->a->shape->v_offset;
+        const uint8_t *values =
+            s->values ? (const uint8_t *)(s->values + (size_t)b * BLOCK_TOKENS * dims) : split_block(s, b) + s->a->shape->v_offset;
         const float *weights = s->scores + (size_t)first * SPLIT_SLOTS + b * BLOCK_TOKENS;
         for (uint32_t pair = 0; pair < BLOCK_TOKENS / 2; pair++) {
 #pragma GCC unroll 8
@@ -245,7 +246,8 @@ static void kivi_scores(const struct split *s) {
 
 static void kivi_split_values(const struct split *s) {
     for (uint32_t b = 0; b < s->n_blocks; b++)
-        kivi_values(s->a->shape, &s->a->residual, s->a->pool, s->a->blocks, s->first_block + b, s->values + (size_t)b * BLOCK_TOKENS * s->a->shape->dims);
+        kivi_values(s->a->shape, &s->a->residual, s->a->pool, s->a->blocks, s->first_block + b,
+                    s->values + (size_t)b * BLOCK_TOKENS * s->a->shape->dims);
     widen_values(KV_F32, s);
 }
 

@@ -71,7 +71,8 @@ INLINE void kivi_widen_values(uint32_t bits, const struct kv_shape *shape, const
 }
 
 /* Block b of the lane as rows read it: keys, or values, in the layout of f32 blocks. */
-static void kivi_keys(const struct kv_shape *shape, const struct residual *residual, const uint8_t *pool, const uint32_t *blocks, uint32_t b, float *out) {
+static void kivi_keys(const struct kv_shape *shape, const struct residual *residual, const uint8_t *pool, const uint32_t *blocks, uint32_t b,
+                      float *out) {
     const uint8_t *block = pool + (size_t)blocks[b] * shape->bytes;
     if (b >= residual->n_codes)
         widen_halves(residual->pool + (size_t)residual->of[blocks[b]] * shape->raw_bytes, shape->dims * BLOCK_TOKENS, out);

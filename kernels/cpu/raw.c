@@ -17,6 +17,12 @@ static void link_before(struct raw_places *raw, uint32_t place, uint32_t newer) 
     raw->older[newer] = place;
 }
 
+/* Among those that are not held: the newest, or, if it is nobody's, the first to be given away. */
+static void link_place(struct raw_places *raw, uint32_t place) {
+    const uint32_t end = raw->n_places;
+    link_before(raw, place, raw->block[place] == RAW_NONE ? raw->newer[end] : end);
+}
+
 void raw_init(struct raw_places *raw) {
     const uint32_t end = raw->n_places;
     raw->older[end] = raw->newer[end] = end;
@@ -42,7 +48,7 @@ uint32_t raw_take(struct raw_places *raw, uint32_t block) {
     CHECK(place < raw->n_places);
     if (raw->holds[place] == 0) {
         unlink_place(raw, place);
-        link_before(raw, place, raw->n_places);
+        link_place(raw, place);
     }
     return place;
 }
@@ -51,7 +57,11 @@ void raw_forget(struct raw_places *raw, uint32_t block) {
     uint32_t place = raw->of[block];
     if (place == RAW_NONE) return;
     raw->of[block] = RAW_NONE;
-    if (place < raw->n_places) raw->block[place] = RAW_NONE;
+    if (place >= raw->n_places) return;
+    raw->block[place] = RAW_NONE;
+    if (raw->holds[place] > 0) return;
+    unlink_place(raw, place);
+    link_place(raw, place);
 }
 
 void raw_hold(struct raw_places *raw, uint32_t place) {
@@ -64,7 +74,7 @@ void raw_hold(struct raw_places *raw, uint32_t place) {
 void raw_release(struct raw_places *raw, uint32_t place) {
     CHECK(place < raw->n_places && raw->holds[place] > 0);
     if (--raw->holds[place] > 0) return;
-    link_before(raw, place, raw->n_places);
+    link_place(raw, place);
     raw->n_idle++;
 }
 

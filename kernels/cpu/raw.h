@@ -16,11 +16,12 @@
 struct raw_places {
     uint32_t n_blocks, n_places, n_tables, n_lanes;
     uint32_t n_idle; /* places that are not held */
-    uint32_t *of;            /* [n_blocks] the block's place, or RAW_NONE; >= n_places: a shared one */
-    uint32_t *block;         /* [n_places] whose it is, or RAW_NONE */
-    uint32_t *holds;         /* [n_places] */
-    uint32_t *older, *newer; /* [n_places + 1] ring of places that are not held; the last entry is its end: newer than the newest, older than the oldest */
-    uint32_t *held;          /* [n_tables][n_lanes][KIVI_RAW_BLOCKS] places, or RAW_NONE */
+    uint32_t *of;    /* [n_blocks] the block's place, or RAW_NONE; >= n_places: a shared one */
+    uint32_t *block; /* [n_places] whose it is, or RAW_NONE */
+    uint32_t *holds; /* [n_places] */
+    uint32_t *older,
+        *newer;     /* [n_places + 1] ring of places that are not held; the last entry is its end: newer than the newest, older than the oldest */
+    uint32_t *held; /* [n_tables][n_lanes][KIVI_RAW_BLOCKS] places, or RAW_NONE */
 };
 
 /* After the arrays have been handed out. */

@@ -39,8 +39,9 @@ void close_lane(const struct cpu *cpu, const uint32_t *blocks, uint32_t first_sl
 /* A lane of a sequence in this step. The positions of rows to come are known: they follow one another. */
 struct lane_step {
     const uint32_t *blocks;
-    uint32_t before, end;        /* slots before and after the step */
-    uint32_t first, held, inner; /* blocks from `first` on are read in f16 by some row; `held` of them were there before; those up to `inner` not by the row after the step */
+    uint32_t before, end; /* slots before and after the step */
+    uint32_t first, held,
+        inner; /* blocks from `first` on are read in f16 by some row; `held` of them were there before; those up to `inner` not by the row after the step */
 };
 
 static uint32_t codes_after(const struct cpu *cpu, const struct lane_step *lane, int32_t first_position, int32_t next) {
@@ -79,6 +80,19 @@ static void open_blocks(struct cpu *cpu, const struct lane_step *step, uint32_t 
     }
 }
 
+/* A lane may be cut, or read on from an earlier slot, where its residual is long gone: by measurements, which do not care for the last bits. (An engine goes on where cpu_resumes says so.)
+ * What the codes say then stands for it. */
+static void restore(struct cpu *cpu, uint32_t block) {
+    struct worker_scratch *own = &cpu->workers_scratch[0];
+    CHECK(cpu->closed[block]);
+    (void)raw_take(&cpu->raw, block);
+    for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot++) {
+        int32_t position;
+        cpu_read_f32(&cpu->backend, block, slot, own->queries, own->states, &position);
+        cpu->isa->append(&cpu->raw_shape, raw_block(cpu, block), slot, own->queries, own->states);
+    }
+}
+
 void residual_begin(struct cpu *cpu) {
     const uint32_t lanes = program_lanes(cpu->program), n_kv = cpu->program->n_kv_heads;
     if (cpu->kv.raw_bytes == 0) return;
@@ -86,7 +100,10 @@ void residual_begin(struct cpu *cpu) {
     for (uint32_t s = 0; s < cpu->batch->n_sequences; s++) /* what is there must not be given away to what is not yet */
         for (uint32_t lane = 0; lane < lanes && cpu->batch->sequences[s].n_rows > 0; lane++) {
             const struct lane_step step = lane_of(cpu, &cpu->batch->sequences[s], lane);
-            for (uint32_t b = step.first; b < step.held; b++) raw_hold(&cpu->raw, cpu->raw.of[step.blocks[b]]);
+            for (uint32_t b = step.first; b < step.held; b++) {
+                if (cpu->raw.of[step.blocks[b]] == RAW_NONE) restore(cpu, step.blocks[b]);
+                raw_hold(&cpu->raw, cpu->raw.of[step.blocks[b]]);
+            }
         }
     for (uint32_t s = 0; s < cpu->batch->n_sequences; s++)
         if (cpu->batch->sequences[s].n_rows > 0) raw_release_table(&cpu->raw, cpu->batch->sequences[s].table);
@@ -97,7 +114,8 @@ void residual_begin(struct cpu *cpu) {
             if (cpu->batch->sequences[s].n_rows == 0) continue;
             const struct lane_step step = lane_of(cpu, &cpu->batch->sequences[s], lane);
             open_blocks(cpu, &step, lane % n_kv, reserved, &cpu->raw_used[lane % n_kv]);
-            for (uint32_t b = step.before / BLOCK_TOKENS; b < blocks_for(step.end); b++) cpu->closed[step.blocks[b]] = (b + 1) * BLOCK_TOKENS <= step.end;
+            for (uint32_t b = step.before / BLOCK_TOKENS; b < blocks_for(step.end); b++)
+                cpu->closed[step.blocks[b]] = (b + 1) * BLOCK_TOKENS <= step.end;
         }
     }
 }
@@ -121,7 +139,8 @@ void residual_end(struct cpu *cpu) {
         for (uint32_t lane = 0; lane < lanes && sequence->n_rows > 0; lane++) {
             const uint32_t *blocks = cpu->batch->block_ids + sequence->lane_first[lane];
             const uint32_t before = sequence->lane_tokens[lane], end = before + sequence->n_rows;
-            const uint32_t first = count_codes(cpu, blocks, before, cpu->batch->positions[sequence->first_row]), inner = count_codes(cpu, blocks, end, next);
+            const uint32_t first = count_codes(cpu, blocks, before, cpu->batch->positions[sequence->first_row]),
+                           inner = count_codes(cpu, blocks, end, next);
             raw_hold_lane(raw, sequence->table, lane, blocks + inner, blocks_for(end) - inner);
             for (uint32_t b = first; b < blocks_for(end); b++) {
                 if (raw->of[blocks[b]] < raw->n_places)
@@ -135,7 +154,8 @@ void residual_end(struct cpu *cpu) {
 
 uint32_t raw_places_needed(const struct program *program, const struct backend_limits *limits) {
     /* Three a lane of each table; and while a step runs, those that several rows of a sequence open beside the ones that the first of them still reads. */
-    uint32_t tables = limits->n_tables ? limits->n_tables : limits->max_sequences, opened = limits->max_sequences + limits->max_rows / BLOCK_TOKENS + 1;
+    uint32_t tables = limits->n_tables ? limits->n_tables : limits->max_sequences,
+             opened = limits->max_sequences + limits->max_rows / BLOCK_TOKENS + 1;
     if (opened > KIVI_RAW_BLOCKS * limits->max_sequences) opened = KIVI_RAW_BLOCKS * limits->max_sequences;
     return program_lanes(program) * (KIVI_RAW_BLOCKS * tables + opened);
 }

@@ -41,7 +41,8 @@ enum status kv_pool_init(struct kv_pool *pool, uint32_t head_dim, enum kv_dtype 
     pool->codes_offset = 2 * BLOCK_TOKENS * pool->row_bytes;
     pool->bytes = calloc(n_blocks, pool->block_bytes);
     pool->closed = calloc(n_blocks, sizeof *pool->closed);
-    if (!pool->bytes || !pool->closed) return error_set(error, STATUS_NO_MEMORY, "KV pool: %u blocks of %zu bytes", (unsigned)n_blocks, pool->block_bytes);
+    if (!pool->bytes || !pool->closed)
+        return error_set(error, STATUS_NO_MEMORY, "KV pool: %u blocks of %zu bytes", (unsigned)n_blocks, pool->block_bytes);
     return STATUS_OK;
 }
 

@@ -111,7 +111,8 @@ static inline void run_config(const struct run_setting *setting, struct config *
     if (setting->pressure_high > 0) config->pressure_high = setting->pressure_high, config->pressure_low = setting->pressure_low;
     const struct program *program = model_program(run_model);
     uint64_t tokens = setting->pool_tokens ? setting->pool_tokens : (uint64_t)config->max_model_len * (setting->max_sequences + 1);
-    config->kv_memory = (uint64_t)backend_block_bytes(ops, program, dtype, true) * program_lanes(program) * ((tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
+    config->kv_memory =
+        (uint64_t)backend_block_bytes(ops, program, dtype, true) * program_lanes(program) * ((tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
 }
 
 static inline uint32_t run_number(const struct job *job) { return (uint32_t)(job->request.arrival_ns - 1); }

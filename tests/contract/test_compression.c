@@ -195,7 +195,10 @@ static void check_hit(const char *backend, const struct policy *policy) {
     struct run_request asked[CUT_JOBS], before[CUT_JOBS];
     uint32_t n = cut_requests(policy->name, 0, asked);
     (void)cut_requests("none", 0, before);
-    struct run_setting setting = {.backend = backend, .threads = 1, .max_rows = 512, .max_sequences = run_kivi4 ? 8 : 2}; /* kivi4: with room for residuals of sequences that are over */
+    struct run_setting setting = {.backend = backend,
+                                  .threads = 1,
+                                  .max_rows = 512,
+                                  .max_sequences = run_kivi4 ? 8 : 2}; /* kivi4: with room for residuals of sequences that are over */
     run_alone(&setting, asked, n, &first);
     setting.prefix_cache = true;
     struct client client;

@@ -104,8 +104,8 @@ static bool open_client(struct client *client, struct setting setting, bool crow
     config.max_rows = crowded ? TOGETHER_ROWS : 512;
     config.prefix_cache = crowded;
     config.step_ms = 10000; /* chunks are cut by max_rows, not by what this machine can do in a while */
-    config.kv_memory =
-        (uint64_t)backend_block_bytes(backend_find(setting.backend), program, setting.kv_dtype, true) * program_lanes(program) * (model_len() / BLOCK_TOKENS) * 2;
+    config.kv_memory = (uint64_t)backend_block_bytes(backend_find(setting.backend), program, setting.kv_dtype, true) * program_lanes(program) *
+                       (model_len() / BLOCK_TOKENS) * 2;
     memset(answers, 0, sizeof *answers);
     struct engine_hooks hooks = client_init(client);
     client->on_event = record;
@@ -239,7 +239,7 @@ int main(int argc, char **argv) {
         (void)fprintf(stderr, "no model to test with: %s\nRun tests/run, which fetches it, or name one in KVASIR_TEST_MODEL.\n", error.text);
         return 1;
     }
-    const struct CMUnitTest breadth[] = {cmocka_unit_test(test_f32), cmocka_unit_test(test_f16), cmocka_unit_test(test_bf16),
+    const struct CMUnitTest breadth[] = {cmocka_unit_test(test_f32), cmocka_unit_test(test_f16),   cmocka_unit_test(test_bf16),
                                          cmocka_unit_test(test_q8),  cmocka_unit_test(test_kivi4), cmocka_unit_test(test_kivi2)};
     const struct CMUnitTest depth[] = {cmocka_unit_test(test_f16), cmocka_unit_test(test_q8), cmocka_unit_test(test_kivi4)};
     int failed = is_sample ? cmocka_run_group_tests_name("sample", depth, NULL, NULL) : cmocka_run_group_tests_name("tiny", breadth, NULL, NULL);

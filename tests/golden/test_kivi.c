@@ -16,7 +16,15 @@
 #include "kernels/kivi.h"
 #include "kernels/reference/kv_pool.h"
 
-enum { SLOTS_MAX = 200, BLOCKS_MAX = SLOTS_MAX / BLOCK_TOKENS + 1, D_MAX = 80, GROUPS_MAX = 3, HEADS_MAX = 3, ROWS_MAX = 8, LINE_MAX_BYTES = 1 << 20 };
+enum {
+    SLOTS_MAX = 200,
+    BLOCKS_MAX = SLOTS_MAX / BLOCK_TOKENS + 1,
+    D_MAX = 80,
+    GROUPS_MAX = 3,
+    HEADS_MAX = 3,
+    ROWS_MAX = 8,
+    LINE_MAX_BYTES = 1 << 20
+};
 
 struct golden {
     uint32_t bits, d, n, heads, n_rows;
@@ -96,7 +104,8 @@ static bool read_case(FILE *file, struct golden *g) {
         codes_of(g->blocks[b].values, g->d);
         halves_of(scales, BLOCK_TOKENS * groups);
         halves_of(minima, BLOCK_TOKENS * groups);
-        for (uint32_t i = 0; i < BLOCK_TOKENS * groups; i++) g->blocks[b].of_values[i / groups][i % groups] = (struct kivi_scale){scales[i], minima[i]};
+        for (uint32_t i = 0; i < BLOCK_TOKENS * groups; i++)
+            g->blocks[b].of_values[i / groups][i % groups] = (struct kivi_scale){scales[i], minima[i]};
     }
     for (uint32_t r = 0; r < g->n_rows; r++) {
         static float out[HEADS_MAX * D_MAX];
@@ -276,8 +285,8 @@ static void test_bytes(void **state) {
         const struct kv_shape shape = kv_shape_of(&program, (enum kv_dtype)dtype);
         double formula = 2.0 * D * ((kivi_bits((enum kv_dtype)dtype) + 1) / 8.0 * (TOKENS - RESIDUAL) + 2.0 * RESIDUAL);
         double taken = (double)BLOCKS * (double)cpu_block_bytes(&program, (enum kv_dtype)dtype) + KIVI_RAW_BLOCKS * (double)shape.raw_bytes;
-        print_message("%s: %.1f bytes a token and head, formula %.1f, ratio %.3f\n", kv_dtype_name((enum kv_dtype)dtype), taken / TOKENS, formula / TOKENS,
-                      taken / formula);
+        print_message("%s: %.1f bytes a token and head, formula %.1f, ratio %.3f\n", kv_dtype_name((enum kv_dtype)dtype), taken / TOKENS,
+                      formula / TOKENS, taken / formula);
         assert_true(taken <= 1.15 * formula);
     }
 }

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "base/check.h"
 #include "base/block.h"
+#include "base/check.h"
 #include "base/half.h"
 
 struct lane {

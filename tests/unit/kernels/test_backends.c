@@ -78,7 +78,8 @@ static double error_of(const float *x, const double *truth, uint32_t n) {
 /* What `reference` may differ from exact arithmetic. f32 with sums in double leaves about 1e-7 a value, relative, and a layer or two amplify it: 1e-11 squared is
  * generous. With narrow caches a key that lies on the border between two codes may be rounded to the other one: one dim of one slot, by one step of 2^-11, 2^-8
  * or 1/127. A wrong slot, head or angle costs 1e-2 or more. */
-static const double reference_bound[KV_DTYPES] = {[KV_F32] = 1e-11, [KV_F16] = 1e-6, [KV_BF16] = 1e-5, [KV_Q8] = 1e-4, [KV_KIVI4] = 1e-4, [KV_KIVI2] = 1e-3};
+static const double reference_bound[KV_DTYPES] = {
+    [KV_F32] = 1e-11, [KV_F16] = 1e-6, [KV_BF16] = 1e-5, [KV_Q8] = 1e-4, [KV_KIVI4] = 1e-4, [KV_KIVI2] = 1e-3};
 
 /* What a fast backend may differ from `reference`: its own rounding of activations, of queries and of attention weights.
  *   Weights: float types keep activations in f32 (error 1e-7, as above). Quantised types meet activations of 8 bits in blocks of 32: about 0.5 % noise a
@@ -87,7 +88,8 @@ static const double reference_bound[KV_DTYPES] = {[KV_F32] = 1e-11, [KV_F16] = 1
  *   A device rounds weights and activations to f16: 2^-12 of each operand of seven products a layer, 1e-6 squared over two layers, more where attention and silu amplify it. */
 static double backend_bound(const struct phase_case *c, const struct variant *variant, enum kv_dtype dtype) {
     bool floats = c->type <= TENSOR_BF16 && !(c->flags & PHASE_MIXED_TYPES);
-    static const double of_dtype[KV_DTYPES] = {[KV_F32] = 1e-9, [KV_F16] = 1e-5, [KV_BF16] = 5e-4, [KV_Q8] = 5e-3, [KV_KIVI4] = 1e-3, [KV_KIVI2] = 1e-2};
+    static const double of_dtype[KV_DTYPES] = {
+        [KV_F32] = 1e-9, [KV_F16] = 1e-5, [KV_BF16] = 5e-4, [KV_Q8] = 5e-3, [KV_KIVI4] = 1e-3, [KV_KIVI2] = 1e-2};
     /* What a product's noise moves across the border between two codes is wrong by a whole step of 1/15 or a third of the range. */
     double flips = floats ? 0 : dtype == KV_KIVI2 ? 0.1 : dtype == KV_KIVI4 ? 1e-2 : 0;
     return of_dtype[dtype] + (floats ? 0 : 2e-3) + flips + (variant->has_device ? 5e-5 : 0);
@@ -366,7 +368,8 @@ static void find_variants(void) {
 
 static int report(void **state) {
     (void)state;
-    for (int d = 0; d < KV_DTYPES; d++) print_message("reference against double, %s: worst error %.1e\n", kv_dtype_name((enum kv_dtype)d), worst_reference[d]);
+    for (int d = 0; d < KV_DTYPES; d++)
+        print_message("reference against double, %s: worst error %.1e\n", kv_dtype_name((enum kv_dtype)d), worst_reference[d]);
     for (const struct variant *variant = variants; variant < variants + n_variants; variant++) {
         print_message("%s: %u of %u cases x dtypes, row contract on %u; against reference", variant->name, variant->runs, n_phase_cases * KV_DTYPES,
                       variant->contracts);

@@ -289,7 +289,8 @@ static void test_weights_made_again(void **state) {
                 for (int i = 0; i < DIM; i++) k[i] = 2 * random_unit(random_next(&random)) - 1, v[i] = 2 * random_unit(random_next(&random)) - 1;
                 uint32_t block = blocks[slot / BLOCK_TOKENS];
                 bool kivi = shape.raw_bytes > 0;
-                (*isa)->append(kivi ? &raw_shape : &shape, kivi ? raw + block * raw_shape.bytes : pool + block * shape.bytes, slot % BLOCK_TOKENS, k, v);
+                (*isa)->append(kivi ? &raw_shape : &shape, kivi ? raw + block * raw_shape.bytes : pool + block * shape.bytes, slot % BLOCK_TOKENS, k,
+                               v);
                 if (kivi && slot % BLOCK_TOKENS == BLOCK_TOKENS - 1)
                     (*isa)->close_block(&shape, raw + block * raw_shape.bytes, pool + block * shape.bytes, false);
             }

@@ -220,8 +220,9 @@ static void test_copies_and_compaction(const struct backend_ops *ops, enum kv_dt
     close_cache(&cache);
 }
 
-static const double logits_bound[KV_DTYPES] = {[KV_F32] = 1e-9, [KV_F16] = 1e-5, [KV_BF16] = 5e-4, [KV_Q8] = 5e-3, [KV_KIVI4] = 1e-3, [KV_KIVI2] = 1e-2}; /* as in test_backends.c, */
-#define DEVICE_BOUND 5e-5                                                                                           /* and this */
+static const double logits_bound[KV_DTYPES] = {
+    [KV_F32] = 1e-9, [KV_F16] = 1e-5, [KV_BF16] = 5e-4, [KV_Q8] = 5e-3, [KV_KIVI4] = 1e-3, [KV_KIVI2] = 1e-2}; /* as in test_backends.c, */
+#define DEVICE_BOUND 5e-5                                                                                      /* and this */
 
 /* Rows after each lane kept its own slots equal a cache that never held the others. */
 static void test_rows_after_compaction(const struct backend_ops *ops, enum kv_dtype dtype) {
@@ -299,7 +300,8 @@ static double divergence_after(const struct backend_ops *ops, enum kv_dtype dtyp
     struct random random = {29};
     for (uint32_t lane = 0; lane < LANES; lane++) {
         uint32_t n = 0, *ids = cache.ids + cache.lane_first[lane], full = cache.lane_tokens[lane] / BLOCK_TOKENS;
-        if (kivi_bits(dtype)) full = coded_slots(&cache, ids, cache.lane_tokens[lane]) / BLOCK_TOKENS; /* the residual must stay where it is looked for */
+        if (kivi_bits(dtype))
+            full = coded_slots(&cache, ids, cache.lane_tokens[lane]) / BLOCK_TOKENS; /* the residual must stay where it is looked for */
         for (uint32_t b = 0; !evict && b < full / 2; b++) {
             uint32_t id = ids[b];
             ids[b] = ids[full - 1 - b];
@@ -326,7 +328,8 @@ static double divergence_after(const struct backend_ops *ops, enum kv_dtype dtyp
 }
 
 /* What q8 and KIVI round away is more than that in whatever order slots lie. */
-static const double masked_bound[KV_DTYPES] = {[KV_F32] = 1e-4, [KV_F16] = 1e-4, [KV_BF16] = 1e-4, [KV_Q8] = 3e-4, [KV_KIVI4] = 1e-5, [KV_KIVI2] = 1e-5};
+static const double masked_bound[KV_DTYPES] = {
+    [KV_F32] = 1e-4, [KV_F16] = 1e-4, [KV_BF16] = 1e-4, [KV_Q8] = 3e-4, [KV_KIVI4] = 1e-5, [KV_KIVI2] = 1e-5};
 
 /* Attention over a compacted cache is attention over the whole one with the evicted keys masked (the oracle's lanes), as nearly as a mere order of slots allows. */
 static void test_compaction_is_a_mask(const struct backend_ops *ops, enum kv_dtype dtype) {
@@ -377,7 +380,8 @@ static void true_scores(const struct cache *cache, const struct oracle *oracle, 
 /* Per lane, sum of squared differences against the sum of squares. Queries are kept rounded by some backends, and K by the dtype: a window's attention may move
  * by a few percent where scores are large; keys and values alone are exact. Persistence counts: a row that sits on the border may fall on either side. */
 static double score_bound(enum score_kind kind, enum kv_dtype dtype) {
-    static const double attention[KV_DTYPES] = {[KV_F32] = 1e-8, [KV_F16] = 1e-4, [KV_BF16] = 2e-3, [KV_Q8] = 1e-2, [KV_KIVI4] = 1e-3, [KV_KIVI2] = 1e-2};
+    static const double attention[KV_DTYPES] = {
+        [KV_F32] = 1e-8, [KV_F16] = 1e-4, [KV_BF16] = 2e-3, [KV_Q8] = 1e-2, [KV_KIVI4] = 1e-3, [KV_KIVI2] = 1e-2};
     if (kivi_bits(dtype) && (kind == SCORE_KEYDIFF || kind == SCORE_VALUE_NORM)) return 1e-4; /* the oracle's own codes */
     if (kind == SCORE_KEYDIFF || kind == SCORE_VALUE_NORM) return 1e-9;
     return kind == SCORE_PERSISTENCE ? attention[dtype] + 2e-3 : attention[dtype];
@@ -451,7 +455,9 @@ static void rotate(const struct program *program, double positions, const float 
 static void test_shifted_sinks(const struct backend_ops *ops, enum kv_dtype dtype) {
     static struct slot before[LANES][64], after[64];
     static const int32_t shifts[] = {1, 70, 100000, 30, 0};
-    static const double step[KV_DTYPES] = {[KV_F32] = 1e-5, [KV_F16] = 0x1p-10, [KV_BF16] = 0x1p-7, [KV_Q8] = 1.5 / 127, [KV_KIVI4] = 1.01 / 15, [KV_KIVI2] = 1.01 / 3}; /* of the largest dim; KIVI: of all slots', half a step of a range of twice that */
+    static const double step[KV_DTYPES] = {
+        [KV_F32] = 1e-5,        [KV_F16] = 0x1p-10,   [KV_BF16] = 0x1p-7, [KV_Q8] = 1.5 / 127,
+        [KV_KIVI4] = 1.01 / 15, [KV_KIVI2] = 1.01 / 3}; /* of the largest dim; KIVI: of all slots', half a step of a range of twice that */
     const uint32_t n_sinks = kivi_bits(dtype) ? SINK_SLOTS : 5;
     struct cache cache;
     open_cache(&cache, ops, dtype);
