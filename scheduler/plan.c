@@ -263,6 +263,7 @@ static bool admit(struct builder *b) {
     take_hit(s, choice, hit);
     choice->n_copies = (uint32_t)copies;
     running_insert(s, i);
+    const uint32_t n_entries = s->plan.n_entries;
     if (is_behind(s, choice))
         plan_chunk(b, i);
     else if (lacks_one(s, choice) && samples_at_end(s, choice) <= b->samples_left &&
@@ -270,6 +271,10 @@ static bool admit(struct builder *b) {
         CHECK(table_append(&s->tables, choice->table, 1));
         add_entry(b, i, 1);
         b->one_chunk = false;
+    }
+    if (s->limits.resumes && hit.n_runs > 0 && s->plan.n_entries == n_entries) { /* what resumes now need not resume later */
+        choice_preempt(s, i);
+        return false;
     }
     return true;
 }
