@@ -190,7 +190,7 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
         own.kept = take(arena, (size_t)ATTEND_QUERIES * KEPT_SLOTS, sizeof(float));
         own.kept_maxima = take(arena, (size_t)ATTEND_QUERIES * KEPT_SPLITS, sizeof(float));
         own.keys = take(arena, (size_t)BLOCK_TOKENS * dims, sizeof(float));
-        own.raw = take(arena, cpu->kv.raw_bytes, 1);
+        own.raw = take(arena, KIVI_RAW_BLOCKS * cpu->kv.raw_bytes, 1);
         own.sums = take(arena, (size_t)16 * dims, sizeof(float));
         own.moments = take(arena, (size_t)(limits->ring_rows + 1) * dims, sizeof(float));
         own.logits = take(arena, p->n_vocab, sizeof(float));

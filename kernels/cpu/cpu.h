@@ -36,7 +36,7 @@ struct worker_scratch {
     float *kept;                    /* [ATTEND_QUERIES * KEPT_SLOTS] */
     float *kept_maxima;             /* [KEPT_SPLITS][ATTEND_QUERIES] */
     float *keys;                    /* [32 * dims]: a block widened, */
-    uint8_t *raw;                   /* an f16 block, KIVI */
+    uint8_t *raw;                   /* KIVI_RAW_BLOCKS f16 blocks */
     float *sums;                    /* [16 * dims] */
     float *moments;                 /* and [1 + ring_rows][dims]: for scores that look at keys alone, and expected ones */
     float *logits;                  /* [n_vocab]: the copy that sampling may spoil */
