@@ -8,6 +8,7 @@
 #include "base/random.h"
 #include "cli/bench.h"
 #include "cli/cli.h"
+#include "kernels/kivi.h"
 
 #define EXTENT_BYTES 65536u
 
@@ -143,6 +144,10 @@ double bench_slot_bytes(const struct program *program, enum kv_dtype dtype) {
     case KV_F16:
     case KV_BF16: return elements * sizeof(uint16_t);
     case KV_Q8: return elements + 2 * sizeof(float);
+    case KV_KIVI4:
+    case KV_KIVI2: /* what most of a long context takes: the residual is not in it */
+        return elements * kivi_bits(dtype) / 8 +
+               sizeof(struct kivi_scale) * (1.0 * program->head_dim / BLOCK_TOKENS + kivi_value_groups(program->head_dim));
     case KV_DTYPES: break;
     }
     CHECK(!"a KV dtype");

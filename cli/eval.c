@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "cli/cli.h"
+#include "kernels/kivi.h"
 
 #define PROMPT_AUTO 1024u
 #define SPAN_EXTRA 64u /* slots for a question and an answer */
@@ -106,6 +107,12 @@ static enum status open_lab(struct eval *eval, struct error *error) {
     struct progress progress;
     progress_begin(&progress, "loading");
     enum status status = lab_open(eval->config, eval->model, &size, eval->classes, progress_report, &progress, &eval->lab, error);
+    if (status == STATUS_OK && kivi_bits(lab_kv_dtype(eval->lab))) {
+        struct config exact = *eval->config;
+        (void)snprintf(exact.kv_dtype, sizeof exact.kv_dtype, "f16");
+        size.accumulate = false;
+        status = lab_open(&exact, eval->model, &size, eval->classes, progress_report, &progress, &eval->exact, error);
+    }
     progress_end(&progress);
     return status;
 }
@@ -125,6 +132,7 @@ static void allocate(struct eval *eval) {
 }
 
 static void done(struct eval *eval) {
+    lab_close(eval->exact);
     lab_close(eval->lab);
     eval_text_done(&eval->text);
     model_close(eval->model);

@@ -4,6 +4,8 @@
  * is compressed from there into blocks of its own. The EVAL_GOLD tokens that really follow are then given to the model over the compressed cache and over the full one,
  * and the two distributions of the next token are compared row by row. Nothing is compressed again during these rows.
  *
+ * Where the cache is of a KIVI dtype, the distributions compared with are those of a full cache in f16, read beside it: the row of the full cache then says what the dtype costs by itself.
+ *
  * Equal memory: a share r of a prompt of P tokens is a budget of round(r P / BLOCK_TOKENS) blocks a lane on average, for every policy. What a policy really took is reported.
  *
  * Synthetic tasks ask whether one fact survived. Each is compressed one token before its answer begins, so that nothing of the answer comes from the full cache:
@@ -187,6 +189,9 @@ struct eval {
     const struct config *config;
     struct model *model;
     struct lab *lab;
+    struct lab *
+        exact; /* kivi4 and kivi2: the same model over an f16 cache, whose distributions all cells are compared with, that of the full cache too; else NULL */
+    double exact_nll; /* of cells[0].n_rows */
     struct eval_text text;
     uint8_t *classes;
     uint32_t n_prompt, n_keep, n_cells;

@@ -23,7 +23,7 @@ static struct row row_of(const struct eval *eval, const struct eval_cell *cell) 
     struct row row = {.blocks = cell->blocks / cell->n_windows,
                       .kl_mean = eval_mean(cell->window_kl, cell->n_windows),
                       .same_top1 = (double)cell->same_top / rows,
-                      .ppl_ratio = exp(cell->nll / rows - full->nll / (double)full->n_rows),
+                      .ppl_ratio = exp(cell->nll / rows - (eval->exact ? eval->exact_nll : full->nll) / (double)full->n_rows),
                       .hit_rate_min = 1};
     struct head_hits all = {0};
     for (uint32_t l = 0; l < program_lanes(program); l++) {
@@ -100,6 +100,7 @@ static void print_rows(const struct eval *eval, FILE *out) {
             "rows that were kept; low head: the same of the KV head where it is lowest;\nattn err: relative error of a head's output for the same "
             "query, mean over heads.\n",
             EVAL_GOLD, (uint32_t)BLOCK_TOKENS);
+    if (eval->exact) fprintf(out, "KL, same top and PPL ratio: against a full cache in f16, on every row.\n");
     if (eval->config->eval.tasks == 0) return;
     fprintf(out, "Tasks count at depths where the full cache is right in %.0f %% or more:", 100 * EVAL_COUNTS);
     for (int kind = 0; kind < EVAL_KINDS; kind++) {
@@ -287,6 +288,7 @@ void eval_print_json(const struct eval *eval, FILE *out) {
     key_text(&json, "commit", version_commit());
     key_text(&json, "backend", lab_describe(eval->lab));
     key_text(&json, "kv_dtype", kv_dtype_name(lab_kv_dtype(eval->lab)));
+    key_text(&json, "against", kv_dtype_name(lab_kv_dtype(eval->exact ? eval->exact : eval->lab)));
     key_text(&json, "text", eval->text.made_up ? "made up" : config->eval.text);
     key_unsigned(&json, "text_tokens", eval->text.list.count);
     key_unsigned(&json, "windows", config->eval.windows);

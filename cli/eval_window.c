@@ -25,7 +25,9 @@ struct window {
 };
 
 static uint64_t cell_work(const struct eval *eval) { return EVAL_GOLD + eval->n_prompt / 16; }
-static uint64_t window_work(const struct eval *eval) { return eval->n_prompt + eval->n_cells * cell_work(eval); }
+static uint64_t window_work(const struct eval *eval) {
+    return (eval->exact ? 2 : 1) * (eval->n_prompt + cell_work(eval)) + (eval->n_cells - 1) * cell_work(eval);
+}
 
 static void open_window(struct window *window, struct eval *eval) {
     const struct program *program = model_program(eval->model);
@@ -54,10 +56,38 @@ static int32_t attention_position(const struct window *window, uint32_t row) {
 
 static bool compares_attention(const struct window *window) { return window->index % ATTENTION_EVERY == 0; }
 
-static enum status read_gold(struct window *window, uint32_t sequence, uint32_t ring, float *logits, struct error *error) {
+static enum status read_gold(struct window *window, struct lab *lab, uint32_t sequence, uint32_t ring, float *logits, struct error *error) {
     const struct lab_part part = {
         .sequence = sequence, .n_tokens = EVAL_GOLD, .tokens = window->gold, .ring = ring, .rows = window->rows, .targets = window->targets};
-    return lab_read(window->eval->lab, 1, &part, logits, error);
+    return lab_read(lab, 1, &part, logits, error);
+}
+
+/* What the cell's logits of the continuation say, against the reference. */
+static void compare_rows(struct window *window, struct eval_cell *cell) {
+    double *kl = cell->kl + (size_t)window->index * EVAL_GOLD;
+    for (uint32_t row = 0; row < EVAL_GOLD; row++) {
+        struct eval_row compared =
+            eval_compare(&window->reference, row, window->logits + (size_t)row * window->reference.n_vocab, window->targets[row]);
+        kl[row] = compared.kl;
+        cell->nll += compared.nll;
+        cell->same_top += compared.same_top;
+    }
+    cell->n_rows += EVAL_GOLD;
+    cell->window_kl[window->index] = eval_mean(kl, EVAL_GOLD);
+}
+
+/* The reference, where it is not the full cache itself. */
+static enum status read_exact(struct window *window, struct error *error) {
+    struct eval *eval = window->eval;
+    const struct lab_part prompt = {.sequence = LAB_BASE, .n_tokens = eval->n_prompt, .tokens = window->tokens};
+    lab_release(eval->exact, 0);
+    lab_clear(eval->exact, LAB_BASE);
+    enum status status = lab_read(eval->exact, 1, &prompt, NULL, error);
+    if (status == STATUS_OK) status = read_gold(window, eval->exact, LAB_BASE, LAB_NO_RING, window->reference.logits, error);
+    if (status != STATUS_OK) return status;
+    eval_reference_set(&window->reference, window->targets);
+    for (uint32_t row = 0; row < EVAL_GOLD; row++) eval->exact_nll += window->reference.nll[row];
+    return STATUS_OK;
 }
 
 /* The row of the full cache. Leaves the prompt's blocks taken, the rest given back, and the continuation's queries in their ring. */
@@ -68,12 +98,17 @@ static enum status read_full(struct window *window, struct error *error) {
     size_t outputs = (size_t)program->n_layers * program->n_heads * program->head_dim;
     uint32_t mark = lab_mark(eval->lab);
     lab_fork(eval->lab, LAB_BASE, LAB_FULL);
-    enum status status = read_gold(window, LAB_FULL, LAB_RING_GOLD, window->reference.logits, error);
+    enum status status = read_gold(window, eval->lab, LAB_FULL, LAB_RING_GOLD, eval->exact ? window->logits : window->reference.logits, error);
+    if (status == STATUS_OK && eval->exact) status = read_exact(window, error);
     if (status != STATUS_OK) return status;
-    eval_reference_set(&window->reference, window->targets);
-    for (uint32_t row = 0; row < EVAL_GOLD; row++) cell->nll += window->reference.nll[row];
-    cell->n_rows += EVAL_GOLD;
-    cell->same_top += EVAL_GOLD;
+    if (eval->exact) {
+        compare_rows(window, cell);
+    } else {
+        eval_reference_set(&window->reference, window->targets);
+        for (uint32_t row = 0; row < EVAL_GOLD; row++) cell->nll += window->reference.nll[row];
+        cell->n_rows += EVAL_GOLD;
+        cell->same_top += EVAL_GOLD;
+    }
     cell->n_windows++;
     cell->blocks += lab_blocks(eval->lab, LAB_BASE);
     for (uint32_t l = 0; l < program_lanes(program); l++) cell->kept[l] += lab_lane_tokens(eval->lab, LAB_BASE)[l]; /* every hit with it */
@@ -114,18 +149,9 @@ static enum status measure_cell(struct window *window, struct eval_cell *cell, s
         cell->hits[l].kept += result.hits[l].kept;
         cell->hits[l].all += result.hits[l].all;
     }
-    enum status status = read_gold(window, LAB_CELL, LAB_NO_RING, window->logits, error);
+    enum status status = read_gold(window, eval->lab, LAB_CELL, LAB_NO_RING, window->logits, error);
     if (status != STATUS_OK) return status;
-    double *kl = cell->kl + (size_t)window->index * EVAL_GOLD;
-    for (uint32_t row = 0; row < EVAL_GOLD; row++) {
-        struct eval_row compared =
-            eval_compare(&window->reference, row, window->logits + (size_t)row * window->reference.n_vocab, window->targets[row]);
-        kl[row] = compared.kl;
-        cell->nll += compared.nll;
-        cell->same_top += compared.same_top;
-    }
-    cell->n_rows += EVAL_GOLD;
-    cell->window_kl[window->index] = eval_mean(kl, EVAL_GOLD);
+    compare_rows(window, cell);
     if (compares_attention(window)) compare_attention(window, cell);
     lab_release(eval->lab, mark);
     eval_step_done(eval, cell_work(eval));
@@ -146,7 +172,7 @@ static enum status measure_window(struct window *window, struct error *error) {
                                     .accumulate = lab_accumulates(eval->lab)};
     enum status status = lab_read(eval->lab, 1, &prompt, NULL, error);
     if (status == STATUS_OK) status = read_full(window, error);
-    eval_step_done(eval, eval->n_prompt + cell_work(eval));
+    eval_step_done(eval, (eval->exact ? 2 : 1) * (eval->n_prompt + cell_work(eval)));
     for (uint32_t c = 1; c < eval->n_cells && status == STATUS_OK; c++) status = measure_cell(window, &eval->cells[c], error);
     return status;
 }

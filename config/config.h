@@ -55,7 +55,7 @@ struct config {
     uint32_t max_sequences;     /* running at once; 0: auto */
     uint32_t max_stream_tokens; /* streaming_llm's bound instead of the context */
     uint64_t kv_memory;         /* bytes; 0: auto */
-    char kv_dtype[16];          /* auto, f32, f16, bf16, q8 */
+    char kv_dtype[16];          /* auto, f32, f16, bf16, q8, kivi4, kivi2 */
     bool prefix_cache;
     double step_ms;    /* a step's cost budget while others decode */
     uint32_t max_rows; /* rows of one step, 512 */

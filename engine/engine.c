@@ -9,6 +9,7 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "engine/internal.h"
+#include "kernels/kivi.h"
 
 /* ---- events: engine thread ---- */
 
@@ -98,6 +99,9 @@ static bool has_own_blocks(const struct kv_plan *kv) {
     return compression_is_on(kv) && (kv->policy->shifts_sinks || kv->policy->rows == POLICY_ROWS_ALL);
 }
 
+/* A fork may wait for its first row longer than the backend keeps the residual for it. */
+static bool must_reread(const struct engine *engine) { return kivi_bits(engine->plan.kv_dtype) > 0; }
+
 static void take_submit(struct engine *engine, struct request *request) {
     struct request_state *state = requests_add(&engine->requests, request);
     if (!tokens_known(engine, request)) {
@@ -117,6 +121,7 @@ static void take_submit(struct engine *engine, struct request *request) {
                                             .peak_tokens = peak_tokens(&request->kv),
                                             .needs_ring = compression_needs_ring(&request->kv),
                                             .private = has_own_blocks(&request->kv),
+                                            .rereads = must_reread(engine),
                                             .first_needed_row = request->prompt_results ? 0 : compression_first_row(&request->kv, request->n_prompt)};
     CHECK(scheduler_add(engine->scheduler, &asked)); /* engine_submit counts to the same bound */
 }

@@ -340,15 +340,15 @@ static enum status plan_sizes(const struct backend_ops *ops, const struct config
                               struct error *error) {
     if (!kv_dtype_parse(config->kv_dtype, &plan->kv_dtype))
         plan->kv_dtype = backend_kv_dtype(ops, strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set);
-    plan->block_bytes = ops->block_bytes(program, plan->kv_dtype);
-    if (plan->block_bytes == 0)
-        return error_set(error, STATUS_UNSUPPORTED, "engine.kv_dtype: the %s backend does not store %s", ops->name, kv_dtype_name(plan->kv_dtype));
-    plan->extent_blocks = plan->block_bytes >= EXTENT_BYTES ? 1 : (uint32_t)(EXTENT_BYTES / plan->block_bytes);
-    if (plan->extent_blocks > EXTENT_BLOCKS) plan->extent_blocks = EXTENT_BLOCKS;
     plan->max_sequences = config->max_sequences ? config->max_sequences : plan->has_device ? SEQUENCES_MAX : auto_sequences(config);
     plan->max_choices = plan->max_sequences + config->max_queue;
     plan->max_stream_tokens = config->max_stream_tokens;
     plan_compression(config, plan);
+    plan->block_bytes = backend_block_bytes(ops, program, plan->kv_dtype, plan->accumulators);
+    if (plan->block_bytes == 0)
+        return error_set(error, STATUS_UNSUPPORTED, "engine.kv_dtype: the %s backend does not store %s", ops->name, kv_dtype_name(plan->kv_dtype));
+    plan->extent_blocks = plan->block_bytes >= EXTENT_BYTES ? 1 : (uint32_t)(EXTENT_BYTES / plan->block_bytes);
+    if (plan->extent_blocks > EXTENT_BLOCKS) plan->extent_blocks = EXTENT_BLOCKS;
     if (config->max_model_len > program->context_train)
         return error_set(error, STATUS_INVALID, "engine.max_model_len: %u tokens; the model was trained for %u", config->max_model_len,
                          program->context_train);

@@ -15,6 +15,7 @@
 #include "engine/internal.h"
 #include "engine/step_cost.h"
 #include "engine/system_memory.h"
+#include "kernels/kivi.h"
 
 /* ---- start ---- */
 
@@ -36,12 +37,22 @@ static uint64_t random_seed(void) {
     return seed;
 }
 
-static struct scheduler *new_scheduler(const struct engine *engine, const struct birth *birth, const struct step_cost *cost) {
+static bool can_resume(void *context, const uint32_t *ids) {
+    struct engine *engine = context;
+    return engine->backend->ops->resumes(engine->backend, engine->compress.n_lanes, ids);
+}
+
+static struct scheduler *new_scheduler(struct engine *engine, const struct birth *birth, const struct step_cost *cost) {
     const struct memory_plan *plan = &engine->plan;
     struct scheduler_limits limits;
     engine_scheduler_limits(plan, birth->config, program_lanes(birth->program), &limits);
     limits.cost = *cost;
     limits.hash_seed = random_seed();
+    if (kivi_bits(plan->kv_dtype)) {
+        limits.resumes = can_resume;
+        limits.resumes_context = engine;
+        limits.resume_runs = KIVI_RESIDUAL / BLOCK_TOKENS;
+    }
     return scheduler_new(&limits);
 }
 

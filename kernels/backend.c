@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "kernels/cpu/isa.h"
+#include "kernels/kivi.h"
 
 /* Best first: "auto" is the first one that has a device, which is why a backend that invents its numbers comes last. */
 const struct backend_ops *const backends[] = {
@@ -19,6 +20,16 @@ const struct backend_ops *backend_find(const char *name) {
     for (const struct backend_ops *const *ops = backends; *ops; ops++)
         if (any ? (*ops)->memory(0, NULL, NULL, NULL) == STATUS_OK : strcmp((*ops)->name, name) == 0) return *ops;
     return NULL;
+}
+
+bool backend_resumes_always(struct backend *backend, uint32_t count, const uint32_t *blocks) {
+    (void)backend, (void)count, (void)blocks;
+    return true;
+}
+
+size_t backend_block_bytes(const struct backend_ops *ops, const struct program *program, enum kv_dtype dtype, bool accumulators) {
+    size_t bytes = ops->block_bytes(program, dtype);
+    return bytes + (bytes > 0 && kivi_bits(dtype) && accumulators ? BLOCK_TOKENS * sizeof(uint64_t) : 0);
 }
 
 enum status backend_host_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error) {
@@ -66,7 +77,8 @@ enum status backend_needs_data(const struct backend_ops *ops, const struct progr
                      ops->name);
 }
 
-static const char *const kv_dtype_names[KV_DTYPES] = {[KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8"};
+static const char *const kv_dtype_names[KV_DTYPES] = {
+    [KV_F32] = "f32", [KV_F16] = "f16", [KV_BF16] = "bf16", [KV_Q8] = "q8", [KV_KIVI4] = "kivi4", [KV_KIVI2] = "kivi2"};
 
 const char *kv_dtype_name(enum kv_dtype dtype) {
     CHECK((unsigned)dtype < KV_DTYPES);

@@ -19,8 +19,8 @@
 #include "kernels/score.h"
 #include "kernels/select.h"
 
-enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_DTYPES };
-const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8" */
+enum kv_dtype { KV_F32, KV_F16, KV_BF16, KV_Q8, KV_KIVI4, KV_KIVI2, KV_DTYPES }; /* the last two: kernels/kivi.h */
+const char *kv_dtype_name(enum kv_dtype dtype); /* "f32", "f16", "bf16", "q8", "kivi4", "kivi2" */
 bool kv_dtype_parse(const char *name, enum kv_dtype *dtype);
 
 /* How a backend with memory of its own keeps the weights: dequantised to f16, or in the types of the file. AUTO: f16 unless that takes too much of its memory (weights_choice). */
@@ -94,7 +94,8 @@ struct memory_line {
 
 /* Compaction of one lane: the slots `keep` names move forward, in order, with K, V and position. Slot keep[i] of the source becomes slot i of the destination.
  * destination[j] is source[j] (in place) or a block that is no source of this call; what it holds past n_keep is unspecified. Source blocks that are not
- * destinations are left as they are: they may be shared. */
+ * destinations are left as they are: they may be shared. Of the KIVI dtypes a block that the next row would read as codes stays whole or goes whole (rank and keep see to it), and the
+ * lane's last slot is the newest token of its sequence. */
 struct compaction {
     const uint32_t *source; /* [blocks of n_slots] the lane's block ids, in order */
     uint32_t n_slots;
@@ -114,7 +115,8 @@ struct backend_ops {
      * STATUS_UNSUPPORTED: there is not, and why. Any thread. */
     enum status (*memory)(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error);
 
-    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included. 0: this backend does not keep KV in this type. */
+    /* Bytes of one block of one lane: K, V, and scales if any; metadata (positions) included; of KIVI dtypes, where it counts, not of necessity accumulated attention, which is kept with
+     * them only where limits.accumulators ask for it (backend_block_bytes adds it). 0: this backend does not keep KV in this type. */
     size_t (*block_bytes)(const struct program *program, enum kv_dtype dtype);
     /* What prepare will allocate beside the pool, line by line; returns the number of lines (<= max). limits->n_blocks is not read, nor is a device asked, but for WEIGHTS_AUTO. */
     uint32_t (*memory_plan)(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max);
@@ -132,9 +134,12 @@ struct backend_ops {
     /* KV services, between steps. */
     /* Whole blocks: block destination[i] becomes a copy of block source[i] (K, V, metadata). */
     void (*copy_blocks)(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
+    /* Could rows go on right behind these blocks, each the last or the last but one of its lane? KIVI dtypes: if it still has them in full precision, which it then does until the next submit,
+     * whatever is submitted. All others: true. */
+    bool (*resumes)(struct backend *backend, uint32_t count, const uint32_t *blocks);
     /* Each item is one lane; no item's destination is another item's source or destination. */
     void (*compact)(struct backend *backend, uint32_t count, const struct compaction *items);
-    /* Slot `slot` of `block`, widened: k and v [head_dim] (keys as cached: rotated). For tests and eval. */
+    /* Slot `slot` of `block`, widened: k and v [head_dim] (keys as cached: rotated); of a block that was filled what its codes say, if it has any. For tests and eval. */
     void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
     /* Scores of cached slots (kernels/score.h). Bit-identical whatever the chunks and batches in which the rows ran. */
     void (*score)(struct backend *backend, const struct score_request *request, float *scores);
@@ -148,7 +153,8 @@ struct backend_ops {
     /* positions [count * BLOCK_TOKENS]: what the slots of these blocks hold; undefined past a lane's length. */
     void (*read_positions)(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
     /* The keys of the first request->n_slots slots of every lane are rotated to position + shift, from an unrotated copy in the ring. first: the copy is made now, from the
-     * cached keys, which stand at their own positions. Angles in double. Positions in the metadata stay. Those blocks must be this sequence's alone. */
+     * cached keys, which stand at their own positions. Angles in double. Positions in the metadata stay. Those blocks must be this sequence's alone. KIVI dtypes: whole blocks,
+     * full ones; the copy is that of their codes. */
     void (*shift_sinks)(struct backend *backend, const struct shift_request *request);
     /* The logits of the last batch's sampled rows are not kept, except here: copies row-chunked logits of sample i of the NEXT submit into
      * destination[i * n_vocab] (NULL: stop). For tests, golden gates and eval. */
@@ -166,6 +172,7 @@ struct backend_ops {
 struct backend {
     const struct backend_ops *ops;
     struct ranking *ranking; /* of backends that compute on the host (kernels/select.h); NULL: limits.rank_slots is 0 */
+    bool joins_blocks; /* a KIVI dtype: slots of a block that the next row reads as codes stay or go together (select_join) */
 };
 
 /* NULL-terminated. A build without CUDA is a full build. */
@@ -173,6 +180,9 @@ extern const struct backend_ops *const backends[];
 const struct backend_ops *backend_find(const char *name); /* NULL: unknown. "auto": the best one that has a device on this machine */
 /* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
+bool backend_resumes_always(struct backend *backend, uint32_t count, const uint32_t *blocks);
+/* ops->block_bytes with all that a pool with these limits keeps of a block. */
+size_t backend_block_bytes(const struct backend_ops *ops, const struct program *program, enum kv_dtype dtype, bool accumulators);
 /* backend_ops.copy_bandwidth of those that compute where this program runs, with `threads` workers. */
 double backend_host_copy_bandwidth(uint32_t threads);
 /* What prepare says to a program with a random_seed, where makes_weights is false; STATUS_OK to all others. */

@@ -9,15 +9,16 @@
 #include "base/check.h"
 #include "base/random.h"
 #include "kernels/backend.h"
+#include "kernels/kivi.h"
 
 #define RAW_BYTES_WANTED (8u << 20) /* raw scores of as many layers at a time as fit; one at least */
 
 struct ranking {
     uint32_t n_lanes, n_layers, n_kv_heads, group, lane_slots, raw_layers;
     /* Of the sequence that was ranked last: */
-    uint32_t *n_slots, *n_protected; /* [n_lanes] */
-    size_t *first;                   /* [n_lanes] where a lane's keys and list begin */
-    uint32_t *keys, *kept;           /* [n_lanes * lane_slots] */
+    uint32_t *n_slots, *n_protected, *n_joined; /* [n_lanes] */
+    size_t *first;                              /* [n_lanes] where a lane's keys and list begin */
+    uint32_t *keys, *kept;                      /* [n_lanes * lane_slots] */
     /* Scratch: */
     uint32_t *below;         /* [n_lanes] */
     uint32_t *n_some;        /* [n_lanes] */
@@ -59,6 +60,7 @@ struct ranking *ranking_new(const struct program *program, uint32_t lane_slots) 
     size_t lanes = r->n_lanes, slots = lanes * lane_slots, layer = (size_t)r->n_kv_heads * lane_slots;
     r->n_slots = check_calloc(lanes, sizeof *r->n_slots);
     r->n_protected = check_calloc(lanes, sizeof *r->n_protected);
+    r->n_joined = check_calloc(lanes, sizeof *r->n_joined);
     r->first = check_calloc(lanes, sizeof *r->first);
     r->keys = check_calloc(slots, sizeof *r->keys);
     r->kept = check_calloc(slots, sizeof *r->kept);
@@ -77,7 +79,7 @@ struct ranking *ranking_new(const struct program *program, uint32_t lane_slots) 
 
 void ranking_free(struct ranking *r) {
     if (!r) return;
-    void *all[] = {r->n_slots, r->n_protected, r->first, r->keys,   r->kept,      r->below,  r->n_some, r->counts,
+    void *all[] = {r->n_slots, r->n_protected, r->n_joined, r->first, r->keys,   r->kept,      r->below,  r->n_some, r->counts,
                    r->offset,  r->raw,         r->norms, r->scores, r->positions, r->pooled, r->sum};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(r);
@@ -204,6 +206,8 @@ static void rank_layer(struct backend *backend, const struct rank_request *reque
             n_protected += stays;
         }
         r->n_protected[l] = n_protected;
+        r->n_joined[l] =
+            backend->joins_blocks ? select_join(keys, positions[h], r->n_slots[l], request->score.last_position + 1, &r->n_protected[l]) : 0;
     }
 }
 
@@ -341,7 +345,24 @@ uint32_t select_rank(const uint32_t *keys, uint32_t n, uint32_t rank, uint32_t *
     return prefix;
 }
 
+uint32_t select_join(uint32_t *keys, const int32_t *positions, uint32_t n, int32_t next, uint32_t *n_protected) {
+    uint32_t joined = 0;
+    for (; joined + BLOCK_TOKENS <= n && kivi_reads_codes(positions[joined + BLOCK_TOKENS - 1], next); joined += BLOCK_TOKENS) {
+        uint32_t highest = 0; /* RANK_PROTECTED is above all others */
+        for (uint32_t i = joined; i < joined + BLOCK_TOKENS; i++) highest = keys[i] > highest ? keys[i] : highest;
+        for (uint32_t i = joined; i < joined + BLOCK_TOKENS; i++) {
+            *n_protected += highest == RANK_PROTECTED && keys[i] != RANK_PROTECTED;
+            keys[i] = highest;
+        }
+    }
+    return joined;
+}
+
 uint32_t select_keep(const uint32_t *keys, uint32_t n, uint32_t n_protected, uint32_t evict, uint32_t *keep) {
+    return select_keep_joined(keys, n, n_protected, evict, 0, keep);
+}
+
+uint32_t select_keep_joined(const uint32_t *keys, uint32_t n, uint32_t n_protected, uint32_t evict, uint32_t joined, uint32_t *keep) {
     uint32_t n_keep = 0, below = 0, equal = 0;
     if (evict > n - n_protected) evict = n - n_protected;
     if (evict == 0) {
@@ -352,6 +373,8 @@ uint32_t select_keep(const uint32_t *keys, uint32_t n, uint32_t n_protected, uin
     for (uint32_t i = 0; i < n; i++) equal += keys[i] == threshold;
     uint32_t equal_kept = equal - (evict - below); /* the older ones */
     for (uint32_t i = 0; i < n; i++) {
+        /* Its slots are equal, so that a block is split here or not at all. Newer ones go first: if it cannot stay, those behind it do not either. */
+        if (i < joined && i % BLOCK_TOKENS == 0 && keys[i] == threshold && equal_kept < BLOCK_TOKENS) equal_kept = 0;
         const bool at = keys[i] == threshold && equal_kept > 0;
         keep[n_keep] = i;
         n_keep += keys[i] > threshold || at;
@@ -365,7 +388,7 @@ void host_keep(struct backend *backend, const uint32_t *evict, struct kept_lane 
     CHECK(r);
     for (uint32_t l = 0; l < r->n_lanes; l++) {
         uint32_t *kept = r->kept + r->first[l], moved = 0;
-        uint32_t n_keep = select_keep(r->keys + r->first[l], r->n_slots[l], r->n_protected[l], evict[l], kept);
+        uint32_t n_keep = select_keep_joined(r->keys + r->first[l], r->n_slots[l], r->n_protected[l], evict[l], r->n_joined[l], kept);
         while (moved < n_keep && kept[moved] == moved) moved++;
         lanes[l] = (struct kept_lane){.n_keep = n_keep, .first_moved = moved};
         if (keep) memcpy(keep + r->first[l], kept, n_keep * sizeof *keep);

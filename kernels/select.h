@@ -93,6 +93,12 @@ uint32_t select_rank(const uint32_t *keys, uint32_t n, uint32_t rank, uint32_t *
 /* All but the `evict` lowest of those that may go: their indices, ascending, and their number. */
 uint32_t select_keep(const uint32_t *keys, uint32_t n, uint32_t n_protected, uint32_t evict, uint32_t *keep);
 
+/* Of KIVI dtypes (kernels/kivi.h): the slots of each block that the row at `next` will read as codes get one key, the highest among them, so that they stay or go together. Returns how
+ * many slots that are, the first ones of the lane; *n_protected becomes how many of all are protected now. */
+uint32_t select_join(uint32_t *keys, const int32_t *positions, uint32_t n, int32_t next, uint32_t *n_protected);
+/* As select_keep; of the first `joined` slots blocks stay or go whole: up to BLOCK_TOKENS - 1 slots more may go, never fewer. */
+uint32_t select_keep_joined(const uint32_t *keys, uint32_t n, uint32_t n_protected, uint32_t evict, uint32_t joined, uint32_t *keep);
+
 /* State of the three calls in backends that compute on the host. Owned by the backend. */
 #define RANK_HEADS_MAX 1024 /* KV heads of a layer */
 struct backend;

@@ -94,15 +94,16 @@ void chooser_ladder(struct chooser *chooser) {
                                     .scratch = list};
         climb(&rungs);
         /* What the ladder left out is lowest of all; the budget then takes from the rest. */
+        uint32_t n_protected = 0, joined = 0;
         for (uint32_t i = 0; i < n; i++) {
-            if (kept[i])
-                n_kept++;
-            else
-                chooser->keys[i] = 0;
+            if (!kept[i]) chooser->keys[i] = 0;
+            n_protected += chooser->keys[i] == RANK_PROTECTED;
         }
+        if (chooser->backend->joins_blocks) joined = select_join(chooser->keys, chooser->positions, n, request->last_position + 1, &n_protected);
+        for (uint32_t i = 0; i < n; i++) n_kept += i < joined ? chooser->keys[i] > 0 : kept[i];
         uint32_t keep = n_kept < request->budget ? n_kept : request->budget;
         lane->keep = list;
-        lane->n_keep = select_keep(chooser->keys, n, chooser->n_protected[l], n - keep, list);
+        lane->n_keep = select_keep_joined(chooser->keys, n, n_protected, n - keep, joined, list);
         lane->first_moved = 0;
         while (lane->first_moved < lane->n_keep && list[lane->first_moved] == lane->first_moved) lane->first_moved++;
         list += n;

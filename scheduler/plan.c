@@ -187,6 +187,21 @@ struct hit {
     uint64_t cached_only; /* blocks of it that nobody owns */
 };
 
+/* The hit ends where rows can go on. */
+static bool can_resume(struct scheduler *s, const struct hit *hit) {
+    uint32_t entry = hit->leaf;
+    for (uint32_t run = 0; s->limits.resumes && run < s->limits.resume_runs && entry != ENTRY_NONE; run++, entry = s->cache.entries[entry].parent)
+        if (!s->limits.resumes(s->limits.resumes_context, prefix_entry_ids(&s->cache, entry))) return false;
+    return true;
+}
+
+static uint32_t blocks_unowned(const struct scheduler *s, uint32_t entry) {
+    uint32_t n = 0;
+    for (uint32_t lane = 0; s->cache.entries[entry].n_users == 0 && lane < s->limits.n_lanes; lane++)
+        n += s->pool.owners[prefix_entry_ids(&s->cache, entry)[lane]] == 0;
+    return n;
+}
+
 static struct hit find_hit(struct scheduler *s, const struct choice *choice) {
     const struct request *request = request_of(s, choice);
     struct hit hit = {.leaf = ENTRY_NONE};
@@ -198,11 +213,14 @@ static struct hit find_hit(struct scheduler *s, const struct choice *choice) {
     while ((hit.n_runs + 1) * BLOCK_TOKENS <= most) {
         uint32_t entry = prefix_cache_find(&s->cache, request->asked.cache_scope, hit.leaf, choice->tokens + (size_t)hit.n_runs * BLOCK_TOKENS);
         if (entry == ENTRY_NONE) break;
-        const uint32_t *ids = prefix_entry_ids(&s->cache, entry);
-        for (uint32_t lane = 0; s->cache.entries[entry].n_users == 0 && lane < s->limits.n_lanes; lane++)
-            hit.cached_only += s->pool.owners[ids[lane]] == 0;
+        hit.cached_only += blocks_unowned(s, entry);
         hit.leaf = entry;
         hit.n_runs++;
+    }
+    while (hit.n_runs > 0 && !can_resume(s, &hit)) {
+        hit.cached_only -= blocks_unowned(s, hit.leaf);
+        hit.leaf = s->cache.entries[hit.leaf].parent;
+        hit.n_runs--;
     }
     return hit;
 }
@@ -251,6 +269,7 @@ static bool admit(struct builder *b) {
     take_hit(s, choice, hit);
     choice->n_copies = (uint32_t)copies;
     running_insert(s, i);
+    const uint32_t n_entries = s->plan.n_entries;
     if (is_behind(s, choice))
         plan_chunk(b, i);
     else if (lacks_one(s, choice) && samples_at_end(s, choice) <= b->samples_left &&
@@ -258,6 +277,10 @@ static bool admit(struct builder *b) {
         CHECK(table_append(&s->tables, choice->table, 1));
         add_entry(b, i, 1);
         b->one_chunk = false;
+    }
+    if (s->limits.resumes && hit.n_runs > 0 && s->plan.n_entries == n_entries) { /* what resumes now need not resume later */
+        choice_preempt(s, i);
+        return false;
     }
     return true;
 }
@@ -267,7 +290,8 @@ static bool fork_one(struct scheduler *s, uint32_t from, uint32_t to) {
     struct choice *choice = &s->choices[to];
     uint32_t partial = 0;
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) partial += table_lane_tokens(&s->tables, leader->table)[lane] % BLOCK_TOKENS != 0;
-    if (request_of(s, leader)->asked.private || !blocks_available(s, partial) || !choice_take_table(s, to)) return false;
+    if (request_of(s, leader)->asked.private || request_of(s, leader)->asked.rereads || !blocks_available(s, partial) || !choice_take_table(s, to))
+        return false;
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
         uint32_t tokens = table_lane_tokens(&s->tables, leader->table)[lane], full = tokens / BLOCK_TOKENS;
         const uint32_t *ids = table_lane_ids(&s->tables, leader->table, lane);

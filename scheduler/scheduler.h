@@ -49,6 +49,11 @@ struct scheduler_limits {
     uint32_t n_rings;           /* query rings that sequences may hold (kernels/); ids 1..n_rings */
     bool prefix_cache;
     uint64_t hash_seed;
+    /* Can rows go on behind the block of each lane in ids [n_lanes], and behind `resume_runs - 1` more before it? Asked for each of them before a hit ends there, which otherwise is shorter.
+     * NULL: always. Called in scheduler_plan; whoever it was true for has rows in that plan. */
+    bool (*resumes)(void *context, const uint32_t *ids);
+    void *resumes_context;
+    uint32_t resume_runs;
 };
 
 /* Token indices at which a sequence is compressed, as functions of n_computed. */
@@ -72,6 +77,7 @@ struct scheduler_request {
     uint32_t peak_tokens;      /* the most slots a lane holds on average, once the prompt is compressed, or from the start if points.reading; 0: no bound */
     bool needs_ring;           /* holds a query ring while it has blocks; not admitted without one */
     bool private;              /* its blocks are never shared: neither with the prefix cache nor by forks, which read the prompt themselves; with peak_tokens its length is not bound by max_model_len */
+    bool rereads;              /* no forks: choices but the first read the prompt themselves, from the prefix cache as far as it goes */
     uint32_t first_needed_row; /* rows from here on must be computed, whatever the cache holds, at a replay too (0: no hit; UINT32_MAX: only the last one) */
 };
 

@@ -36,7 +36,10 @@ static void append_row(struct cpu *cpu, uint32_t layer, const struct batch_seque
     const float *v = k + (size_t)p->n_kv_heads * p->head_dim;
     const uint32_t block = table_of(cpu, sequence, lane)[slot / BLOCK_TOKENS];
     prepare_head(cpu, row, k, cpu->layers[layer].k_norm, own, own->queries);
-    cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot % BLOCK_TOKENS, own->queries, v);
+    if (cpu->kv.raw_bytes)
+        cpu->isa->append(&cpu->raw_shape, raw_block(cpu, block), slot % BLOCK_TOKENS, own->queries, v);
+    else
+        cpu->isa->append(&cpu->kv, cpu->pool + block * cpu->kv.bytes, slot % BLOCK_TOKENS, own->queries, v);
     cpu->positions[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = cpu->batch->positions[row];
     if (cpu->limits.accumulators) cpu->accumulated[(size_t)block * BLOCK_TOKENS + slot % BLOCK_TOKENS] = 0;
 }
@@ -77,6 +80,19 @@ void stage_append(void *context, const struct stage *stage, uint32_t first, uint
         const struct batch_sequence *sequence = &cpu->batch->sequences[cpu->row_sequence[row]];
         append_row(cpu, stage->index, sequence, row - sequence->first_row, unit % n_kv, &cpu->workers_scratch[worker]);
     }
+}
+
+/* Of one KV head of a sequence, what this step filled. */
+static void close_rows(const struct cpu *cpu, uint32_t layer, const struct batch_sequence *sequence, uint32_t head) {
+    const uint32_t lane = layer * cpu->program->n_kv_heads + head, first = sequence->lane_tokens[lane];
+    close_lane(cpu, table_of(cpu, sequence, lane), first, first + sequence->n_rows);
+}
+
+void stage_close(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
+    (void)worker;
+    const struct cpu *cpu = context;
+    const uint32_t n_kv = cpu->program->n_kv_heads;
+    for (uint32_t unit = first; unit < end; unit++) close_rows(cpu, stage->index, &cpu->batch->sequences[unit / n_kv], unit % n_kv);
 }
 
 /* Output of query q of the tile, normalised, to where ATTN_OUT reads it. */
@@ -148,14 +164,32 @@ static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *til
     }
 }
 
+/* KIVI: rows of a tile may differ in which blocks they read as codes. Queries from `first` on that do not, as a call of their own: `part`. Returns their end. */
+static uint32_t part_of(const struct cpu *cpu, const struct tile *tile, const struct attend *attend, uint32_t first, struct attend *part) {
+    uint32_t end = attend->n_queries, head;
+    *part = *attend;
+    if (cpu->kv.raw_bytes) {
+        const uint32_t row = row_of(cpu, tile, first, &head);
+        part->residual = residual_of(cpu, attend->blocks, attend->visible[first] - 1, cpu->batch->positions[row]);
+        for (end = first + 1; end < attend->n_queries; end++)
+            if (count_codes(cpu, attend->blocks, attend->visible[end] - 1, cpu->batch->positions[row_of(cpu, tile, end, &head)]) !=
+                part->residual.n_codes)
+                break;
+    }
+    part->n_queries = end - first;
+    memmove(part->query, part->query + first, part->n_queries * sizeof *part->query);
+    memmove(part->visible, part->visible + first, part->n_queries * sizeof *part->visible);
+    return end;
+}
+
 static void clear_states(float *states, uint32_t n, size_t stride) {
     memset(states, 0, n * stride * sizeof *states);
     for (uint32_t q = 0; q < n; q++) states[q * stride] = -INFINITY;
 }
 
-static void finish_tile(struct cpu *cpu, const struct tile *tile, const struct attend *attend, const float *states, size_t stride,
-                        struct worker_scratch *own) {
-    if (tile->sequence->accumulate) accumulate(cpu, attend, splits_of(tile->n_slots), states, stride, own);
+static uint32_t splits_seen(const struct attend *attend) { return splits_of(attend->visible[attend->n_queries - 1]); }
+
+static void put_outputs(struct cpu *cpu, const struct tile *tile, const float *states, size_t stride, struct worker_scratch *own) {
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
         put_output(cpu, row, query_head, states + q * stride, own->row);
@@ -182,25 +216,34 @@ void stage_attend(void *context, const struct stage *stage, uint32_t first, uint
     for (uint32_t unit = first; unit < end; unit++) {
         struct tile tile = tile_of(cpu, layer, unit / pieces);
         uint32_t split = unit % pieces, n_splits = splits_of(tile.n_slots);
-        struct attend attend;
+        struct attend attend, part;
         if (!cpu->n_splits && unit + 1 < end) {
             struct tile next = tile_of(cpu, layer, unit + 1);
             fetch_first_keys(cpu, &next);
         }
-        if (cpu->fused_append)
+        if (cpu->fused_append) {
             for (uint32_t i = 0; i < tile.sequence->n_rows; i++) append_row(cpu, layer, tile.sequence, i, tile.head, own);
+            if (cpu->kv.raw_bytes) close_rows(cpu, layer, tile.sequence, tile.head);
+        }
         if (cpu->n_splits) {
             if (split >= n_splits) continue;
             load_queries(cpu, layer, &tile, split == 0, own, &attend);
             float *states = partial_of(cpu, unit / pieces, split, 0);
             clear_states(states, tile.n, stride);
-            cpu->isa->attend(&attend, split, split + 1, states, stride);
+            for (uint32_t q = 0, part_end; q < tile.n; q = part_end) {
+                part_end = part_of(cpu, &tile, &attend, q, &part);
+                cpu->isa->attend(&part, split, split + 1, states + q * stride, stride);
+            }
         } else {
             load_queries(cpu, layer, &tile, true, own, &attend);
             clear_states(own->states, tile.n, stride);
-            if (tile.sequence->accumulate) keep_weights(own, &attend);
-            cpu->isa->attend(&attend, 0, n_splits, own->states, stride);
-            finish_tile(cpu, &tile, &attend, own->states, stride, own);
+            for (uint32_t q = 0, part_end; q < tile.n; q = part_end) {
+                part_end = part_of(cpu, &tile, &attend, q, &part);
+                if (tile.sequence->accumulate) keep_weights(own, &part);
+                cpu->isa->attend(&part, 0, splits_seen(&part), own->states + q * stride, stride);
+                if (tile.sequence->accumulate) accumulate(cpu, &part, splits_seen(&part), own->states + q * stride, stride, own);
+            }
+            put_outputs(cpu, &tile, own->states, stride, own);
         }
     }
 }
@@ -218,7 +261,12 @@ void stage_merge(void *context, const struct stage *stage, uint32_t first, uint3
         for (uint32_t q = 0; q < tile.n; q++)
             for (uint32_t split = 0; split < splits_of(attend.visible[q]); split++)
                 cpu->isa->merge(own->states + q * stride, partial_of(cpu, unit, split, q), cpu->kv.dims);
-        finish_tile(cpu, &tile, &attend, own->states, stride, own);
+        for (uint32_t q = 0, part_end; tile.sequence->accumulate && q < tile.n; q = part_end) {
+            struct attend part;
+            part_end = part_of(cpu, &tile, &attend, q, &part);
+            accumulate(cpu, &part, splits_seen(&part), own->states + q * stride, stride, own);
+        }
+        put_outputs(cpu, &tile, own->states, stride, own);
     }
 }
 

@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include "kernels/kivi.h"
+
 #define NO_SCORE (-__builtin_inff())
 #define Q8_QUERIES 4 /* of a tile over q8 keys or values */
 #define Q8_VECTORS (LANES == 16 ? 4 : 2)
@@ -14,10 +16,11 @@ struct split {
     const struct attend *a;
     uint32_t first_block, n_blocks; /* of the lane */
     uint32_t n_queries;
-    float *scores;   /* [n_queries][SPLIT_SLOTS] */
-    float *out;      /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
-    uint16_t *pairs; /* [n_queries][SPLIT_SLOTS] bf16 weights */
-    uint8_t *quants; /* [n_queries][2 * dims]: queries as the score product takes them, one or two planes of s8, or bf16 */
+    float *scores;        /* [n_queries][SPLIT_SLOTS] */
+    float *out;           /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
+    uint16_t *pairs;      /* [n_queries][SPLIT_SLOTS] bf16 weights */
+    uint8_t *quants;      /* [n_queries][2 * dims]: queries as the score product takes them, one or two planes of s8, or bf16 */
+    float *keys, *values; /* KIVI: a block of keys, the split's values, as blocks of f32; else NULL */
 };
 
 INLINE const uint8_t *split_block(const struct split *s, uint32_t i) {
@@ -64,15 +67,18 @@ INLINE void widen_scores_tile(enum kv_dtype dtype, const struct split *s, const 
             vf_store(s->scores + (size_t)(first + q) * SPLIT_SLOTS + slot + (uint32_t)(v * LANES / 2), vf_add_pairs(sum[q][v], sum[q][v + 1]));
 }
 
+INLINE void widen_scores_block(enum kv_dtype dtype, const struct split *s, const uint8_t *k, uint32_t b) {
+    for (uint32_t slot = b * BLOCK_TOKENS; slot < (b + 1) * BLOCK_TOKENS; slot += 16) {
+        uint32_t q = 0;
+        for (; q + WIDEN_QUERIES <= s->n_queries; q += WIDEN_QUERIES) widen_scores_tile(dtype, s, k, slot, q, WIDEN_QUERIES);
+        for (; q < s->n_queries; q++) widen_scores_tile(dtype, s, k, slot, q, 1);
+    }
+}
+
 INLINE void widen_scores(enum kv_dtype dtype, const struct split *s) {
     for (uint32_t b = 0; b < s->n_blocks; b++) {
-        const uint8_t *k = split_block(s, b);
         prefetch_ahead(s, b);
-        for (uint32_t slot = b * BLOCK_TOKENS; slot < (b + 1) * BLOCK_TOKENS; slot += 16) {
-            uint32_t q = 0;
-            for (; q + WIDEN_QUERIES <= s->n_queries; q += WIDEN_QUERIES) widen_scores_tile(dtype, s, k, slot, q, WIDEN_QUERIES);
-            for (; q < s->n_queries; q++) widen_scores_tile(dtype, s, k, slot, q, 1);
-        }
+        widen_scores_block(dtype, s, split_block(s, b), b);
     }
 }
 
@@ -85,7 +91,8 @@ INLINE void widen_values_tile(enum kv_dtype dtype, const struct split *s, uint32
 #pragma GCC unroll 8
         for (int v = 0; v < HALF_VECTORS; v++) sum[q][v] = vf_zero();
     for (uint32_t b = 0; b < s->n_blocks; b++) {
-        const uint8_t *values = split_block(s, b) + s->a->shape->v_offset;
+        const uint8_t *values =
+            s->values ? (const uint8_t *)(s->values + (size_t)b * BLOCK_TOKENS * dims) : split_block(s, b) + s->a->shape->v_offset;
         const float *weights = s->scores + (size_t)first * SPLIT_SLOTS + b * BLOCK_TOKENS;
         for (uint32_t pair = 0; pair < BLOCK_TOKENS / 2; pair++) {
 #pragma GCC unroll 8
@@ -254,6 +261,22 @@ static void q8_values(const struct split *s) {
     for (; dim < dims; dim += LANES) q8_values_queries(s, dim, 1);
 }
 
+#include "kernels/cpu/kivi.inc.h"
+
+static void kivi_scores(const struct split *s) {
+    for (uint32_t b = 0; b < s->n_blocks; b++) {
+        kivi_keys(s->a->shape, &s->a->residual, s->a->pool, s->a->blocks, s->first_block + b, s->keys);
+        widen_scores_block(KV_F32, s, (const uint8_t *)s->keys, b);
+    }
+}
+
+static void kivi_split_values(const struct split *s) {
+    for (uint32_t b = 0; b < s->n_blocks; b++)
+        kivi_values(s->a->shape, &s->a->residual, s->a->pool, s->a->blocks, s->first_block + b,
+                    s->values + (size_t)b * BLOCK_TOKENS * s->a->shape->dims);
+    widen_values(KV_F32, s);
+}
+
 #ifdef BF16_PAIRS
 #include "kernels/cpu/attention_bf16.inc.h"
 #endif
@@ -351,7 +374,8 @@ static void scores(const struct split *s) {
 #else
     case KV_BF16: widen_scores(KV_BF16, s); break;
 #endif
-    default: q8_scores(s); break;
+    case KV_Q8: q8_scores(s); break;
+    default: kivi_scores(s); break;
     }
 }
 
@@ -364,7 +388,8 @@ static void values(const struct split *s) {
 #else
     case KV_BF16: widen_values(KV_BF16, s); break;
 #endif
-    default: q8_values(s); break;
+    case KV_Q8: q8_values(s); break;
+    default: kivi_split_values(s); break;
     }
 }
 
@@ -380,6 +405,10 @@ static struct split split_of(const struct attend *a, uint32_t split) {
     s.out = s.scores + (size_t)n * SPLIT_SLOTS;
     s.pairs = (uint16_t *)(void *)(s.out + (size_t)n * (a->shape->dims + 2));
     s.quants = (uint8_t *)(s.pairs + (size_t)n * SPLIT_SLOTS);
+    if (a->shape->raw_bytes) {
+        s.keys = (float *)(void *)(a->scratch + attend_scratch_queries(a->shape->dims));
+        s.values = s.keys + (size_t)BLOCK_TOKENS * a->shape->dims;
+    }
     s.n_blocks = (split_count(a, n - 1, slot) + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     return s;
 }

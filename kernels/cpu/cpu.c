@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/kivi.h"
 
 enum { HUGE_PAGE = 2 << 20 };
 
@@ -186,10 +187,11 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
         own.head = take(arena, dims, sizeof(float));
         own.queries = take(arena, (size_t)ATTEND_QUERIES * dims, sizeof(float));
         own.states = take(arena, (size_t)ATTEND_QUERIES * (dims + 2), sizeof(float));
-        own.attend = take(arena, attend_scratch_bytes(dims), 1);
+        own.attend = take(arena, attend_scratch_bytes(&cpu->kv), 1);
         own.kept = take(arena, (size_t)ATTEND_QUERIES * KEPT_SLOTS, sizeof(float));
         own.kept_maxima = take(arena, (size_t)ATTEND_QUERIES * KEPT_SPLITS, sizeof(float));
         own.keys = take(arena, (size_t)BLOCK_TOKENS * dims, sizeof(float));
+        own.raw = take(arena, KIVI_RAW_BLOCKS * cpu->kv.raw_bytes, 1);
         own.sums = take(arena, (size_t)16 * dims, sizeof(float));
         own.moments = take(arena, (size_t)(limits->ring_rows + 1) * dims, sizeof(float));
         own.logits = take(arena, p->n_vocab, sizeof(float));
@@ -201,11 +203,35 @@ static void lay_out_scratch(struct cpu *cpu, struct arena *arena, uint32_t n_wor
     }
 }
 
+/* Of the pool, what does not depend on how many blocks it has. */
+static void lay_out_residual(struct cpu *cpu, struct arena *arena) {
+    const struct program *p = cpu->program;
+    struct raw_places *raw = &cpu->raw;
+    if (cpu->kv.raw_bytes == 0) return;
+    cpu->raw_shape = kv_shape_of(p, KV_F16);
+    cpu->raw_shared = raw_shared_needed(&cpu->limits);
+    raw->n_places = raw_places_needed(p, &cpu->limits);
+    raw->n_tables = cpu->limits.n_tables ? cpu->limits.n_tables : cpu->limits.max_sequences;
+    raw->n_lanes = program_lanes(p);
+    raw->block = take(arena, raw->n_places, sizeof *raw->block);
+    raw->holds = take(arena, raw->n_places, sizeof *raw->holds);
+    raw->older = take(arena, (size_t)raw->n_places + 1, sizeof *raw->older);
+    raw->newer = take(arena, (size_t)raw->n_places + 1, sizeof *raw->newer);
+    raw->held = take(arena, (size_t)raw->n_tables * raw->n_lanes * KIVI_RAW_BLOCKS, sizeof *raw->held);
+    cpu->raw_used = take(arena, p->n_kv_heads, sizeof *cpu->raw_used);
+    cpu->raw_pool = take(arena, raw->n_places + (size_t)p->n_kv_heads * cpu->raw_shared, cpu->kv.raw_bytes);
+}
+
 static void lay_out_pool(struct cpu *cpu, struct arena *arena) {
     size_t slots = (size_t)cpu->limits.n_blocks * BLOCK_TOKENS;
     cpu->pool = take(arena, cpu->limits.n_blocks, cpu->kv.bytes);
     cpu->positions = take(arena, slots, sizeof *cpu->positions);
-    cpu->accumulated = take(arena, slots, sizeof *cpu->accumulated);
+    if (cpu->kv.raw_bytes == 0 || cpu->limits.accumulators) cpu->accumulated = take(arena, slots, sizeof *cpu->accumulated);
+    if (cpu->kv.raw_bytes == 0) return;
+    cpu->raw.n_blocks = cpu->limits.n_blocks;
+    cpu->raw.of = take(arena, cpu->limits.n_blocks, sizeof *cpu->raw.of);
+    cpu->closed = take(arena, cpu->limits.n_blocks, sizeof *cpu->closed);
+    lay_out_residual(cpu, arena);
 }
 
 static void lay_out_rings(struct cpu *cpu, struct arena *arena) {
@@ -230,14 +256,16 @@ static void begin(struct cpu *cpu, const struct program *program, const struct b
 
 static uint32_t cpu_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
     struct cpu cpu;
-    struct arena weights = {0}, rings = {0}, scratch = {0};
+    struct arena weights = {0}, residual = {0}, rings = {0}, scratch = {0};
     begin(&cpu, program, limits);
     lay_out_weights(&cpu, &weights);
     lay_out_scratch(&cpu, &scratch, count_of_workers(limits));
     lay_out_rings(&cpu, &rings);
+    lay_out_residual(&cpu, &residual);
     free(cpu.layers);
     uint32_t n = 0;
     if (n < max) lines[n++] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = weights.used};
+    if (n < max) lines[n++] = (struct memory_line){.what = "KV residual", .count = 1, .bytes_each = residual.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "scratch", .count = 1, .bytes_each = scratch.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "query rings", .count = 1, .bytes_each = rings.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "ranking", .count = 1, .bytes_each = ranking_bytes(program, limits->rank_slots)};
@@ -321,6 +349,7 @@ static enum status open_memory(struct cpu *cpu, uint32_t n_workers, struct error
     status = arena_open(&cpu->pool_arena, count.used, "KV pool", error);
     if (status) return status;
     lay_out_pool(cpu, &cpu->pool_arena);
+    if (cpu->kv.raw_bytes) raw_init(&cpu->raw);
 
     count = (struct arena){0};
     lay_out_rings(cpu, &count);
@@ -349,6 +378,7 @@ static enum status cpu_prepare(const struct program *program, const struct backe
     begin(cpu, program, limits);
     cpu->stages_before = 1;
     cpu->backend.ops = &backend_cpu;
+    cpu->backend.joins_blocks = cpu->kv.raw_bytes > 0;
     cpu->isa = isa;
     status = open_memory(cpu, n_workers, error);
     if (!status) status = workers_start(n_workers, &cpu->workers, error);
@@ -419,7 +449,9 @@ static enum status cpu_sync(struct backend *backend, struct sample_result *resul
     CHECK(cpu->batch);
     cpu->results = results;
     uint64_t begun = cpu->limits.wait_ns ? clock_now_ns() : 0;
+    residual_begin(cpu);
     cpu_step(cpu);
+    residual_end(cpu);
     if (cpu->limits.wait_ns) *cpu->limits.wait_ns += clock_now_ns() - begun;
     cpu->batch = NULL;
     cpu->tap = NULL;
@@ -451,6 +483,7 @@ const struct backend_ops backend_cpu = {
     .submit = cpu_submit,
     .sync = cpu_sync,
     .copy_blocks = cpu_copy_blocks,
+    .resumes = cpu_resumes,
     .compact = cpu_compact,
     .read_f32 = cpu_read_f32,
     .score = cpu_score,

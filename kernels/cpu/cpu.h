@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/pack.h"
+#include "kernels/cpu/raw.h"
 #include "kernels/cpu/workers.h"
 
 enum {
@@ -10,7 +11,7 @@ enum {
     PANEL_ROWS = 192, /* rows of activations that stay in a core's cache while the strips pass */
     HEAD_ROWS = 32,   /* rows whose logits exist at a time */
     HEAD_STRIPS = 16, /* of the output head, a unit */
-    STAGES_A_LAYER = 10,
+    STAGES_A_LAYER = 11,
     PARTIAL_FLOATS = 2 << 20,
     KEPT_SLOTS = 4096, /* of a lane whose weights a worker keeps for ATTEND_QUERIES queries: with the keys they stay in a core's cache */
     KEPT_SPLITS = 32768 / SPLIT_SLOTS, /* a single query may have that many */
@@ -35,6 +36,7 @@ struct worker_scratch {
     float *kept;                    /* [ATTEND_QUERIES * KEPT_SLOTS] */
     float *kept_maxima;             /* [KEPT_SPLITS][ATTEND_QUERIES] */
     float *keys;                    /* [32 * dims]: a block widened, */
+    uint8_t *raw;                   /* KIVI_RAW_BLOCKS f16 blocks */
     float *sums;                    /* [16 * dims] */
     float *moments;                 /* and [1 + ring_rows][dims]: for scores that look at keys alone, and expected ones */
     float *logits;                  /* [n_vocab]: the copy that sampling may spoil */
@@ -69,6 +71,13 @@ struct cpu {
     uint8_t *pool;                 /* [n_blocks] blocks */
     int32_t *positions;            /* [n_blocks][BLOCK_TOKENS] */
     _Atomic uint64_t *accumulated; /* [n_blocks][BLOCK_TOKENS]: fixed point (kernels/score.h) */
+    /* KIVI alone (residual.c): f16 blocks of the residual, behind them those that the KV heads of a layer share inside chunks. */
+    struct kv_shape raw_shape; /* of one */
+    uint8_t *raw_pool;         /* [raw.n_places + n_kv_heads * raw_shared] */
+    struct raw_places raw;
+    uint32_t raw_shared;
+    uint32_t *raw_used; /* [n_kv_heads] of them, in the layer that is being planned */
+    uint8_t *closed;    /* [n_blocks] its codes are those of its slots */
     /* Of each ring: queries of the last rows, position p at p % ring_rows, rotated, not scaled; unrotated keys of the sinks. f16 beside a pool of narrow types. */
     bool narrow_rings;
     void *ring_queries; /* [n_rings][n_layers][ring_rows][n_heads * head_dim], f16 or f32 */
@@ -118,6 +127,21 @@ size_t cpu_block_bytes(const struct program *program, enum kv_dtype dtype);
 void cpu_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
 void cpu_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cpu_shift_sinks(struct backend *backend, const struct shift_request *request);
+/* residual.c: KIVI */
+uint32_t raw_places_needed(const struct program *program, const struct backend_limits *limits);
+uint32_t raw_shared_needed(const struct backend_limits *limits); /* a KV head */
+/* Blocks of the lane that a row at `position`, with `before` slots of the lane before its own, reads as codes: the first ones. */
+uint32_t count_codes(const struct cpu *cpu, const uint32_t *blocks, uint32_t before, int32_t position);
+struct residual residual_of(const struct cpu *cpu, const uint32_t *blocks, uint32_t before, int32_t position); /* zeros: no KIVI dtype */
+/* For a score: as the row after the newest token reads the lane, even if the rows that score are older. */
+struct residual residual_now(const struct cpu *cpu, const uint32_t *blocks, uint32_t n_slots, int32_t last_position);
+uint8_t *raw_block(const struct cpu *cpu, uint32_t block);
+/* Codes for the blocks that slots [first_slot, end_slot) fill. */
+void close_lane(const struct cpu *cpu, const uint32_t *blocks, uint32_t first_slot, uint32_t end_slot);
+bool cpu_resumes(struct backend *backend, uint32_t count, const uint32_t *blocks);
+/* Around a step's stages: every f16 block that a row reads or fills has its place; then, that the next row will read. */
+void residual_begin(struct cpu *cpu);
+void residual_end(struct cpu *cpu);
 /* score.c */
 /* Lets the worker keep the weights of the tile, if they have room. */
 void keep_weights(struct worker_scratch *own, struct attend *attend);
@@ -134,7 +158,7 @@ void put_row(struct cpu *cpu, const struct act *act, uint32_t row, const float *
 void multiply_strip(const struct cpu *cpu, const struct panel *panel, uint32_t strip, const struct act *act, uint32_t row, uint32_t n_rows,
                     float (*y)[STRIP_ROWS]);
 /* attend.c */
-stage_function stage_append, stage_attend, stage_merge;
+stage_function stage_append, stage_close, stage_attend, stage_merge;
 /* Decides how attention is divided; returns its number of units. Sets fused_append and n_splits. */
 uint32_t plan_attention(struct cpu *cpu);
 /* head.c */

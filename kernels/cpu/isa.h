@@ -17,6 +17,7 @@ struct attend {
     const struct kv_shape *shape;
     const uint8_t *pool;
     const uint32_t *blocks;             /* the lane's table */
+    struct residual residual;           /* KIVI: the same for all queries of the call */
     uint32_t n_queries;                 /* <= ATTEND_QUERIES */
     const float *query[ATTEND_QUERIES]; /* [dims], scaled; transformed as keys are (layout.h) */
     uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
@@ -45,6 +46,7 @@ struct lane_view {
     const struct kv_shape *shape;
     const uint8_t *pool;
     const uint32_t *blocks;
+    struct residual residual; /* KIVI */
     uint32_t n_slots;
     float *keys;     /* [32 * dims]: one block */
     float *sums;     /* [16 * dims] */
@@ -89,6 +91,8 @@ struct cpu_isa {
     /* Writes one slot of a block. Values are made finite first, so that a slot nobody may see is harmless.
      * v NULL: the key alone. */
     void (*append)(const struct kv_shape *shape, uint8_t *block, uint32_t slot, const float *k, const float *v);
+    /* KIVI: makes codes of a filled f16 block; of its keys alone, if so wanted. */
+    void (*close_block)(const struct kv_shape *shape, const uint8_t *raw, uint8_t *block, bool keys_alone);
     /* Splits [first, end) of 256 slots, folded into the states in ascending order. A state begins as {-inf, 0, 0...}. */
     void (*attend)(const struct attend *attend, uint32_t first_split, uint32_t end_split, float *state, size_t state_stride);
     /* The same weights as attend keeps, of one split alone, from `kept` on. */
@@ -114,8 +118,11 @@ struct cpu_isa {
     void (*track)(const float logits[STRIP_ROWS], uint32_t strip, struct best_logits *best);
 };
 
-/* Scores and weights of a split, one output and one quantised query each. */
-static inline size_t attend_scratch_bytes(uint32_t dims) { return ATTEND_QUERIES * ((size_t)SPLIT_SLOTS * 8 + (size_t)dims * 8 + 64); }
+/* Scores and weights of a split, one output and one quantised query each; KIVI: then one block of keys and the values of a split, widened. */
+static inline size_t attend_scratch_queries(uint32_t dims) { return ATTEND_QUERIES * ((size_t)SPLIT_SLOTS * 8 + (size_t)dims * 8 + 64); }
+static inline size_t attend_scratch_bytes(const struct kv_shape *shape) {
+    return attend_scratch_queries(shape->dims) + (shape->raw_bytes ? (BLOCK_TOKENS + SPLIT_SLOTS) * (size_t)shape->dims * sizeof(float) : 0);
+}
 
 extern const struct cpu_isa cpu_isa_generic;
 #if defined(__x86_64__)

@@ -33,6 +33,7 @@ const struct cpu_isa cpu_isa_avx2 = {
     .rotate = rotate,
     .hadamard = hadamard,
     .append = append,
+    .close_block = close_block,
     .attend = attend,
     .weights = weights,
     .factors = factors,

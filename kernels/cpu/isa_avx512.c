@@ -37,6 +37,7 @@ const struct cpu_isa cpu_isa_avx512 = {
     .rotate = rotate,
     .hadamard = hadamard,
     .append = append,
+    .close_block = close_block,
     .attend = attend,
     .weights = weights,
     .factors = factors,

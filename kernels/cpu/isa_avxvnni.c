@@ -44,6 +44,7 @@ const struct cpu_isa cpu_isa_avxvnni = {
     .rotate = rotate,
     .hadamard = hadamard,
     .append = append,
+    .close_block = close_block,
     .attend = attend,
     .weights = weights,
     .factors = factors,

@@ -31,6 +31,7 @@ const struct cpu_isa cpu_isa_generic = {
     .rotate = rotate,
     .hadamard = hadamard,
     .append = append,
+    .close_block = close_block,
     .attend = attend,
     .weights = weights,
     .factors = factors,

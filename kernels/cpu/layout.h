@@ -64,13 +64,24 @@ static inline struct act_block *act_block_at(const struct act *act, size_t row, 
 /* KV block of one lane: 32 slots, dims padded to 16.
  *   f32, f16, bf16  K [dims/2][32][2], V [16][dims][2] elements: pair dot products for both, without a transpose
  *   q8              K u8 [dims/4][32][4] (value + 128), V s8 [32][dims], then f32 scales: K [32], V [32]
+ *   kivi4, kivi2    codes of K and V in the order of f16 elements, 32 of them packed together: byte i holds elements i, i + 16 (4 bits), or i, i + 8,
+ *                   i + 16, i + 24 (2 bits), from its lowest bits up; then scales (struct kivi_scale): K [dims], V [32][KIVI_GROUPs]
+ * A KIVI block that is in the residual is kept as an f16 block as well (raw.h).
  * Keys of q8 are kept transformed (isa.h: hadamard), and meet queries that are transformed too, which leaves products as they are: what a few dims have too much of is shared
  * among all, so that one scale a slot loses less. (As Ashkboos et al. do with keys in QuaRot, 2024.) */
 struct kv_shape {
     enum kv_dtype dtype;
     uint32_t head_dim, dims; /* dims: head_dim rounded up to 16 */
     size_t v_offset, scale_offset;
-    size_t bytes; /* of a block, without its positions */
+    size_t bytes;     /* of a block, without its positions */
+    size_t raw_bytes; /* of an f16 block; 0: no KIVI dtype */
+};
+
+/* What of a KIVI lane is read in f16: blocks from n_codes on, block b at pool + of[b] * raw_bytes. */
+struct residual {
+    const uint8_t *pool;
+    const uint32_t *of;
+    uint32_t n_codes;
 };
 static inline bool kv_transforms(const struct kv_shape *shape) { return shape->dtype == KV_Q8; }
 

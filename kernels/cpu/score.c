@@ -111,6 +111,7 @@ static void score_window(struct cpu *cpu, const struct score_request *request, u
         struct attend attend = {.shape = &cpu->kv,
                                 .pool = cpu->pool,
                                 .blocks = request->block_ids + request->lane_first[lane],
+                                .residual = residual_now(cpu, request->block_ids + request->lane_first[lane], n_slots, request->last_position),
                                 .scratch = own->attend,
                                 .wide_queries = act_planes(&cpu->limits) == 2,
                                 .sums_only = true};
@@ -191,13 +192,15 @@ static void score_accumulated(const struct cpu *cpu, const struct lane_view *vie
 }
 
 static void score_one(struct cpu *cpu, const struct score_request *request, uint32_t lane, struct worker_scratch *own, float *scores) {
-    const struct lane_view view = {.shape = &cpu->kv,
-                                   .pool = cpu->pool,
-                                   .blocks = request->block_ids + request->lane_first[lane],
-                                   .n_slots = request->lane_tokens[lane],
-                                   .keys = own->keys,
-                                   .sums = own->sums,
-                                   .attend = own->attend};
+    const struct lane_view view = {
+        .shape = &cpu->kv,
+        .pool = cpu->pool,
+        .blocks = request->block_ids + request->lane_first[lane],
+        .residual = residual_now(cpu, request->block_ids + request->lane_first[lane], request->lane_tokens[lane], request->last_position),
+        .n_slots = request->lane_tokens[lane],
+        .keys = own->keys,
+        .sums = own->sums,
+        .attend = own->attend};
     if (view.n_slots == 0) return;
     switch (request->kind) {
     case SCORE_ATTENTION:

@@ -74,6 +74,8 @@ static const float *block_keys(const struct lane_view *lane, uint32_t b) {
     case KV_BF16:
         for (uint32_t i = 0; i < n; i += LANES) vf_store(out + i, load_element(KV_BF16, block, i));
         break;
+    case KV_KIVI4:
+    case KV_KIVI2: kivi_keys(shape, &lane->residual, lane->pool, lane->blocks, b, out); break;
     default: {
         const float *scales = (const float *)(const void *)(block + shape->scale_offset);
         for (uint32_t quad = 0; quad < shape->dims / 4; quad++)
@@ -206,6 +208,11 @@ static void value_norms(const struct lane_view *lane, float *out) {
         case KV_F32: value_squares(KV_F32, values, shape->dims, squares); break;
         case KV_F16: value_squares(KV_F16, values, shape->dims, squares); break;
         case KV_BF16: value_squares(KV_BF16, values, shape->dims, squares); break;
+        case KV_KIVI4:
+        case KV_KIVI2:
+            kivi_values(shape, &lane->residual, lane->pool, lane->blocks, slot / BLOCK_TOKENS, lane->keys);
+            value_squares(KV_F32, (const uint8_t *)lane->keys, shape->dims, squares);
+            break;
         default:
             for (uint32_t i = 0; i < BLOCK_TOKENS; i++) {
                 int32_t sum = 0; /* of at most 1,024 squares of bytes */

@@ -209,6 +209,7 @@ static void plan_layer(struct cpu *cpu, uint32_t i, uint32_t attention_units) {
     add_stage(cpu, PHASE_ATTN_IN, stage_attention_norm, norms, i);
     add_stage(cpu, PHASE_ATTN_IN, stage_qkv, units_of(cpu, qkv_strips(layer)), i);
     add_stage(cpu, PHASE_ATTN, stage_append, cpu->fused_append ? 0 : n_rows * n_kv, i);
+    add_stage(cpu, PHASE_ATTN, stage_close, cpu->kv.raw_bytes && !cpu->fused_append ? cpu->batch->n_sequences * n_kv : 0, i);
     add_stage(cpu, PHASE_ATTN, stage_attend, attention_units, i);
     add_stage(cpu, PHASE_ATTN, stage_merge, cpu->n_splits ? attention_units / cpu->n_splits : 0, i);
     add_stage(cpu, PHASE_ATTN, stage_quantize_attention, cpu->a.blocks && cpu->program->head_dim % PANEL_K ? n_rows : 0, i);

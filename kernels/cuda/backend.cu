@@ -41,7 +41,7 @@ void cuda_check(cudaError_t result, const char *what, const char *file, int line
 static size_t kv_bytes(uint32_t d, enum kv_dtype dtype) { return 2 * (size_t)BLOCK_TOKENS * d * (dtype == KV_Q8 ? 1 : dtype == KV_F32 ? 4 : 2); }
 
 static size_t cuda_block_bytes(const struct program *program, enum kv_dtype dtype) {
-    if (dtype == KV_F32) return 0;
+    if (dtype != KV_F16 && dtype != KV_BF16 && dtype != KV_Q8) return 0;
     const size_t scales = dtype == KV_Q8 ? 2 * BLOCK_TOKENS * sizeof(float) : 0;
     return kv_bytes(program->head_dim, dtype) + scales + BLOCK_TOKENS * (sizeof(int32_t) + sizeof(uint64_t));
 }
@@ -281,6 +281,7 @@ extern "C" const struct backend_ops backend_cuda = {
     .submit = cuda_submit,
     .sync = cuda_sync,
     .copy_blocks = cuda_copy_blocks,
+    .resumes = backend_resumes_always,
     .compact = cuda_compact,
     .read_f32 = cuda_read_f32,
     .score = cuda_score,

@@ -38,7 +38,9 @@ static enum status check_limits(const struct cuda *cuda, struct error *error) {
 }
 
 enum status cuda_supported(const struct cuda *cuda, struct error *error) {
-    if (cuda->limits.kv_dtype == KV_F32) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype f32; f16, bf16 and q8 are supported");
+    const enum kv_dtype dtype = cuda->limits.kv_dtype;
+    if (dtype != KV_F16 && dtype != KV_BF16 && dtype != KV_Q8)
+        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype %s; f16, bf16 and q8 are supported", kv_dtype_name(dtype));
     const enum status status = check_shape(cuda->program, error);
     return status == STATUS_OK ? check_limits(cuda, error) : status;
 }

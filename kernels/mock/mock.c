@@ -495,6 +495,7 @@ const struct backend_ops backend_mock = {
     .submit = mock_submit,
     .sync = mock_sync,
     .copy_blocks = mock_copy_blocks,
+    .resumes = backend_resumes_always,
     .compact = mock_compact,
     .read_f32 = mock_read_f32,
     .score = mock_score,

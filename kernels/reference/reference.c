@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "base/clock.h"
+#include "kernels/kivi.h"
 #include "kernels/reference/internal.h"
 
 #define SPLIT_SLOTS 256 /* attention adds up a lane in pieces that begin at multiples of this */
@@ -102,6 +103,7 @@ static enum status reference_prepare(const struct program *program, const struct
     if (status != STATUS_OK) return status;
     struct reference *r = check_calloc(1, sizeof *r);
     r->backend.ops = &backend_reference;
+    r->backend.joins_blocks = kivi_bits(limits->kv_dtype) > 0;
     r->program = program;
     r->limits = *limits;
     status = kv_pool_init(&r->pool, program->head_dim, limits->kv_dtype, limits->n_blocks, error);
@@ -178,14 +180,26 @@ static void attention_in(struct reference *r, const struct phase *phase, uint32_
         rmsnorm(r, &phase->k_norm, r->k + i * p->head_dim, p->head_dim, r->k + i * p->head_dim);
 }
 
-static float score_of(struct reference *r, const uint32_t *block_ids, uint32_t slot, const float *q) {
+/* The row at `position` sees the lane's first n_slots slots, the last of them its own. */
+struct view {
+    const uint32_t *block_ids;
+    uint32_t n_slots;
+    int32_t position;
+};
+
+static bool reads_codes(const struct reference *r, const struct view *view, uint32_t slot) {
+    return kv_pool_reads_codes(&r->pool, view->block_ids, slot / BLOCK_TOKENS, view->n_slots - 1, view->position);
+}
+
+static float score_of(struct reference *r, const struct view *view, uint32_t slot, const float *q) {
     float *k = r->split + SPLIT_SLOTS;
-    kv_pool_read_k(&r->pool, block_ids[slot / BLOCK_TOKENS], slot % BLOCK_TOKENS, k);
+    kv_pool_read_k(&r->pool, view->block_ids[slot / BLOCK_TOKENS], slot % BLOCK_TOKENS, reads_codes(r, view, slot), k);
     return dot(q, k, r->program->head_dim) * r->program->attention_scale;
 }
 
-/* out = softmax(q.k * scale) v over the lane's first n_slots slots. Each split has its own maximum; splits are added in ascending order. */
-static void attend(struct reference *r, const uint32_t *block_ids, uint32_t n_slots, const float *q, bool accumulate, float *out) {
+/* out = softmax(q.k * scale) v over what the row sees. Each split has its own maximum; splits are added in ascending order. */
+static void attend(struct reference *r, const struct view *view, const float *q, bool accumulate, float *out) {
+    const uint32_t *block_ids = view->block_ids, n_slots = view->n_slots;
     uint32_t d_count = r->program->head_dim;
     float *weight = r->split, *row = weight + SPLIT_SLOTS, *sums = row + d_count, *split_sums = sums + d_count;
     float maximum = -INFINITY, total = 0;
@@ -194,12 +208,12 @@ static void attend(struct reference *r, const uint32_t *block_ids, uint32_t n_sl
         uint32_t count = n_slots - first < SPLIT_SLOTS ? n_slots - first : SPLIT_SLOTS;
         float split_maximum = -INFINITY, split_total = 0;
         for (uint32_t i = 0; i < count; i++) {
-            weight[i] = score_of(r, block_ids, first + i, q);
+            weight[i] = score_of(r, view, first + i, q);
             split_maximum = fmaxf(split_maximum, weight[i]);
         }
         for (uint32_t d = 0; d < d_count; d++) split_sums[d] = 0;
         for (uint32_t i = 0; i < count; i++) {
-            kv_pool_read_v(&r->pool, block_ids[(first + i) / BLOCK_TOKENS], (first + i) % BLOCK_TOKENS, row);
+            kv_pool_read_v(&r->pool, block_ids[(first + i) / BLOCK_TOKENS], (first + i) % BLOCK_TOKENS, reads_codes(r, view, first + i), row);
             float w = expf(weight[i] - split_maximum);
             split_total += w;
             for (uint32_t d = 0; d < d_count; d++) split_sums[d] += w * row[d];
@@ -211,7 +225,7 @@ static void attend(struct reference *r, const uint32_t *block_ids, uint32_t n_sl
     }
     for (uint32_t d = 0; d < d_count; d++) out[d] = sums[d] / total;
     for (uint32_t slot = 0; accumulate && slot < n_slots; slot++) {
-        double p = (double)(expf(score_of(r, block_ids, slot, q) - maximum) / total);
+        double p = (double)(expf(score_of(r, view, slot, q) - maximum) / total);
         kv_pool_accumulate(&r->pool, block_ids[slot / BLOCK_TOKENS], slot % BLOCK_TOKENS, (uint64_t)llrint(p * SCORE_ACCUMULATED_ONE));
     }
 }
@@ -243,7 +257,8 @@ static void attention(struct reference *r, uint32_t layer, const struct batch *b
             uint32_t lane = layer * p->n_kv_heads + head / group;
             uint32_t n_slots = sequence->lane_tokens[lane] + (row - sequence->first_row) + 1;
             size_t at = row * q_dims(p) + (size_t)head * p->head_dim;
-            attend(r, batch->block_ids + sequence->lane_first[lane], n_slots, r->q + at, sequence->accumulate, r->a + at);
+            const struct view view = {batch->block_ids + sequence->lane_first[lane], n_slots, batch->positions[row]};
+            attend(r, &view, r->q + at, sequence->accumulate, r->a + at);
         }
     }
 }
@@ -375,6 +390,7 @@ const struct backend_ops backend_reference = {
     .submit = reference_submit,
     .sync = reference_sync,
     .copy_blocks = reference_copy_blocks,
+    .resumes = backend_resumes_always,
     .compact = reference_compact,
     .read_f32 = reference_read_f32,
     .score = reference_score,

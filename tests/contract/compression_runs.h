@@ -19,6 +19,7 @@ enum {
 };
 
 static struct model *run_model; /* model_dummy("tiny") */
+static bool run_kivi4;          /* KV is kept as kivi4; else as f32 by the reference, as f16 by others */
 
 struct run_setting {
     const char *backend;
@@ -109,7 +110,7 @@ static inline void run_config(const struct run_setting *setting, struct config *
     config_defaults(config);
     (void)snprintf(config->backend, sizeof config->backend, "%s", setting->backend);
     const struct backend_ops *ops = backend_find(setting->backend);
-    enum kv_dtype dtype = strcmp(setting->backend, "reference") == 0 ? KV_F32 : KV_F16;
+    enum kv_dtype dtype = run_kivi4 ? KV_KIVI4 : strcmp(setting->backend, "reference") == 0 ? KV_F32 : KV_F16;
     (void)snprintf(config->kv_dtype, sizeof config->kv_dtype, "%s", kv_dtype_name(dtype));
     config->deterministic = true;
     config->threads = setting->threads;
@@ -126,7 +127,8 @@ static inline void run_config(const struct run_setting *setting, struct config *
     if (setting->pressure_high > 0) config->pressure_high = setting->pressure_high, config->pressure_low = setting->pressure_low;
     const struct program *program = model_program(run_model);
     uint64_t tokens = setting->pool_tokens ? setting->pool_tokens : (uint64_t)config->max_model_len * (setting->max_sequences + 1);
-    config->kv_memory = (uint64_t)ops->block_bytes(program, dtype) * program_lanes(program) * ((tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
+    config->kv_memory =
+        (uint64_t)backend_block_bytes(ops, program, dtype, true) * program_lanes(program) * ((tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
 }
 
 static inline uint32_t run_number(const struct job *job) { return (uint32_t)(job->request.arrival_ns - 1); }

@@ -1,7 +1,7 @@
 /* Compression is exact, through the whole engine: what a compressed request says, and what is kept of it, is the same however the work was cut into steps, whoever ran beside it,
  * whatever the prefix cache held, and however often it was preempted. For every policy, on `reference`, on `cpu` and, where there is a device, on `cuda`.
  *
- *   test_compression [PATTERN]   the tests whose names match
+ *   test_compression [kivi4] [PATTERN]   the tests whose names match; kivi4: KV of that dtype, on `cpu`
  *
  * A run counts only if its counters show that the hard paths were taken. */
 #include <setjmp.h>
@@ -25,7 +25,7 @@ enum { SANITIZED = false, POLICY_STEP = 1 };
 static void find_backends(void) {
     static const char *const names[] = {"reference", "cpu", "cuda"};
     for (size_t i = SANITIZED; i < sizeof names / sizeof *names; i++)
-        if (test_runs_on_name(names[i])) run_backends[n_run_backends++] = names[i];
+        if (test_runs_on_name(names[i]) && (!run_kivi4 || strcmp(names[i], "cpu") == 0)) run_backends[n_run_backends++] = names[i];
     CHECK(n_run_backends > 0);
 }
 
@@ -210,7 +210,10 @@ static void check_hit(const char *backend, const struct policy *policy) {
     struct run_request asked[CUT_JOBS], before[CUT_JOBS];
     uint32_t n = cut_requests(policy->name, 0, asked);
     (void)cut_requests("none", 0, before);
-    struct run_setting setting = {.backend = backend, .threads = 1, .max_rows = 512, .max_sequences = 2};
+    struct run_setting setting = {.backend = backend,
+                                  .threads = 1,
+                                  .max_rows = 512,
+                                  .max_sequences = run_kivi4 ? 8 : 2}; /* kivi4: with room for residuals of sequences that are over */
     run_alone(&setting, asked, n, &first);
     setting.prefix_cache = true;
     struct client client;
@@ -225,10 +228,13 @@ static void check_hit(const char *backend, const struct policy *policy) {
     run_each(&client, &config, asked, n, &second);
     expect_same("after a prefix hit", asked, n, &first, &second);
     bool may_hit = policy->rows != POLICY_ROWS_ALL && !policy->shifts_sinks;
+    uint32_t n_hits = 0;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t cached = second.cached[asked[i].number];
-        assert_true(may_hit ? cached >= 32 && cached < asked[i].n_prompt : cached == 0);
+        n_hits += cached >= 32;
+        assert_true(may_hit ? (cached >= 32 || run_kivi4) && cached < asked[i].n_prompt : cached == 0); /* kivi4: as far as the residual is kept */
     }
+    assert_true(!may_hit || n_hits > 0);
     struct scheduler_stats stats = run_scheduler_stats(&client);
     if (may_hit && policy->budget != BUDGET_LADDER) assert_true(stats.prefix_steals > 0);
     client_done(&client);
@@ -315,6 +321,8 @@ static void crowd_alone(const char *backend, const struct run_request *asked, ui
     run_alone(&setting, some, n_some, answers);
 }
 
+static uint32_t n_replays;
+
 static void check_replays(const char *backend, uint32_t policy, bool prefix_cache) {
     struct run_request asked[CROWD];
     uint32_t n = crowd_requests(policies[policy]->name, asked);
@@ -336,7 +344,9 @@ static void check_replays(const char *backend, uint32_t policy, bool prefix_cach
                   prefix_cache ? ", prefix cache" : "", (unsigned)stats.preemptions, (unsigned)stats.replays, (unsigned)stats.prefix_steals,
                   (unsigned)stats.compaction_copies);
     expect_same("preempted", asked, n, &first, &second);
-    assert_true(stats.preemptions >= 8 && stats.replays >= 8);
+    n_replays += (uint32_t)stats.replays;
+    /* kivi4: blocks that are codes go whole, so that lanes are often ahead of the budget: fewer compressions, fewer replays of each policy */
+    assert_true(stats.preemptions >= 8 && stats.replays >= (run_kivi4 ? 1 : 8));
 }
 
 static void test_preempted_and_replayed(void **state) {
@@ -349,6 +359,7 @@ static void test_preempted_and_replayed(void **state) {
             if (strcmp(run_backends[b], "reference") != 0) check_replays(run_backends[b], p, false); /* plain C is slow */
         }
     }
+    assert_true(n_replays >= 8);
 }
 
 /* ---- pressure ---- */
@@ -389,7 +400,8 @@ static void test_pressure(void **state) {
                 pressed += jobs[i]->request.kv_report.pressure_compressions;
                 job_free(jobs[i]);
             }
-            if (pressed == 0 || stats.compressions[p][2] == 0) fail_msg("%s, %s: pressed %u", run_backends[b], policies[p]->name, pressed);
+            if (pressed == 0 || (stats.compressions[p][2] == 0 && !run_kivi4)) /* kivi4: those may be ahead of the budget */
+                fail_msg("%s, %s: pressed %u", run_backends[b], policies[p]->name, pressed);
             client_done(&client);
         }
 }
@@ -480,9 +492,27 @@ static void test_pressure_ends_with_those_who_were_pressed(void **state) {
 
 /* ---- shared blocks ---- */
 
-/* One request holds the prompt's blocks while another one, which shares them, is compressed. */
+/* One request holds the prompt's blocks while another one, which shares them, is compressed. false: the first was over before the others had come, and shared nothing with them. */
+static bool share_blocks(const struct run_setting *setting, const struct run_request asked[3]) {
+    struct client client;
+    struct config config;
+    struct job *jobs[3];
+    memset(&second, 0, sizeof second);
+    run_open(&client, setting, &config, &second);
+    for (uint32_t i = 0; i < 3; i++) {
+        CHECK(client_submit(&client, jobs[i] = run_job(&config, &asked[i])));
+        while (client_drain(&client), jobs[0]->choices[0].n_tokens == 0) client_sleep(&client); /* its blocks are in the cache */
+    }
+    client_run(&client, 0);
+    struct scheduler_stats stats = run_scheduler_stats(&client);
+    for (uint32_t i = 0; i < 3; i++) run_finish(jobs[i], &second);
+    client_done(&client);
+    return second.cached[1] >= 192 && second.cached[2] >= 192 && stats.compaction_copies > 0;
+}
+
 static void test_a_neighbour_who_shares_blocks_sees_nothing(void **state) {
     (void)state;
+    enum { TRIES = 5 };
     for (size_t b = 0; b < n_run_backends; b++)
         for (uint32_t p = 1; p < policy_count(); p++) {
             if (policies[p]->rows == POLICY_ROWS_ALL || policies[p]->shifts_sinks || policies[p]->budget == BUDGET_LADDER) continue;
@@ -492,25 +522,13 @@ static void test_a_neighbour_who_shares_blocks_sees_nothing(void **state) {
             asked[1].policy = asked[2].policy = policies[p]->name;
             asked[1].budget = asked[2].budget = 64;
             asked[2].n_prompt = 240;
-            struct run_setting setting = {.backend = run_backends[b], .threads = 1, .max_rows = 512, .max_sequences = 3};
+            struct run_setting setting = {.backend = run_backends[b], .threads = 1, .max_rows = 512, .max_sequences = run_kivi4 ? 16 : 3};
             run_alone(&setting, asked, 3, &first);
             setting.prefix_cache = true;
-            struct client client;
-            struct config config;
-            struct job *jobs[3];
-            memset(&second, 0, sizeof second);
-            run_open(&client, &setting, &config, &second);
-            for (uint32_t i = 0; i < 3; i++) {
-                CHECK(client_submit(&client, jobs[i] = run_job(&config, &asked[i])));
-                while (client_drain(&client), jobs[0]->choices[0].n_tokens == 0) client_sleep(&client); /* its blocks are in the cache */
-            }
-            client_run(&client, 0);
-            struct scheduler_stats stats = run_scheduler_stats(&client);
-            for (uint32_t i = 0; i < 3; i++) run_finish(jobs[i], &second);
-            assert_true(second.cached[1] >= 192 && second.cached[2] >= 192);
-            assert_true(stats.compaction_copies > 0);
+            uint32_t tries = 0;
+            while (!share_blocks(&setting, asked) && ++tries < TRIES) expect_same("beside", asked, 3, &first, &second);
+            assert_true(tries < TRIES);
             expect_same("shared", asked, 3, &first, &second);
-            client_done(&client);
         }
 }
 
@@ -575,7 +593,7 @@ static void test_a_hit_up_to_a_point(void **state) {
             asked[i] = (struct run_request){.number = i, .text = 5, .shared = 300, .n_prompt = 300, .n_new = 20, .policy = i ? names[p] : "none"};
         asked[1].budget = 64;
         struct run_setting setting = {
-            .backend = "cpu", .threads = 1, .max_rows = 512, .max_sequences = 2, .reading = true, .policy = names[p], .budget = 64};
+            .backend = "cpu", .threads = 1, .max_rows = 512, .max_sequences = run_kivi4 ? 8 : 2, .reading = true, .policy = names[p], .budget = 64};
         run_alone(&setting, asked, 2, &first);
         setting.prefix_cache = true;
         run_alone(&setting, asked, 2, &second);
@@ -658,7 +676,8 @@ static void test_streams_are_replayed(void **state) {
 
 int main(int argc, char **argv) {
     struct error error;
-    if (argc > 1) cmocka_set_test_filter(argv[1]);
+    run_kivi4 = argc > 1 && strcmp(argv[1], "kivi4") == 0;
+    if (argc > 1 + run_kivi4) cmocka_set_test_filter(argv[1 + run_kivi4]);
     find_backends();
     if (model_dummy("tiny", 3, &run_model, &error) != STATUS_OK) {
         (void)fprintf(stderr, "%s\n", error.text);
@@ -681,6 +700,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_streams_go_on_beyond_the_context),
         cmocka_unit_test(test_streams_are_replayed),
     };
+    if (run_kivi4) cmocka_set_skip_filter("test_forks*"); /* there are none: choices read the prompt again */
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     model_close(run_model);
     return failed;

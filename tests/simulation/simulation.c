@@ -98,6 +98,12 @@ static int32_t next_token(const struct sim_choice *choice, uint32_t candidate) {
 
 static bool is_last(const struct sim_choice *choice) { return history_hash(choice->tokens, choice->n_tokens) % 61 == 0; }
 
+/* A backend that could go on from three blocks of four. */
+static bool resumes(void *context, const uint32_t *ids) {
+    const struct sim *sim = context;
+    return random_mix(sim->seed ^ ids[0]) % 4 != 0;
+}
+
 static void draw_limits(struct sim *sim) {
     struct random *r = &sim->random;
     uint32_t lanes = 1 + random_below(r, LANES_MAX), model_len = 16 + random_below(r, LEN_MAX - 16);
@@ -118,6 +124,11 @@ static void draw_limits(struct sim *sim) {
                                             .n_rings = 1 + random_below(r, 8),
                                             .prefix_cache = random_below(r, 4) != 0,
                                             .hash_seed = sim->seed};
+    if (sim->seed % 3 == 0) {
+        sim->limits.resumes = resumes;
+        sim->limits.resumes_context = sim;
+        sim->limits.resume_runs = 2;
+    }
 }
 
 static void add_request(struct sim *sim) {
@@ -150,6 +161,7 @@ static void add_request(struct sim *sim) {
                                       .priority = (int32_t)random_below(r, 3) - 1,
                                       .arrival_ns = sim->step * 1000000,
                                       .cache_scope = random_below(r, 8) == 0,
+                                      .rereads = sim->limits.resumes,
                                       .first_needed_row = random_below(r, 6) == 0 ? random_below(r, request->n_prompt) : UINT32_MAX};
     request->compressed = random_below(r, 2);
     if (request->compressed) {

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/block.h"
 #include "base/check.h"
 #include "base/half.h"
 
@@ -12,6 +13,7 @@ struct lane {
     uint32_t n_slots, room;
     double *k, *v; /* [n_slots][head_dim] */
     double *accumulated;
+    int32_t *positions;
 };
 
 struct oracle {
@@ -45,6 +47,7 @@ void oracle_free(struct oracle *oracle) {
         free(oracle->lanes[lane].k);
         free(oracle->lanes[lane].v);
         free(oracle->lanes[lane].accumulated);
+        free(oracle->lanes[lane].positions);
     }
     free(oracle->lanes);
     free(oracle->x);
@@ -102,10 +105,37 @@ static void round_kv(enum kv_dtype dtype, const double *x, uint32_t n, double *o
     float scale = largest / 127;
     for (uint32_t i = 0; i < n; i++) {
         float value = (float)x[i];
-        if (dtype == KV_F16) value = float_from_f16(f16_from_float(value));
+        if (dtype == KV_F16 || dtype == KV_KIVI4 || dtype == KV_KIVI2) value = float_from_f16(f16_from_float(value));
         if (dtype == KV_BF16) value = float_from_bf16(bf16_from_float(value));
         if (dtype == KV_Q8) value = scale > 0 ? scale * nearbyintf(value / scale) : 0;
         out[i] = (double)value;
+    }
+}
+
+/* n numbers, `stride` apart, as 4 or 2 bits with a scale and a minimum of f16 say them. */
+static void quantize(enum kv_dtype dtype, const double *x, size_t stride, uint32_t n, double *out) {
+    double levels = dtype == KV_KIVI4 ? 15 : 3, low = x[0], high = x[0];
+    for (uint32_t i = 0; i < n; i++) {
+        low = fmin(low, x[i * stride]);
+        high = fmax(high, x[i * stride]);
+    }
+    double scale = (double)float_from_f16(f16_from_float((float)(high - low) / (float)levels));
+    for (uint32_t i = 0; i < n; i++) out[i * stride] = low + (scale > 0 ? fmin(nearbyint((x[i * stride] - low) / scale), levels) * scale : 0);
+}
+
+/* What the row at oracle->position sees of the lane, of which `before` slots are older than it. KIVI: blocks that are full and whose newest token lies 64 or more back are codes: keys by channel over
+ * the block, values by 32 channels of a slot. */
+static void see(const struct oracle *oracle, const struct lane *lane, uint32_t before, double *k, double *v) {
+    uint32_t d = oracle->program->head_dim;
+    memcpy(k, lane->k, (size_t)lane->n_slots * d * sizeof *k);
+    memcpy(v, lane->v, (size_t)lane->n_slots * d * sizeof *v);
+    if (oracle->dtype != KV_KIVI4 && oracle->dtype != KV_KIVI2) return;
+    for (uint32_t first = 0; first + BLOCK_TOKENS <= before; first += BLOCK_TOKENS) {
+        if (lane->positions[first + BLOCK_TOKENS - 1] + 1 + 64 > oracle->position) continue;
+        for (uint32_t c = 0; c < d; c++) quantize(oracle->dtype, lane->k + (size_t)first * d + c, d, BLOCK_TOKENS, k + (size_t)first * d + c);
+        for (uint32_t s = first; s < first + BLOCK_TOKENS; s++)
+            for (uint32_t c = 0; c < d; c += 32)
+                quantize(oracle->dtype, lane->v + (size_t)s * d + c, 1, d - c < 32 ? d - c : 32, v + (size_t)s * d + c);
     }
 }
 
@@ -116,17 +146,22 @@ static void append(struct oracle *oracle, struct lane *lane, const double *k, co
         lane->k = check_realloc(lane->k, (size_t)lane->room * d, sizeof(double));
         lane->v = check_realloc(lane->v, (size_t)lane->room * d, sizeof(double));
         lane->accumulated = check_realloc(lane->accumulated, lane->room, sizeof(double));
+        lane->positions = check_realloc(lane->positions, lane->room, sizeof *lane->positions);
     }
     round_kv(oracle->dtype, k, d, lane->k + (size_t)lane->n_slots * d);
     round_kv(oracle->dtype, v, d, lane->v + (size_t)lane->n_slots * d);
+    lane->positions[lane->n_slots] = oracle->position;
     lane->accumulated[lane->n_slots++] = 0;
 }
 
-static void attend(const struct program *program, struct lane *lane, const double *q, double *out) {
+static void attend(const struct oracle *oracle, struct lane *lane, const double *q, double *out) {
+    const struct program *program = oracle->program;
     uint32_t d = program->head_dim;
+    double *k = check_calloc((size_t)lane->n_slots * d, sizeof *k), *v = check_calloc((size_t)lane->n_slots * d, sizeof *v);
+    see(oracle, lane, lane->n_slots - 1, k, v);
     double *p = check_calloc(lane->n_slots, sizeof *p), largest = -INFINITY, total = 0;
     for (uint32_t s = 0; s < lane->n_slots; s++) {
-        for (uint32_t i = 0; i < d; i++) p[s] += q[i] * lane->k[(size_t)s * d + i];
+        for (uint32_t i = 0; i < d; i++) p[s] += q[i] * k[(size_t)s * d + i];
         p[s] *= (double)program->attention_scale;
         largest = fmax(largest, p[s]);
     }
@@ -134,9 +169,11 @@ static void attend(const struct program *program, struct lane *lane, const doubl
     for (uint32_t s = 0; s < lane->n_slots; s++) lane->accumulated[s] += p[s] / total;
     for (uint32_t i = 0; i < d; i++) {
         out[i] = 0;
-        for (uint32_t s = 0; s < lane->n_slots; s++) out[i] += p[s] / total * lane->v[(size_t)s * d + i];
+        for (uint32_t s = 0; s < lane->n_slots; s++) out[i] += p[s] / total * v[(size_t)s * d + i];
     }
     free(p);
+    free(k);
+    free(v);
 }
 
 static void attention(struct oracle *oracle, uint32_t layer) {
@@ -148,7 +185,7 @@ static void attention(struct oracle *oracle, uint32_t layer) {
         append(oracle, lane, oracle->k + (size_t)kv * d, oracle->v + (size_t)kv * d);
         for (uint32_t head = kv * group; head < (kv + 1) * group; head++) {
             turn(program, oracle->q + (size_t)head * d, oracle->position);
-            attend(program, lane, oracle->q + (size_t)head * d, oracle->a + (size_t)head * d);
+            attend(oracle, lane, oracle->q + (size_t)head * d, oracle->a + (size_t)head * d);
         }
     }
 }
@@ -162,6 +199,10 @@ const double *oracle_queries(const struct oracle *oracle, int32_t position, uint
 static void keep_queries(struct oracle *oracle, uint32_t layer) {
     memcpy((double *)(uintptr_t)oracle_queries(oracle, oracle->position, layer), oracle->q,
            (size_t)oracle->program->n_heads * oracle->program->head_dim * sizeof(double));
+}
+
+void oracle_seen(const struct oracle *oracle, uint32_t lane, double *k, double *v) {
+    see(oracle, &oracle->lanes[lane], oracle->lanes[lane].n_slots, k, v);
 }
 
 double oracle_accumulated(const struct oracle *oracle, uint32_t lane, uint32_t slot) { return oracle->lanes[lane].accumulated[slot]; }
@@ -228,6 +269,7 @@ void oracle_keep(struct oracle *oracle, uint32_t lane_index, const uint32_t *kee
         memmove(lane->k + i * d, lane->k + keep[i] * d, d * sizeof(double));
         memmove(lane->v + i * d, lane->v + keep[i] * d, d * sizeof(double));
         lane->accumulated[i] = lane->accumulated[keep[i]];
+        lane->positions[i] = lane->positions[keep[i]];
     }
     lane->n_slots = n_keep;
 }
@@ -240,4 +282,5 @@ void oracle_drop(struct oracle *oracle, uint32_t lane_index, uint32_t count) {
     memmove(lane->k, lane->k + count * d, lane->n_slots * d * sizeof(double));
     memmove(lane->v, lane->v + count * d, lane->n_slots * d * sizeof(double));
     memmove(lane->accumulated, lane->accumulated + count, lane->n_slots * sizeof(double));
+    memmove(lane->positions, lane->positions + count, lane->n_slots * sizeof *lane->positions);
 }

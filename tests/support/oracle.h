@@ -20,6 +20,8 @@ void oracle_cut(struct oracle *oracle, uint32_t lane, uint32_t keep);
 void oracle_drop(struct oracle *oracle, uint32_t lane, uint32_t count);
 /* Of row `position`, one layer: rotated queries [n_heads][head_dim]. */
 const double *oracle_queries(const struct oracle *oracle, int32_t position, uint32_t layer);
+/* k and v [slots of the lane][head_dim], as the next row reads them. */
+void oracle_seen(const struct oracle *oracle, uint32_t lane, double *k, double *v);
 /* Attention that slot was given by every row since it entered, summed over the query heads of the lane. */
 double oracle_accumulated(const struct oracle *oracle, uint32_t lane, uint32_t slot);
 /* Leaves the slots named. */

@@ -15,6 +15,9 @@
 #define RAGGED {300, 3, true, {0, 1, BLOCK_TOKENS - 1, BLOCK_TOKENS + 1}, 0}, {290, 2, true, {257, 256, 255, BLOCK_TOKENS}, 0}, \
                {140, 35, true, {140, 3, 96, 0}, 0}
 #define DROPPED {130, 4, false, {0}, 2}, {64, 1, true, {64, 50, 33, 40}, 1}
+/* Cut where blocks of KIVI dtypes may be: at the end of one that is codes, anywhere behind them. */
+#define RAGGED_BLOCKS {300, 3, true, {288, 256, 64, 0}, 0}, {290, 2, true, {257, 256, 255, BLOCK_TOKENS}, 0}, {140, 35, true, {140, 128, 96, 64}, 0}, \
+                      {200, 100, true, {196, 160, 32, 131}, 0}
 #define SMALL RUN(9, 1), RUN(0, 20), RUN(63, 3)
 
 const struct phase_case phase_cases[] = {
@@ -26,6 +29,7 @@ const struct phase_case phase_cases[] = {
     {"chunk to split",  TENSOR_F32,  2, 128, 4, 2,  32, 192,  64, 0, {RUN(250, 12), RUN(511, 3)}},
     {"ragged lanes",    TENSOR_F32,  2, 128, 4, 2,  32, 192,  64, 0, {RAGGED}},
     {"ragged, group 3", TENSOR_Q8_0, 2, 192, 9, 3,  64, 256, 100, 0, {RAGGED}},
+    {"ragged by blocks", TENSOR_F32, 2, 128, 4, 2,  64, 192,  64, 0, {RAGGED_BLOCKS}},
     {"dropped blocks",  TENSOR_F32,  2, 128, 4, 2,  32, 192,  64, 0, {DROPPED}},
     {"group 1",         TENSOR_F32,  2, 128, 2, 2,  64, 128,  64, 0, {CHUNKS}},
     {"group 2",         TENSOR_F16,  2, 128, 4, 2,  64, 128,  64, 0, {CHUNKS}},
@@ -228,7 +232,7 @@ enum status phase_world_new(const struct phase_case *phase_case, const struct pr
         .activation_bits = options->activation_bits,
         .deterministic = options->deterministic,
         .n_blocks = n_blocks,
-        .n_tables = PHASE_SEQUENCES,
+        .n_tables = 8 * PHASE_SEQUENCES, /* room for blocks of KIVI dtypes in full precision that no engine would look for: a world is rewound, lanes are cut anywhere */
         .table_blocks = longest_lane(phase_case),
         .max_rows = world->max_rows,
         .max_sequences = PHASE_SEQUENCES,

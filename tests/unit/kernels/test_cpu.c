@@ -294,24 +294,30 @@ static void test_weights_made_again(void **state) {
     static float states[ATTEND_QUERIES * (DIM + 2)];
     float maxima[3 * ATTEND_QUERIES], maxima_again[ATTEND_QUERIES], factor[ATTEND_QUERIES];
     struct random random = {29};
-    uint32_t blocks[BLOCKS];
-    for (uint32_t b = 0; b < BLOCKS; b++) blocks[b] = BLOCKS - 1 - b;
+    uint32_t blocks[BLOCKS], places[BLOCKS];
+    for (uint32_t b = 0; b < BLOCKS; b++) blocks[b] = BLOCKS - 1 - b, places[b] = b;
     for (uint32_t q = 0; q < ATTEND_QUERIES; q++)
         for (uint32_t i = 0; i < DIM; i++) queries[q][i] = 2 * random_unit(random_next(&random)) - 1;
     for (const struct cpu_isa *const *isa = cpu_isas; *isa; isa++) {
         if (!(*isa)->present()) continue;
-        uint8_t *scratch = check_calloc(attend_scratch_bytes(DIM), 1);
         for (int round = 0; round <= KV_DTYPES; round++) { /* the last: q8 once more, with wide queries */
             const int dtype = round < KV_DTYPES ? round : KV_Q8;
-            const struct kv_shape shape = kv_shape_of(&program, (enum kv_dtype)dtype);
-            uint8_t *pool = check_calloc(BLOCKS, shape.bytes);
+            const struct kv_shape shape = kv_shape_of(&program, (enum kv_dtype)dtype), raw_shape = kv_shape_of(&program, KV_F16);
+            uint8_t *scratch = check_calloc(attend_scratch_bytes(&shape), 1);
+            uint8_t *pool = check_calloc(BLOCKS, shape.bytes), *raw = check_calloc(BLOCKS, raw_shape.bytes);
             for (uint32_t slot = 0; slot < SLOTS; slot++) {
                 float k[DIM], v[DIM];
                 for (int i = 0; i < DIM; i++) k[i] = 2 * random_unit(random_next(&random)) - 1, v[i] = 2 * random_unit(random_next(&random)) - 1;
-                (*isa)->append(&shape, pool + blocks[slot / BLOCK_TOKENS] * shape.bytes, slot % BLOCK_TOKENS, k, v);
+                uint32_t block = blocks[slot / BLOCK_TOKENS];
+                bool kivi = shape.raw_bytes > 0;
+                (*isa)->append(kivi ? &raw_shape : &shape, kivi ? raw + block * raw_shape.bytes : pool + block * shape.bytes, slot % BLOCK_TOKENS, k,
+                               v);
+                if (kivi && slot % BLOCK_TOKENS == BLOCK_TOKENS - 1)
+                    (*isa)->close_block(&shape, raw + block * raw_shape.bytes, pool + block * shape.bytes, false);
             }
             struct attend attend = {.shape = &shape, .pool = pool, .blocks = blocks, .n_queries = ATTEND_QUERIES, .scratch = scratch};
             attend.wide_queries = round == KV_DTYPES;
+            attend.residual = (struct residual){.pool = raw, .of = places, .n_codes = BLOCKS - 3};
             attend.kept = kept, attend.kept_stride = STRIDE, attend.kept_maxima = maxima;
             memset(states, 0, sizeof states);
             for (uint32_t q = 0; q < ATTEND_QUERIES; q++) { /* the first see one split, the last all */
@@ -339,8 +345,9 @@ static void test_weights_made_again(void **state) {
             }
             for (uint32_t q = 0; q < ATTEND_QUERIES; q++) assert_true(fabs(sums[q] - 1) < 1e-5);
             free(pool);
+            free(raw);
+            free(scratch);
         }
-        free(scratch);
     }
 }
 

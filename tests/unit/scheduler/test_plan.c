@@ -486,6 +486,53 @@ static void test_prefix_hits(void **state) {
     fixture_free(f);
 }
 
+struct resuming {
+    uint32_t n_lanes, refused[4], n_refused, asked;
+};
+
+static bool resumes(void *context, const uint32_t *ids) {
+    struct resuming *resuming = context;
+    resuming->asked++;
+    for (uint32_t i = 0; i < resuming->n_refused; i++)
+        for (uint32_t lane = 0; lane < resuming->n_lanes; lane++)
+            if (ids[lane] == resuming->refused[i]) return false;
+    return true;
+}
+
+/* Hits end where the backend can go on from its last two blocks; choices of a request that rereads do so too, instead of forking. */
+static void test_hits_end_where_rows_can_go_on(void **state) {
+    (void)state;
+    static const struct {
+        uint32_t refused[2], n_refused, hit;
+    } cases[] = {{{0}, 0, 4}, {{3}, 1, 3}, {{2}, 1, 2}, {{1}, 1, 4}, {{3, 1}, 2, 1}, {{2, 0}, 2, 0}};
+    for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
+        struct resuming resuming = {.n_lanes = 2};
+        struct fixture *f =
+            fixture_new((struct scheduler_limits){.prefix_cache = true, .resumes = resumes, .resumes_context = &resuming, .resume_runs = 2});
+        add(f, ask(f, 1, 7, 4 * BLOCK_TOKENS + 3, 20));
+        plan(f);
+        for (uint32_t i = 0; i < cases[n].n_refused; i++)
+            resuming.refused[resuming.n_refused++] = f->plan->block_ids[entry_of(f, 1, 0)->lane_first[i] + cases[n].refused[i]];
+        commit(f);
+        add(f, ask(f, 2, 7, 4 * BLOCK_TOKENS + 9, 1));
+        plan(f);
+        assert_int_equal(entry_of(f, 2, 0)->cached_tokens, cases[n].hit * BLOCK_TOKENS);
+        assert_true(resuming.asked > 0);
+        commit(f);
+        struct scheduler_request several = ask(f, 3, 9, 2 * BLOCK_TOKENS + 3, 3);
+        several.n_candidates = 3;
+        several.rereads = true;
+        add(f, several);
+        steps(f, 2);
+        plan(f);
+        assert_int_equal(stats_of(f).forks, 0);
+        assert_int_equal(stats_of(f).forks_recomputed, 2);
+        commit(f);
+        drain(f, 40);
+        fixture_free(f);
+    }
+}
+
 /* A hit needs blocks only where nobody holds them: two that begin alike fit where two that do not would not. */
 static void test_admission_counts_hits(void **state) {
     (void)state;
@@ -670,6 +717,7 @@ int main(void) {
         cmocka_unit_test(test_samples_run_out),
         cmocka_unit_test(test_rows_run_out),
         cmocka_unit_test(test_prefix_hits),
+        cmocka_unit_test(test_hits_end_where_rows_can_go_on),
         cmocka_unit_test(test_admission_counts_hits),
         cmocka_unit_test(test_eviction_before_preemption),
         cmocka_unit_test(test_needed_rows_at_a_replay),

@@ -1,0 +1,101 @@
+/* See raw.h. */
+#include "kernels/cpu/raw.h"
+
+#include "base/check.h"
+#include "kernels/kivi.h"
+
+static void unlink_place(struct raw_places *raw, uint32_t place) {
+    raw->newer[raw->older[place]] = raw->newer[place];
+    raw->older[raw->newer[place]] = raw->older[place];
+}
+
+/* Between `newer`'s neighbour and it. */
+static void link_before(struct raw_places *raw, uint32_t place, uint32_t newer) {
+    raw->newer[place] = newer;
+    raw->older[place] = raw->older[newer];
+    raw->newer[raw->older[newer]] = place;
+    raw->older[newer] = place;
+}
+
+/* Among those that are not held: the newest, or, if it is nobody's, the first to be given away. */
+static void link_place(struct raw_places *raw, uint32_t place) {
+    const uint32_t end = raw->n_places;
+    link_before(raw, place, raw->block[place] == RAW_NONE ? raw->newer[end] : end);
+}
+
+void raw_init(struct raw_places *raw) {
+    const uint32_t end = raw->n_places;
+    raw->older[end] = raw->newer[end] = end;
+    raw->n_idle = raw->n_places;
+    for (uint32_t i = 0; i < raw->n_blocks; i++) raw->of[i] = RAW_NONE;
+    for (uint32_t i = 0; i < raw->n_places; i++) {
+        raw->block[i] = RAW_NONE;
+        link_before(raw, i, end);
+    }
+    for (size_t i = 0; i < (size_t)raw->n_tables * raw->n_lanes * KIVI_RAW_BLOCKS; i++) raw->held[i] = RAW_NONE;
+}
+
+uint32_t raw_take(struct raw_places *raw, uint32_t block) {
+    CHECK(block < raw->n_blocks);
+    uint32_t place = raw->of[block];
+    if (place == RAW_NONE) {
+        place = raw->newer[raw->n_places]; /* the oldest */
+        CHECK(place != raw->n_places);
+        if (raw->block[place] != RAW_NONE) raw->of[raw->block[place]] = RAW_NONE;
+        raw->block[place] = block;
+        raw->of[block] = place;
+    }
+    CHECK(place < raw->n_places);
+    if (raw->holds[place] == 0) {
+        unlink_place(raw, place);
+        link_place(raw, place);
+    }
+    return place;
+}
+
+void raw_forget(struct raw_places *raw, uint32_t block) {
+    uint32_t place = raw->of[block];
+    if (place == RAW_NONE) return;
+    raw->of[block] = RAW_NONE;
+    if (place >= raw->n_places) return;
+    raw->block[place] = RAW_NONE;
+    if (raw->holds[place] > 0) return;
+    unlink_place(raw, place);
+    link_place(raw, place);
+}
+
+void raw_hold(struct raw_places *raw, uint32_t place) {
+    CHECK(place < raw->n_places);
+    if (raw->holds[place]++ > 0) return;
+    unlink_place(raw, place);
+    raw->n_idle--;
+}
+
+void raw_release(struct raw_places *raw, uint32_t place) {
+    CHECK(place < raw->n_places && raw->holds[place] > 0);
+    if (--raw->holds[place] > 0) return;
+    link_place(raw, place);
+    raw->n_idle++;
+}
+
+static uint32_t *held_by(struct raw_places *raw, uint32_t table, uint32_t lane) {
+    CHECK(table < raw->n_tables);
+    return raw->held + ((size_t)table * raw->n_lanes + lane) * KIVI_RAW_BLOCKS;
+}
+
+void raw_release_table(struct raw_places *raw, uint32_t table) {
+    uint32_t *held = held_by(raw, table, 0);
+    for (uint32_t i = 0; i < raw->n_lanes * KIVI_RAW_BLOCKS; i++) {
+        if (held[i] != RAW_NONE) raw_release(raw, held[i]);
+        held[i] = RAW_NONE;
+    }
+}
+
+void raw_hold_lane(struct raw_places *raw, uint32_t table, uint32_t lane, const uint32_t *blocks, uint32_t n) {
+    CHECK(n <= KIVI_RAW_BLOCKS);
+    uint32_t *held = held_by(raw, table, lane);
+    for (uint32_t i = 0; i < n; i++) {
+        CHECK(held[i] == RAW_NONE);
+        raw_hold(raw, held[i] = raw->of[blocks[i]]);
+    }
+}
