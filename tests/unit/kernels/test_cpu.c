@@ -382,7 +382,7 @@ static double q8_error(const struct cpu_isa *isa, bool wide) {
     const struct program program = {.head_dim = DIM};
     const struct kv_shape shape = kv_shape_of(&program, KV_Q8);
     struct random random = {37};
-    uint8_t *pool = check_calloc(BLOCKS, shape.bytes), *scratch = check_calloc(attend_scratch_bytes(DIM), 1);
+    uint8_t *pool = check_calloc(BLOCKS, shape.bytes), *scratch = check_calloc(attend_scratch_bytes(&shape), 1);
     uint32_t blocks[BLOCKS];
     float queries[5][DIM], states[5][2 + DIM] = {{0}};
     for (uint32_t b = 0; b < BLOCKS; b++) blocks[b] = BLOCKS - 1 - b;
