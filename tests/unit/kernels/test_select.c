@@ -69,7 +69,7 @@ static void thin_lanes(struct cache *cache, struct random *random) {
             if (cache->backend->joins_blocks && kivi_reads_codes((int32_t)(block * BLOCK_TOKENS + BLOCK_TOKENS - 1), TOKENS)) /* whole blocks alone */
                 stays = random_at(5, 0, lane < HEADS ? 0 : lane, block) % 4 != 0;
             else
-                stays = stays || i == 7;
+                stays = stays || i == 7 || i == cache->lane_tokens[lane] - 1; /* the newest token, by which a compaction knows what is codes */
             if (stays) keep[lane][n++] = i;
         }
         items[lane] = (struct compaction){.source = ids, .n_slots = cache->lane_tokens[lane], .keep = keep[lane], .n_keep = n, .destination = ids};
