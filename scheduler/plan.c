@@ -9,7 +9,7 @@ struct builder {
     uint32_t rows_left, samples_left;
     double cost_us;
     bool decoding;  /* somebody decodes in this step: chunks are bounded by cost */
-    bool one_chunk; /* the first chunk always has least_chunk() rows */
+    bool one_chunk; /* the first chunk may always have BLOCK_TOKENS rows */
 };
 
 /* Samples due when the last known token is computed. */
@@ -125,12 +125,6 @@ static void plan_decode(struct builder *b) {
         if (b->s->running[at] != first) plan_row(b, b->s->running[at]);
 }
 
-/* Rows of the step's first chunk that it has at any cost, so that whoever reads gets on. Few: far into a long prompt those of a block would cost more than a whole step may. */
-static uint32_t least_chunk(const struct builder *b) {
-    uint32_t half = b->s->plan.n_rows / 2;
-    return half < SCHEDULER_CHUNK_MIN ? SCHEDULER_CHUNK_MIN : half < BLOCK_TOKENS ? half : BLOCK_TOKENS;
-}
-
 /* The most rows from n_computed on whose cost is left: the root of (per_row + context * n_computed) * rows + context / 2 * rows^2 = left. */
 static uint32_t rows_within_cost(const struct builder *b, uint32_t n_computed) {
     const struct step_cost *cost = &b->s->limits.cost;
@@ -139,7 +133,7 @@ static uint32_t rows_within_cost(const struct builder *b, uint32_t n_computed) {
            half = cost->per_row_context_us / 2;
     double root = left <= 0 ? 0 : half > 0 ? (sqrt(each * each + 4 * half * left) - each) / (2 * half) : each > 0 ? left / each : UINT32_MAX;
     uint32_t rows = root >= UINT32_MAX ? UINT32_MAX : (uint32_t)root;
-    return b->one_chunk && rows < least_chunk(b) ? least_chunk(b) : rows;
+    return b->one_chunk && rows < BLOCK_TOKENS ? BLOCK_TOKENS : rows;
 }
 
 /* One chunk of a sequence that is behind; nothing if there is no room for a row. */

@@ -31,8 +31,6 @@ struct step_cost {
     double fixed_us, per_row_us, per_row_context_us;
 };
 
-#define SCHEDULER_CHUNK_MIN 8u
-
 struct scheduler_limits {
     uint32_t n_lanes;
     uint32_t n_blocks;          /* of the pool */
@@ -43,8 +41,8 @@ struct scheduler_limits {
     uint32_t max_rows;          /* rows of one step */
     uint32_t max_samples;       /* samples of one step */
     struct step_cost cost;
-    double step_budget_us;      /* bounds the chunks of a step in which somebody decodes: it stays under it unless its single rows alone exceed it; one chunk of a few rows,
-                                   half as many as there are single ones, SCHEDULER_CHUNK_MIN to BLOCK_TOKENS, always fits in. Where nobody decodes, nobody is held up: chunks are bounded by max_rows alone */
+    double step_budget_us;      /* bounds the chunks of a step in which somebody decodes: it stays under it unless its single rows alone exceed it; one chunk of BLOCK_TOKENS
+                                   rows always fits in. Where nobody decodes, nobody is held up: chunks are bounded by max_rows alone */
     uint32_t watermark_blocks;  /* left free by admission */
     uint32_t n_rings;           /* query rings that sequences may hold (kernels/); ids 1..n_rings */
     bool prefix_cache;

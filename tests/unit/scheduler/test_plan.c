@@ -122,9 +122,9 @@ static void test_budget_counts_context(void **state) {
         assert_int_equal(context, 100);
         double decode = 7 + 1 + 0.05 * 100.5, sum = decode + rows * (1 + 0.05 * (context + rows / 2.0)),
                more = decode + (rows + 1) * (1 + 0.05 * (context + (rows + 1) / 2.0));
-        if (rows > SCHEDULER_CHUNK_MIN) assert_true(sum <= budget + 1e-9);
+        if (rows > BLOCK_TOKENS) assert_true(sum <= budget + 1e-9);
         if (f->plan->n_rows < 200) assert_true(more > budget);
-        assert_true(rows >= SCHEDULER_CHUNK_MIN);
+        assert_true(rows >= BLOCK_TOKENS);
         commit(f);
         fixture_free(f);
     }
@@ -190,7 +190,7 @@ static void test_cost_is_bounded(void **state) {
     fixture_free(f);
 }
 
-/* The oldest reader gets a few rows however dear the step, and nobody else gets any. */
+/* The oldest reader gets BLOCK_TOKENS rows however dear the step, and nobody else gets any. */
 static void test_one_chunk_always(void **state) {
     (void)state;
     struct fixture *f = fixture_new((struct scheduler_limits){.cost = {1000, 1, 0}, .step_budget_us = 50, .max_rows = 60});
@@ -202,7 +202,7 @@ static void test_one_chunk_always(void **state) {
     add(f, ask(f, 4, 4, 1, 20));
     plan(f);
     assert_int_equal(rows_of(f, 1), 1);
-    assert_int_equal(rows_of(f, 2), SCHEDULER_CHUNK_MIN);
+    assert_int_equal(rows_of(f, 2), BLOCK_TOKENS);
     assert_int_equal(f->plan->n_entries, 2);
     commit(f);
     assert_int_equal(stats_of(f).waiting, 2);
@@ -212,24 +212,6 @@ static void test_one_chunk_always(void **state) {
     plan(f); /* a prompt of one token is a chunk too: one of the two */
     assert_int_equal(f->plan->n_entries, 2);
     assert_int_equal(rows_of(f, 4), 1);
-    commit(f);
-    fixture_free(f);
-}
-
-/* Where the rows of those who decode are too many already, reading goes on at half their pace. */
-static void test_one_chunk_beside_many(void **state) {
-    (void)state;
-    struct fixture *f = fixture_new((struct scheduler_limits){.cost = {0, 100, 0}, .step_budget_us = 50, .max_sequences = 24, .max_samples = 40});
-    for (uint64_t id = 1; id <= 5; id++) {
-        struct scheduler_request request = ask(f, id, 7, 1, 30);
-        request.n_candidates = CANDIDATES;
-        add(f, request);
-    }
-    steps(f, 3);
-    add(f, ask(f, 6, 6, 200, 20));
-    plan(f);
-    assert_int_equal(f->plan->n_entries, 5 * CANDIDATES + 1);
-    assert_int_equal(rows_of(f, 6), 5 * CANDIDATES / 2);
     commit(f);
     fixture_free(f);
 }
@@ -706,7 +688,6 @@ int main(void) {
         cmocka_unit_test(test_cost_is_bounded),
         cmocka_unit_test(test_budget_counts_the_hit),
         cmocka_unit_test(test_one_chunk_always),
-        cmocka_unit_test(test_one_chunk_beside_many),
         cmocka_unit_test(test_priority_and_ageing),
         cmocka_unit_test(test_preemption),
         cmocka_unit_test(test_the_youngest_of_equals_gives_way),
