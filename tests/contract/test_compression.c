@@ -441,7 +441,7 @@ static void check_pressure_alone(const char *backend, uint32_t policy, bool pref
         assert_int_equal(jobs[i]->choices[0].n_tokens, 150);
         job_free(jobs[i]);
     }
-    if (others != 0 || own.compactions != stats.compressions[policy][2] || own.replays == 0)
+    if (others != 0 || own.compactions != stats.compressions[policy][2] || (own.replays == 0 && !run_kivi4)) /* kivi4: whole blocks leave, more at a time */
         fail_msg("%s, %s: %lu for other reasons, %lu of %lu pressed, %lu replays", backend, policies[policy]->name, others,
                  stats.compressions[policy][2], own.compactions, own.replays);
     if (moves != own.compactions || distinct != own.compactions - own.replays)
