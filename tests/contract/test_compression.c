@@ -444,7 +444,8 @@ static void check_pressure_alone(const char *backend, uint32_t policy, bool pref
     if (others != 0 || own.compactions != stats.compressions[policy][2] || (own.replays == 0 && !run_kivi4)) /* kivi4: whole blocks leave, more at a time */
         fail_msg("%s, %s: %lu for other reasons, %lu of %lu pressed, %lu replays", backend, policies[policy]->name, others,
                  stats.compressions[policy][2], own.compactions, own.replays);
-    if (moves != own.compactions || distinct != own.compactions - own.replays)
+    /* kivi4: whole blocks stay or go, so that different requests may keep the same slots: a move is no mark of a request */
+    if (moves != own.compactions || (distinct != own.compactions - own.replays && !run_kivi4))
         fail_msg("%s, %s: %lu compactions, %lu replays; %lu moves, %lu of them distinct", backend, policies[policy]->name, own.compactions,
                  own.replays, moves, distinct);
     client_done(&client);
