@@ -18,39 +18,13 @@
 
 #include "kernels/cpu/compact.inc.h"
 
+#include "kernels/cpu/isa_table.inc.h"
+
 static bool present(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
 
-const struct cpu_isa cpu_isa_avx512bf16 = {
-    .name = "avx512bf16",
-    .text = "AVX-512 F, BW, DQ, VL, VNNI and BF16",
-    .present = present,
-    .product = PRODUCTS,
-    .norm = norm,
-    .quantize = quantize,
-    .quantize_column = quantize_column,
-    .silu = silu,
-    .put_strip = put_strip,
-    .add_strip = add_strip,
-    .rotate = rotate,
-    .hadamard = hadamard,
-    .append = append,
-    .close_block = close_block,
-    .attend = attend,
-    .weights = weights,
-    .factors = factors,
-    .fold = fold,
-    .accumulate = accumulate,
-    .expected = expected,
-    .keydiff = keydiff,
-    .value_norms = value_norms,
-    .widen_f16 = widen_f16,
-    .narrow_f16 = narrow_f16,
-    .move_slots = move_slots,
-    .merge = merge,
-    .track = track,
-};
+CPU_ISA(cpu_isa_avx512bf16, "avx512bf16", "AVX-512 F, BW, DQ, VL, VNNI and BF16");
 #endif

@@ -19,6 +19,8 @@
 
 #include "kernels/cpu/compact.inc.h"
 
+#include "kernels/cpu/isa_table.inc.h"
+
 /* Compilers that know the name for __builtin_cpu_supports are newer than those this is built with: leaf 7, sub-leaf 1, EAX bit 4. That the system saves the
  * wide registers is what "avx2" above asks. */
 static bool has_avx_vnni(void) {
@@ -30,33 +32,5 @@ static bool present(void) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && has_avx_vnni();
 }
 
-const struct cpu_isa cpu_isa_avxvnni = {
-    .name = "avxvnni",
-    .text = "AVX2, FMA, F16C and AVX-VNNI",
-    .present = present,
-    .product = PRODUCTS,
-    .norm = norm,
-    .quantize = quantize,
-    .quantize_column = quantize_column,
-    .silu = silu,
-    .put_strip = put_strip,
-    .add_strip = add_strip,
-    .rotate = rotate,
-    .hadamard = hadamard,
-    .append = append,
-    .close_block = close_block,
-    .attend = attend,
-    .weights = weights,
-    .factors = factors,
-    .fold = fold,
-    .accumulate = accumulate,
-    .expected = expected,
-    .keydiff = keydiff,
-    .value_norms = value_norms,
-    .widen_f16 = widen_f16,
-    .narrow_f16 = narrow_f16,
-    .move_slots = move_slots,
-    .merge = merge,
-    .track = track,
-};
+CPU_ISA(cpu_isa_avxvnni, "avxvnni", "AVX2, FMA, F16C and AVX-VNNI");
 #endif
