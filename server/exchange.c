@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/socket.h>
 
 #include "base/check.h"
 #include "base/clock.h"
@@ -237,6 +238,37 @@ static void refuse_at_once(struct exchange *exchange, const struct api_error *er
     wire_refuse(exchange->connection, exchange->id, error);
 }
 
+static bool refuse_body(struct exchange *exchange, const struct api_error *error) {
+    if (exchange->state != EXCHANGE_BODY || exchange->status) return false;
+    exchange->discard = true;
+    uncharge(exchange);
+    buffer_done(&exchange->body);
+    refuse_at_once(exchange, error);
+    return true;
+}
+
+bool exchange_late(struct exchange *exchange) {
+    struct api_error error;
+    api_error_set(&error, 408, "invalid_request_error", "request_timeout", NULL, "The request's body was not complete within %u s.",
+                  exchange->connection->http->limits.body_timeout_s);
+    return refuse_body(exchange, &error);
+}
+
+bool exchange_truncated(struct exchange *exchange) {
+    struct api_error error;
+    struct http *http = exchange->connection->http;
+    const char *length = exchange_header(exchange, "Content-Length");
+    ssize_t n = recv(exchange->connection->socket, http->look, HTTP_LOOK_BYTES, MSG_PEEK | MSG_DONTWAIT);
+    if (n < 0 || n == HTTP_LOOK_BYTES) return false; /* the peer is gone, or there is more to come than can be seen */
+    bool whole = length ? exchange->body_seen + (size_t)n >= strtoull(length, NULL, 10) : n >= 4 && memcmp(http->look + n - 4, "\r\n\r\n", 4) == 0;
+    if (whole) return false;
+    api_error_set(&error, 400, "invalid_request_error", "truncated_body", NULL, "The request's body ends before its end: %zu bytes of it came.",
+                  exchange->body_seen + (length ? (size_t)n : 0));
+    if (!refuse_body(exchange, &error)) return false;
+    while (recv(exchange->connection->socket, http->look, HTTP_LOOK_BYTES, MSG_DONTWAIT) > 0) {} /* unread bytes would turn the close into a reset */
+    return true;
+}
+
 /* Framing, Host, Origin and size. true: refused, an answer is set. */
 static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const char *version) {
     const struct http_limits *limits = &exchange->connection->http->limits;
@@ -286,7 +318,7 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
 
 static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, const char *url, const char *method, const char *version, void **slot) {
     struct connection *connection = connection_of(mhd);
-    if (!connection || connection->gone || http->stopping) return MHD_NO;
+    if (!connection || connection->gone || connection->refused || http->stopping) return MHD_NO;
     struct exchange *exchange = check_calloc(1, sizeof *exchange);
     exchange->connection = connection;
     exchange->started_ns = clock_now_ns();
@@ -299,6 +331,7 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     http->exchanges = exchange;
     http->n_exchanges++;
     connection->exchange = exchange;
+    connection->begun = false;
     connection_watch(connection);
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));

@@ -25,8 +25,11 @@ void guard_field(struct guard *guard, const char *name, size_t name_length, cons
     if (is(name, name_length, "Content-Length")) {
         guard->content_lengths++;
         if (value_length == 0 || value_length > 19) problem = "Content-Length is malformed";
-        for (size_t i = 0; i < value_length && !problem; i++)
+        guard->content_length = 0;
+        for (size_t i = 0; i < value_length && !problem; i++) {
             if (value[i] < '0' || value[i] > '9') problem = "Content-Length is malformed";
+            guard->content_length = guard->content_length * 10 + (unsigned)(value[i] - '0');
+        }
     } else if (is(name, name_length, "Transfer-Encoding")) {
         guard->transfer_encodings++;
         if (!is(value ? value : "", value_length, "chunked")) problem = "Transfer-Encoding must be chunked";
@@ -76,18 +79,37 @@ static void head_field(struct guard *guard, const char *line, size_t length) {
     guard_field(guard, line, (size_t)(colon - line), value, (size_t)(end - value));
 }
 
+/* true: a request line and all fields, *at behind them. */
+static bool read_head(const char *bytes, size_t length, struct guard *guard, bool *is_request, bool *http_1_1, size_t *at) {
+    const char *line;
+    size_t n;
+    *at = 0;
+    *is_request = false;
+    if (!next_line(bytes, length, at, &line, &n)) return false;
+    *http_1_1 = ends_with(line, n, " HTTP/1.1");
+    *is_request = *http_1_1 || ends_with(line, n, " HTTP/1.0");
+    if (!*is_request) return false;
+    while (next_line(bytes, length, at, &line, &n)) {
+        if (n == 0) return true;
+        head_field(guard, line, n);
+    }
+    return false;
+}
+
 const char *guard_head(const char *bytes, size_t length) {
     struct guard guard = {0};
-    const char *line;
-    size_t at = 0, n;
-    if (!next_line(bytes, length, &at, &line, &n)) return NULL;
-    bool http_1_1 = ends_with(line, n, " HTTP/1.1");
-    if (!http_1_1 && !ends_with(line, n, " HTTP/1.0")) return NULL;
-    while (next_line(bytes, length, &at, &line, &n)) {
-        if (n == 0) return guard_verdict(&guard, http_1_1);
-        head_field(&guard, line, n);
-    }
-    return NULL;
+    bool is_request, http_1_1;
+    size_t at;
+    return read_head(bytes, length, &guard, &is_request, &http_1_1, &at) ? guard_verdict(&guard, http_1_1) : NULL;
+}
+
+bool guard_cut_short(const char *bytes, size_t length) {
+    struct guard guard = {0};
+    bool is_request, http_1_1;
+    size_t at;
+    if (!read_head(bytes, length, &guard, &is_request, &http_1_1, &at)) return is_request;
+    if (guard.transfer_encodings) return !ends_with(bytes + at, length - at, "\r\n\r\n");
+    return length - at < guard.content_length;
 }
 
 /* The name in "name:port": brackets stay. false: malformed. */

@@ -7,6 +7,7 @@
 
 struct guard {
     unsigned content_lengths, transfer_encodings, hosts;
+    unsigned long long content_length; /* of the last one, where nothing is wrong */
     bool encoded;        /* a Content-Encoding other than identity: nothing wrong, but nothing that is understood here */
     const char *problem; /* first thing wrong; NULL: none so far */
 };
@@ -19,6 +20,8 @@ const char *guard_verdict(const struct guard *guard, bool http_1_1);
 /* The same over a whole head as it lies in the socket, before libmicrohttpd reads it: it answers a bad Content-Length or a missing Host by itself, with two heads and HTML, and lets a
  * NUL or an empty name pass. NULL: nothing wrong, or the head is not complete, or these bytes do not begin with a request line (then the guard over the parsed fields decides). */
 const char *guard_head(const char *bytes, size_t length);
+/* These are all bytes that come, from the first of a request on: they begin one and do not end it. False where that cannot be told. */
+bool guard_cut_short(const char *bytes, size_t length);
 
 /* Is the host of a Host field ("name", "name:port", "[::1]:8080") one of localhost, 127.0.0.0/8, [::1], `bound` or the comma list `allowed` ("*": any)? */
 bool guard_host_allowed(const char *host, const char *bound, const char *allowed);

@@ -95,8 +95,9 @@ static void on_socket(uv_poll_t *watcher, int status, int events) {
     (void)uv_poll_stop(watcher); /* level-triggered */
     connection->half_closed = true;
     /* A request that came together with the end of the stream, and can be answered at once, is: half of all shell one-liners do that. The next tick cuts what is left. */
-    if (status >= 0 && !connection->exchange) {
-        if (!connection->gone) (void)wire_look(connection);
+    bool reading = connection->exchange && connection->exchange->state == EXCHANGE_BODY && !exchange_truncated(connection->exchange);
+    if (status >= 0 && (!connection->exchange || reading)) {
+        if (!connection->gone && !reading) (void)wire_look(connection);
         connection->deadline_ns = clock_now_ns();
         return;
     }
@@ -169,7 +170,7 @@ static void on_tick(uv_timer_t *timer) {
     uint64_t now = clock_now_ns();
     for (struct connection *connection = http->connections, *next; connection; connection = next) {
         next = connection->next;
-        if (connection->deadline_ns && now >= connection->deadline_ns) cut(connection);
+        if (connection->deadline_ns && now >= connection->deadline_ns && !wire_late(connection)) cut(connection);
     }
     http_pump(http);
 }

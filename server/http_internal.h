@@ -11,6 +11,7 @@
 #define HTTP_BODIES_MAX 32 /* memory of all bodies together: so many times max_body */
 #define EXCHANGE_HEADERS_MAX 6
 #define HTTP_LOOK_BYTES 32768
+#define HTTP_LINGER_S 1       /* between a refusal on the wire and the cut: a reset would take the answer away */
 #define HTTP_SEND_BYTES 65536 /* of a socket's buffer */
 
 struct connection {
@@ -23,6 +24,8 @@ struct connection {
     uv_poll_t watcher;
     bool half_closed; /* the peer has sent its last byte */
     bool gone;        /* the peer left, or a deadline passed */
+    bool begun;       /* bytes of a request came, and it is not yet an exchange */
+    bool refused;     /* answered on the wire: what still comes is read and dropped */
     bool nul_in_path; /* of the request whose line came last: what libmicrohttpd hands on as its path ends there */
 };
 
@@ -80,11 +83,17 @@ struct http {
 bool wire_look(struct connection *connection);
 /* A whole error answer, and the end of our side. What the peer still sends is libmicrohttpd's to read and drop. */
 void wire_refuse(struct connection *connection, const char *id, const struct api_error *error);
+/* A deadline passed. true: a request had begun and is answered with 408; the client gets HTTP_LINGER_S to read it. */
+bool wire_late(struct connection *connection);
 /* exchange.c */
 enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const char *url, const char *method, const char *version,
                                 const char *upload, size_t *upload_length, void **slot);
 void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, enum MHD_RequestTerminationCode why);
 void exchange_gone(struct exchange *exchange);
+/* The body is not in and the deadline passed. false: an answer was made already. */
+bool exchange_late(struct exchange *exchange);
+/* The peer has sent its last byte while the body is read. true: bytes of it are missing, which is said. */
+bool exchange_truncated(struct exchange *exchange);
 /* http.c */
 void connection_watch(struct connection *connection);
 struct connection *connection_of(struct MHD_Connection *mhd);

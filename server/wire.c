@@ -21,6 +21,7 @@ void wire_refuse(struct connection *connection, const char *id, const struct api
     /* Less than any socket's buffer, which is empty now: taken whole, or the peer is gone. */
     (void)!send(connection->socket, out.bytes, out.length, MSG_DONTWAIT | MSG_NOSIGNAL);
     (void)shutdown(connection->socket, SHUT_WR);
+    connection->refused = true;
     buffer_done(&body);
     buffer_done(&out);
 }
@@ -31,11 +32,16 @@ bool wire_look(struct connection *connection) {
     ssize_t n;
     do n = recv(connection->socket, http->look, HTTP_LOOK_BYTES, MSG_PEEK | MSG_DONTWAIT);
     while (n < 0 && errno == EINTR);
-    const char *problem = n > 0 ? guard_head(http->look, (size_t)n) : NULL;
+    const char *problem = n > 0 ? guard_head(http->look, (size_t)n) : NULL, *code = "bad_framing";
+    if (n > 0 && n < HTTP_LOOK_BYTES && !problem && connection->half_closed && !connection->begun && guard_cut_short(http->look, (size_t)n)) {
+        problem = "it ends before its end";
+        code = "truncated_body";
+    }
+    if (n > 0) connection->begun = true;
     if (!problem) return false;
     char id[32];
     (void)snprintf(id, sizeof id, "%s%08llx", http->id_prefix, (unsigned long long)http->next_id++);
-    api_error_set(&error, 400, "invalid_request_error", "bad_framing", NULL, "The request is malformed: %s.", problem);
+    api_error_set(&error, 400, "invalid_request_error", code, NULL, "The request is malformed: %s.", problem);
     wire_refuse(connection, id, &error);
     http->hooks.refused(http->hooks.context, error.status, problem);
     /* Nothing of it is for libmicrohttpd: it finds the end of the stream. Unread bytes would turn the close into a reset, and the answer would be lost. */
@@ -45,5 +51,24 @@ bool wire_look(struct connection *connection) {
     }
     connection->gone = true;
     (void)shutdown(connection->socket, SHUT_RD);
+    return true;
+}
+
+bool wire_late(struct connection *connection) {
+    struct http *http = connection->http;
+    struct api_error error;
+    if (connection->refused || connection->gone || connection->half_closed) return false;
+    if (connection->exchange) {
+        if (!exchange_late(connection->exchange)) return false;
+    } else {
+        if (!connection->begun) return false; /* nobody asked anything */
+        char id[32];
+        (void)snprintf(id, sizeof id, "%s%08llx", http->id_prefix, (unsigned long long)http->next_id++);
+        api_error_set(&error, 408, "invalid_request_error", "request_timeout", NULL, "The request's headers were not complete within %u s.",
+                      http->limits.header_timeout_s);
+        wire_refuse(connection, id, &error);
+        http->hooks.refused(http->hooks.context, error.status, "the headers took too long");
+    }
+    connection_deadline(connection, HTTP_LINGER_S);
     return true;
 }

@@ -319,6 +319,30 @@ static void test_heads(void **state) {
     assert_non_null(guard_head("GET / HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n", 33));
 }
 
+static void test_cut_short(void **state) {
+    (void)state;
+    static const struct {
+        const char *bytes;
+        bool cut;
+    } cases[] = {
+        {"", false},
+        {"GET / HT", false}, /* perhaps no request at all */
+        {"GET / HTTP/1.1\r\n", true},
+        {"GET / HTTP/1.1\r\nHost: a\r\n", true},
+        {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", false},
+        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n", true},
+        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n123456789", true},
+        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n1234567890", false},
+        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n1234567890GET /", false}, /* the next one is not looked at */
+        {"POST / HTTP/1.1\r\nContent-Length: 9999999999999999999\r\n\r\n1", true},
+        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", true},
+        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n", true},
+        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        if (guard_cut_short(cases[i].bytes, strlen(cases[i].bytes)) != cases[i].cut) fail_msg("wrong: %s", cases[i].bytes);
+}
+
 /* ---- metrics ---- */
 
 /* Every line is a comment or `name{labels} number`; HELP and TYPE come once and before their samples; buckets ascend and end in the count. */
@@ -444,9 +468,9 @@ static int teardown(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_stop_in_pieces), cmocka_unit_test(test_choice),  cmocka_unit_test(test_offsets),
-        cmocka_unit_test(test_sha256),         cmocka_unit_test(test_keys),    cmocka_unit_test(test_hosts),
-        cmocka_unit_test(test_heads),          cmocka_unit_test(test_metrics), cmocka_unit_test(test_notify),
+        cmocka_unit_test(test_stop_in_pieces), cmocka_unit_test(test_choice), cmocka_unit_test(test_offsets), cmocka_unit_test(test_sha256),
+        cmocka_unit_test(test_keys),           cmocka_unit_test(test_hosts),  cmocka_unit_test(test_heads),   cmocka_unit_test(test_cut_short),
+        cmocka_unit_test(test_metrics),        cmocka_unit_test(test_notify),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
