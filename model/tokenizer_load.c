@@ -271,7 +271,7 @@ static size_t bytes_of(const struct tokenizer *tokenizer, const struct token *to
         i += (size_t)length;
     }
     if (!plain) return used;
-    memcpy(out, text, token->text_length);
+    if (token->text_length) memcpy(out, text, token->text_length);
     return token->text_length;
 }
 
