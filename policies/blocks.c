@@ -42,7 +42,8 @@ static void free_blocks(struct chooser *chooser, uint32_t wanted) {
 
 void chooser_blocks(struct chooser *chooser) {
     uint32_t size = chooser->request.block_tokens;
-    uint64_t held = 0, target = (uint64_t)((chooser->request.budget + size - 1) / size) * chooser->n_lanes;
+    /* The budget is an average over the lanes, which rounding it up to a block a lane, as the published code does, would exceed by up to a block less one slot. */
+    uint64_t held = 0, target = (uint64_t)chooser->request.budget * chooser->n_lanes / size;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
         held += (chooser->lanes[l].n_slots + size - 1) / size;
         chooser->budgets[l] = 0;

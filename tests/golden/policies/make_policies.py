@@ -88,7 +88,7 @@ def ada(scores, always, budgets):
 
 def kv_compress(scores, always, budget):
     lanes = LAYERS * HEADS
-    target = -(-budget // BLOCK) * lanes
+    target = budget * lanes // BLOCK
     evict = lanes * -(-N // BLOCK) - target
     m = (N - 1) % BLOCK + 1
     orders, costs = [], []
