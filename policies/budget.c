@@ -11,8 +11,8 @@ static uint32_t most_protected(const struct chooser *chooser) {
     return most;
 }
 
-/* PyramidKV (arXiv 2406.02069, 3.2; the published code's integer form): with c the average beyond the protected slots, min = c/beta, max = 2c - min, a straight line
- * from max in the first layer down to min in the last. A lane of fewer than 2c evictable slots has nothing to gain from it: uniform. */
+/* PyramidKV (arXiv 2406.02069, 3.2): with c the average beyond the protected slots, min = c/beta, max = 2c - min, a straight line from max in the first layer down to min in the last. Each
+ * layer is rounded by itself (half down), not the step between them as in the published code, which would leave an average above the budget. A lane of fewer than 2c evictable slots has nothing to gain from it: uniform. */
 static void ramp(const struct chooser *chooser, uint32_t average, uint32_t n, uint32_t *layer_budget) {
     const struct choose_request *request = &chooser->request;
     uint32_t layers = request->n_layers;
@@ -22,8 +22,9 @@ static void ramp(const struct chooser *chooser, uint32_t average, uint32_t n, ui
         max = n;
         min = 2 * average > max ? 2 * average - max : 0;
     }
-    uint32_t step = layers > 1 && max > min ? (max - min) / (layers - 1) : 0;
-    for (uint32_t layer = 0; layer < layers; layer++) layer_budget[layer] = flat ? average : max - layer * step;
+    uint32_t fall = max > min ? max - min : 0, steps = layers - 1;
+    for (uint32_t layer = 0; layer < layers; layer++)
+        layer_budget[layer] = flat ? average : max - (uint32_t)((2 * (uint64_t)layer * fall + steps) / (2 * (uint64_t)steps));
 }
 
 static uint64_t layer_evictable(const struct chooser *chooser, uint32_t layer) {

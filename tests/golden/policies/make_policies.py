@@ -68,8 +68,7 @@ def pyramid(budget, always):
         return [budget] * LAYERS
     if high > n:
         high, low = n, 2 * c - n
-    step = (high - low) // (LAYERS - 1)
-    return [high - layer * step + len(always) for layer in range(LAYERS)]
+    return [high - int(np.floor(layer * (high - low) / (LAYERS - 1) + 0.5)) + len(always) for layer in range(LAYERS)]
 
 
 def ada(scores, always, budgets):
