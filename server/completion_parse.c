@@ -320,15 +320,21 @@ static bool read_frequency(struct parse *parse, const char *name, uint32_t node)
 
 /* ---- what is not known ---- */
 
-static void note_ignored(struct completion *completion, const char *key, size_t length) {
-    size_t used = strlen(completion->ignored);
-    /* The name is the client's: only what is harmless in a log line. */
-    char name[33];
+#define CLEAN_NAME_BYTES 33
+
+/* The name is the client's: only what is harmless in a log line. */
+static void clean_name(const char *key, size_t length, char name[CLEAN_NAME_BYTES]) {
     size_t n = 0;
-    for (size_t i = 0; i < length && n < sizeof name - 1; i++)
+    for (size_t i = 0; i < length && n < CLEAN_NAME_BYTES - 1; i++)
         name[n++] =
             (key[i] >= '0' && key[i] <= '9') || (key[i] >= 'a' && key[i] <= 'z') || (key[i] >= 'A' && key[i] <= 'Z') || key[i] == '_' ? key[i] : '?';
     name[n] = '\0';
+}
+
+static void note_ignored(struct completion *completion, const char *key, size_t length) {
+    size_t used = strlen(completion->ignored);
+    char name[CLEAN_NAME_BYTES];
+    clean_name(key, length, name);
     (void)snprintf(completion->ignored + used, sizeof completion->ignored - used, "%s%s", used ? "," : "", name);
 }
 
@@ -344,6 +350,8 @@ static bool read_kv_field(struct parse *parse, uint32_t key) {
         struct buffer name = {0};
         json_string_append(document, key + 1, &name);
         size_t length = name.length < sizeof wish->policy - 1 ? name.length : sizeof wish->policy - 1;
+        for (size_t i = 0; i < length; i++)
+            if (name.bytes[i] == '\0') name.bytes[i] = '?'; /* would end the name before its end */
         if (length) memcpy(wish->policy, name.bytes, length);
         wish->policy[length] = '\0';
         buffer_done(&name);
@@ -362,7 +370,9 @@ static bool read_kv_field(struct parse *parse, uint32_t key) {
         return true;
     }
     /* The object is this server's own: a misspelt wish must not pass for one that was granted. */
-    return field_fail(&parse->fields, "kv", "kv has a field that is not known; there are policy, budget_tokens, keep_ratio, protect_tokens, report.");
+    char name[3 + CLEAN_NAME_BYTES] = "kv.";
+    clean_name(document->text + node_at(parse, key)->start, node_at(parse, key)->length, name + 3);
+    return field_fail(&parse->fields, name, "%s is not known; there are kv.policy, budget_tokens, keep_ratio, protect_tokens, report.", name);
 }
 
 static bool read_kv(struct parse *parse, const char *name, uint32_t node) {
@@ -498,7 +508,9 @@ void completion_done(struct completion *completion) {
 
 /* Prompt and answer together. A sequence whose cache stays short may go on beyond the context; its prompt may not. */
 static uint32_t tokens_max(const struct completion *completion, const struct completion_limits *limits) {
-    return compression_is_endless(&completion->kv, limits->max_model_len) && limits->max_stream_tokens > limits->max_model_len ? limits->max_stream_tokens : limits->max_model_len;
+    return compression_is_endless(&completion->kv, limits->max_model_len) && limits->max_stream_tokens > limits->max_model_len
+               ? limits->max_stream_tokens
+               : limits->max_model_len;
 }
 
 static bool too_long(const struct completion *completion, size_t n_prompt, const struct completion_limits *limits, struct api_error *error) {

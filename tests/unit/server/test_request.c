@@ -72,7 +72,7 @@ static const struct bad bad[] = {
     {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"budget_tokens\":64,\"protect_tokens\":-1}}", "kv.protect_tokens", NULL, 0},
     {"{\"prompt\":\"a\",\"kv\":{\"policy\":\"snapkv\",\"budget_tokens\":64,\"protect_tokens\":50}}", "kv.protect_tokens", NULL, 0},
     {"{\"prompt\":\"a\",\"kv\":{\"report\":1}}", "kv.report", NULL, 0},
-    {"{\"prompt\":\"a\",\"kv\":{\"polcy\":\"tova\"}}", "kv", NULL, 0},
+    {"{\"prompt\":\"a\",\"kv\":{\"polcy\":\"tova\"}}", "kv.polcy", NULL, 0},
     {"   ", NULL, "invalid_json", 0},
     {"{", NULL, "invalid_json", 0},
     {"[]", NULL, "invalid_json", 0},
