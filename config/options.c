@@ -312,6 +312,14 @@ void option_suggest(const char *name, enum option_form form, char *words, size_t
             nearest = distance;
             memcpy(suggestion, known, sizeof suggestion);
         }
+        char *dot = strchr(known, '.');
+        if (form != OPTION_FORM_KEY || leaf || !dot) continue;
+        *dot = '\0'; /* perhaps a table is meant */
+        distance = edit_distance(name, known);
+        if (distance < nearest) {
+            nearest = distance;
+            memcpy(suggestion, known, sizeof suggestion);
+        }
     }
     size_t length = strlen(form == OPTION_FORM_KEY && leaf ? leaf + 1 : name);
     if (nearest <= 1 + length / 3) (void)snprintf(words, size, " (did you mean \"%s\"?)", suggestion);

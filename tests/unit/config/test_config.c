@@ -182,6 +182,8 @@ static void test_file_errors(void **state) {
     } cases[] = {
         {"[server]\nprot = 80\n", ":2:1: ", "unknown key \"server.prot\" (did you mean \"server.port\"?)"},
         {"port = 80\n", ":1:1: ", "unknown key \"port\" (did you mean \"server.port\"?)"},
+        {"[servr]\nport = 80\n", ":1:2: ", "unknown key \"servr\" (did you mean \"server\"?)"},
+        {"[compresion]\npolicy = \"h2o\"\n", ":1:2: ", "unknown key \"compresion\" (did you mean \"compression\"?)"},
         {"[engin]\nthreads = 2\n", ":1:2: ", "unknown key \"engin\""},
         {"[empty]\n", ":1:2: ", "unknown key \"empty\""},
         {"\"server.port\" = 1\n", ":1:1: ", "unknown key"},
