@@ -370,6 +370,8 @@ static enum MHD_Result take_body(struct exchange *exchange, const char *bytes, s
     buffer_append(&exchange->body, bytes, n);
     exchange->body_charged += n;
     http->body_bytes += n;
+    /* libmicrohttpd would find the end before we do, and just close. (Of a chunked body it may hold more than it has handed out.) */
+    if (exchange_header(exchange, "Content-Length") && wire_ended(exchange->connection)) (void)exchange_truncated(exchange);
     return MHD_YES;
 }
 

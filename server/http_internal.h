@@ -81,6 +81,8 @@ struct http {
 /* wire.c: what is said on a socket behind libmicrohttpd's back, while it has nothing to say there itself. */
 /* Looks at the bytes of a request that begins. true: refused, and the connection is cut. */
 bool wire_look(struct connection *connection);
+/* The peer has sent its last byte, be it seen yet or not. */
+bool wire_ended(const struct connection *connection);
 /* A whole error answer, and the end of our side. What the peer still sends is libmicrohttpd's to read and drop. */
 void wire_refuse(struct connection *connection, const char *id, const struct api_error *error);
 /* A deadline passed. true: a request had begun and is answered with 408; the client gets HTTP_LINGER_S to read it. */

@@ -1,6 +1,7 @@
 /* What is said on a socket behind libmicrohttpd's back: refusals that it would get wrong, or that it cannot send in the middle of a body. Only while it has nothing to say there itself:
  * between two requests, or before an answer was queued. Loop thread. */
 #include <errno.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -26,6 +27,11 @@ void wire_refuse(struct connection *connection, const char *id, const struct api
     buffer_done(&out);
 }
 
+bool wire_ended(const struct connection *connection) {
+    struct pollfd end = {.fd = connection->socket, .events = POLLRDHUP};
+    return poll(&end, 1, 0) == 1;
+}
+
 bool wire_look(struct connection *connection) {
     struct http *http = connection->http;
     struct api_error error;
@@ -33,7 +39,8 @@ bool wire_look(struct connection *connection) {
     do n = recv(connection->socket, http->look, HTTP_LOOK_BYTES, MSG_PEEK | MSG_DONTWAIT);
     while (n < 0 && errno == EINTR);
     const char *problem = n > 0 ? guard_head(http->look, (size_t)n) : NULL, *code = "bad_framing";
-    if (n > 0 && n < HTTP_LOOK_BYTES && !problem && connection->half_closed && !connection->begun && guard_cut_short(http->look, (size_t)n)) {
+    bool all = n > 0 && n < HTTP_LOOK_BYTES && !connection->begun;
+    if (all && !problem && guard_cut_short(http->look, (size_t)n) && (connection->half_closed || wire_ended(connection))) {
         problem = "it ends before its end";
         code = "truncated_body";
     }
