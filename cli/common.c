@@ -89,6 +89,14 @@ void cli_warn_environment(void) {
     if (config_unknown_environment(names, sizeof names) > 0) log_warn("environment: no such option: %s", names);
 }
 
+void cli_warn_backend(const struct config *config) {
+    const struct backend_ops *ops = backend_find(config->backend);
+    uint64_t own_bytes = 0;
+    struct error error;
+    if (strcmp(config->weights, "f16") != 0 || !ops || ops->memory(config->device, NULL, &own_bytes, &error) != STATUS_OK || own_bytes > 0) return;
+    log_warn("engine.weights: \"f16\" changes nothing, the %s backend reads weights in the file's types", ops->name);
+}
+
 /* ---- progress ---- */
 
 #define BAR_WIDTH 40
