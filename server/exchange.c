@@ -299,6 +299,7 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     http->exchanges = exchange;
     http->n_exchanges++;
     connection->exchange = exchange;
+    connection->asked = true;
     connection_watch(connection);
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));

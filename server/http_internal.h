@@ -21,6 +21,7 @@ struct connection {
     int socket;
     uint64_t deadline_ns; /* 0: none */
     uv_poll_t watcher;
+    bool asked;       /* a request began: what libmicrohttpd has read since may be of the next */
     bool half_closed; /* the peer has sent its last byte */
     bool gone;        /* the peer left, or a deadline passed */
     bool nul_in_path; /* of the request whose line came last: what libmicrohttpd hands on as its path ends there */

@@ -8,6 +8,7 @@
 #include "server/guard.h"
 #include "server/http_internal.h"
 #include "server/reply.h"
+#include "server/taken.h"
 
 #define DRAIN_BYTES_MAX (1u << 20)
 
@@ -28,16 +29,18 @@ void wire_refuse(struct connection *connection, const char *id, const struct api
 bool wire_look(struct connection *connection) {
     struct http *http = connection->http;
     struct api_error error;
+    struct guard_refusal refusal;
+    /* Until a request has begun, all that was taken is of this one. */
+    uint64_t taken = connection->asked ? GUARD_UNKNOWN : socket_bytes_taken(connection->socket);
     ssize_t n;
     do n = recv(connection->socket, http->look, HTTP_LOOK_BYTES, MSG_PEEK | MSG_DONTWAIT);
     while (n < 0 && errno == EINTR);
-    const char *problem = n > 0 ? guard_head(http->look, (size_t)n) : NULL;
-    if (!problem) return false;
+    if (n <= 0 || !guard_bytes(http->look, (size_t)n, taken, &refusal)) return false;
     char id[32];
     (void)snprintf(id, sizeof id, "%s%08llx", http->id_prefix, (unsigned long long)http->next_id++);
-    api_error_set(&error, 400, "invalid_request_error", "bad_framing", NULL, "The request is malformed: %s.", problem);
+    api_error_set(&error, refusal.status, "invalid_request_error", refusal.code, NULL, "The request is malformed: %s.", refusal.problem);
     wire_refuse(connection, id, &error);
-    http->hooks.refused(http->hooks.context, error.status, problem);
+    http->hooks.refused(http->hooks.context, error.status, refusal.problem);
     /* Nothing of it is for libmicrohttpd: it finds the end of the stream. Unread bytes would turn the close into a reset, and the answer would be lost. */
     for (size_t drained = 0; drained < DRAIN_BYTES_MAX; drained += (size_t)n) {
         n = recv(connection->socket, http->look, HTTP_LOOK_BYTES, MSG_DONTWAIT);
