@@ -208,7 +208,8 @@ static bool is_loopback_4(const char *name, size_t length) {
 static bool same_host(const char *name, size_t length, const char *other, size_t other_length) {
     if (length == other_length && strncasecmp(name, other, length) == 0) return true;
     /* An IPv6 address stands in brackets in Host, and without in the configuration. */
-    return length == other_length + 2 && name[0] == '[' && strncasecmp(name + 1, other, other_length) == 0 && name[length - 1] == ']';
+    return memchr(other, ':', other_length) && length == other_length + 2 && name[0] == '[' && strncasecmp(name + 1, other, other_length) == 0 &&
+           name[length - 1] == ']';
 }
 
 bool guard_host_allowed(const char *host, const char *bound, const char *allowed) {

@@ -37,6 +37,8 @@ static void test_hosts(void **state) {
         if (guard_host_allowed(wrong[i], "10.0.0.5", " api.example , b.example")) fail_msg("accepted: %s", wrong[i]);
     assert_true(guard_host_allowed("whatever.example:1", "", "*"));
     assert_true(guard_host_allowed("[fe80::1]:80", "fe80::1", ""));
+    assert_false(guard_host_allowed("[b.example]", "", "b.example")); /* a name is no address */
+    assert_false(guard_host_allowed("[localhost]", "", "localhost"));
     assert_true(guard_origin_allowed("http://localhost:3000", "", ""));
     assert_false(guard_origin_allowed("http://evil.example", "", ""));
     assert_false(guard_origin_allowed("null", "", ""));
