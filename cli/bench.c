@@ -277,6 +277,7 @@ int command_bench(const struct config *config, const char *argument) {
     bench.samples = check_calloc(config->bench.rounds, sizeof *bench.samples);
     enum status status = read_options(&bench, &error);
     if (status == STATUS_OK) status = open_model(&bench, &error);
+    if (status == STATUS_OK) cli_warn_backend(config);
     if (status == STATUS_OK) status = config->bench.requests ? serve_requests(&bench, &error) : drive_backend(&bench, &error);
     model_close(bench.model);
     free(bench.samples);

@@ -33,9 +33,14 @@ int command_check_config(const struct config *config, const char *argument);
 int cli_fail(const struct error *error);
 /* STATUS_INVALID "model: ..." if config names none. */
 enum status cli_open_model(const struct config *config, struct model **model, struct error *error);
-/* Random weights of this shape in memory, if they fit; STATUS_INVALID where config names a model too. */
+/* Random weights of this shape in memory, if they fit, with a line of progress; STATUS_INVALID where config names a model too. */
 enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error);
+/* STATUS_NO_MEMORY, with the sum, unless `bytes` of weights and a backend's copy of them fit into `available` bytes. */
+enum status cli_dummy_fits(const char *shape, uint64_t bytes, uint64_t available, struct error *error);
 void cli_warn_environment(void);
+/* Logs what the configuration asks of the backend and will not get, where results are right all the same. What a backend cannot do at all is refused (cli_choose_backend), and what others do
+ * anyhow (engine.deterministic, 16-bit activations, native weights) is not said. After the backend was found. */
+void cli_warn_backend(const struct config *config);
 
 /* For commands that put sequences on a backend without an engine: what the configuration chooses. */
 struct cli_backend {

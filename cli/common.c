@@ -36,16 +36,24 @@ enum status cli_open_model(const struct config *config, struct model **model, st
     return model_open(config->model, model, error);
 }
 
+enum status cli_dummy_fits(const char *shape, uint64_t bytes, uint64_t available, struct error *error) {
+    if (bytes <= available / 2) return STATUS_OK;
+    return error_set(error, STATUS_NO_MEMORY,
+                     "--dummy %s: %.1f MiB of random weights and as much for the backend's copy of them are %.1f MiB; %.1f MiB are available", shape,
+                     (double)bytes / 0x1p20, (double)bytes * 2 / 0x1p20, (double)available / 0x1p20);
+}
+
 enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error) {
-    uint64_t bytes, available = system_memory_available("");
+    uint64_t bytes;
     if (config->model[0]) return error_set(error, STATUS_INVALID, "--dummy: there is a model already, %.200s", config->model);
     enum status status = model_dummy_bytes(shape, &bytes, error);
+    if (status == STATUS_OK) status = cli_dummy_fits(shape, bytes, system_memory_available(""), error);
     if (status != STATUS_OK) return status;
-    if (bytes > available / 2)
-        return error_set(error, STATUS_NO_MEMORY,
-                         "--dummy %s: %.1f MiB of random weights, and as much for the backend's copy, do not fit the %.1f MiB available", shape,
-                         (double)bytes / 0x1p20, (double)available / 0x1p20);
-    return model_dummy(shape, 1, model, error);
+    struct progress progress;
+    progress_begin(&progress, "making weights");
+    status = model_dummy_told(shape, 1, (struct model_progress){.report = progress_report, .context = &progress}, model, error);
+    progress_end(&progress);
+    return status;
 }
 
 enum status cli_choose_backend(const struct config *config, const struct program *program, struct cli_backend *chosen, struct error *error) {
@@ -79,6 +87,14 @@ enum status cli_choose_backend(const struct config *config, const struct program
 void cli_warn_environment(void) {
     char names[256];
     if (config_unknown_environment(names, sizeof names) > 0) log_warn("environment: no such option: %s", names);
+}
+
+void cli_warn_backend(const struct config *config) {
+    const struct backend_ops *ops = backend_find(config->backend);
+    uint64_t own_bytes = 0;
+    struct error error;
+    if (strcmp(config->weights, "f16") != 0 || !ops || ops->memory(config->device, NULL, &own_bytes, &error) != STATUS_OK || own_bytes > 0) return;
+    log_warn("engine.weights: \"f16\" changes nothing, the %s backend reads weights in the file's types", ops->name);
 }
 
 /* ---- progress ---- */

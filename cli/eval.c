@@ -236,6 +236,7 @@ static enum status prepare(struct eval *eval, struct error *error) {
     if (status == STATUS_OK) status = open_model(eval, error);
     if (status == STATUS_OK) status = choose_prompt(eval, error);
     if (status == STATUS_OK) status = open_text(eval, error);
+    if (status == STATUS_OK) cli_warn_backend(config);
     if (status == STATUS_OK) status = open_lab(eval, error);
     if (status == STATUS_OK) allocate(eval);
     return status;

@@ -143,6 +143,7 @@ uint8_t *eval_token_classes(const struct tokenizer *tokenizer, uint32_t n_vocab)
 
 static void put(struct token_list *list, const int32_t *tokens, size_t n) {
     if (n == 0) return;
+    CHECK(tokens);
     if (list->count + n > list->capacity) {
         list->capacity = 2 * list->capacity + n;
         list->tokens = check_realloc(list->tokens, list->capacity, sizeof *list->tokens);

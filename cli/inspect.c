@@ -25,6 +25,7 @@ int command_inspect(const struct config *config, const char *argument) {
     struct memory_plan plan;
     status = engine_plan_memory(config, model, &plan, &error);
     if (status == STATUS_OK) {
+        cli_warn_backend(config);
         print_demand(model_program(model), &plan, config);
         printf("\n");
         memory_plan_print(&plan, stdout);

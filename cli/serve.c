@@ -115,6 +115,7 @@ int command_serve(const struct config *config, const char *argument) {
         return cli_fail(&error);
     }
     cli_warn_environment();
+    cli_warn_backend(config);
     struct server_setup setup = {.config = config, .start = start, .listening = listening, .ready = ready, .context = &serving};
     status = server_run(&setup, &error);
     model_close(serving.model);

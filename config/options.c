@@ -72,7 +72,7 @@ const struct option_info options[] = {
     {.key = "engine.device", .type = OPTION_COUNT, FIELD(device), .initial = "0", .min = 0, .max = 63, .argument = "N", .commands = EVERY,
      .help = "which accelerator, as the system counts them; 0 alone for backends that use none"},
     {.key = "engine.weights", .type = OPTION_ENUM, FIELD(weights), .initial = "auto", .choices = "auto, f16, native", .argument = "TYPE", .commands = EVERY,
-     .help = "cuda: how weights are kept on the device, widened to f16 or in the file's types; auto: f16, native where f16 would take more than 40 % of the device's memory"},
+     .help = "cuda: how weights are kept on the device, widened to f16 or in the file's types; auto: f16, native where f16 would take more than 40 % of the device's memory. Other backends read the file's types"},
     {.key = "engine.activations", .type = OPTION_ENUM, FIELD(activations), .initial = "8bit", .choices = "8bit, 16bit", .argument = "BITS", .commands = EVERY,
      .help = "cpu: numbers that quantised weights are multiplied with; 16bit is nearer to the model in full precision, and slower. Other backends do not round to so few"},
     {.key = "engine.deterministic", .type = OPTION_BOOL, FIELD(deterministic), .initial = "false", .commands = EVERY,

@@ -2,13 +2,20 @@
 #include "engine/system_memory.h"
 
 #include <errno.h>
-#include <inttypes.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { LINE = 4096, PATH = 4096 };
+
+/* The digits that `text` begins with; `end`: what follows them. false: none, or more than fit. */
+static bool parse_number(const char *text, uint64_t *number, char **end) {
+    if (*text < '0' || *text > '9') return false;
+    errno = 0;
+    *number = strtoull(text, end, 10);
+    return errno == 0;
+}
 
 /* "123" alone on the first line; "max" and everything else: false. */
 static bool read_number(const char *path, uint64_t *number) {
@@ -17,22 +24,19 @@ static bool read_number(const char *path, uint64_t *number) {
     char line[64];
     bool read = fgets(line, sizeof line, file) != NULL;
     (void)fclose(file);
-    if (!read || line[0] < '0' || line[0] > '9') return false;
     char *end;
-    errno = 0;
-    *number = strtoull(line, &end, 10);
-    return errno == 0 && (*end == '\n' || *end == 0);
+    return read && parse_number(line, number, &end) && (*end == '\n' || *end == 0);
 }
 
 /* The number behind "key" at a line's start. */
 static bool read_field(const char *path, const char *key, uint64_t *number) {
     FILE *file = fopen(path, "re");
     if (!file) return false;
-    char line[LINE];
+    char line[LINE], *end;
     size_t length = strlen(key);
     bool found = false;
     while (!found && fgets(line, sizeof line, file))
-        if (strncmp(line, key, length) == 0) found = sscanf(line + length, " %" SCNu64, number) == 1;
+        if (strncmp(line, key, length) == 0) found = parse_number(line + length + strspn(line + length, " \t"), number, &end);
     (void)fclose(file);
     return found;
 }

@@ -43,7 +43,8 @@ struct generator {
     uint64_t seed;
     enum tensor_type matrices;
     uint8_t *bytes; /* NULL: only counting */
-    size_t length;
+    size_t length, whole_length;
+    struct model_progress progress;
     uint64_t parameters, weight_bytes;
 };
 
@@ -92,6 +93,8 @@ static enum status generate(void *context, const struct weight_request *request,
     generator->length += (bytes + DUMMY_ALIGNMENT - 1) / DUMMY_ALIGNMENT * DUMMY_ALIGNMENT;
     generator->parameters += (uint64_t)request->rows * request->cols;
     generator->weight_bytes += bytes;
+    if (generator->progress.report)
+        generator->progress.report(generator->progress.context, (double)generator->length / (double)generator->whole_length);
     return STATUS_OK;
 }
 
@@ -169,8 +172,8 @@ enum status dummy_bytes(const char *name, uint64_t *bytes, struct error *error) 
     return status;
 }
 
-enum status dummy_make(const char *name, uint64_t seed, struct dummy *dummy, struct hyper_parameters *p, struct program **program,
-                       struct error *error) {
+enum status dummy_make(const char *name, uint64_t seed, const struct model_progress *progress, struct dummy *dummy, struct hyper_parameters *p,
+                       struct program **program, struct error *error) {
     const struct shape *shape = find_shape(name, error);
     size_t length;
     if (!shape) return STATUS_INVALID;
@@ -180,7 +183,8 @@ enum status dummy_make(const char *name, uint64_t seed, struct dummy *dummy, str
     *program = NULL;
     status = map_memory(dummy, length, error);
     if (status != STATUS_OK) return status;
-    struct generator generator = {.shape = shape, .seed = seed, .matrices = shape->matrices, .bytes = dummy->bytes};
+    struct generator generator = {
+        .shape = shape, .seed = seed, .matrices = shape->matrices, .bytes = dummy->bytes, .whole_length = length, .progress = *progress};
     struct weight_source source = {.context = &generator, .get = generate};
     status = program_compile(p, &source, program, error);
     if (status == STATUS_OK && mprotect(dummy->bytes, dummy->length, PROT_READ) != 0)

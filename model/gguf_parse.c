@@ -59,10 +59,10 @@ static enum status read_bytes(struct reader *reader, size_t length, const uint8_
 }
 
 static enum status read_number(struct reader *reader, void *value, size_t size) {
-    const uint8_t *bytes = NULL;
-    enum status status = read_bytes(reader, size, &bytes);
-    if (status == STATUS_OK) memcpy(value, bytes, size);
-    return status;
+    if (size > left(reader)) return cut(reader);
+    memcpy(value, reader->bytes + reader->position, size);
+    reader->position += size;
+    return STATUS_OK;
 }
 
 static enum status read_string(struct reader *reader, uint64_t length_max, struct gguf_string *string) {

@@ -51,11 +51,13 @@ enum status model_open(const char *path, struct model **result, struct error *er
     return hand_over(model, load(model, error), result);
 }
 
-static enum status open_dummy(const char *shape, uint64_t seed, __typeof__(dummy_make) *make, struct model **result, struct error *error) {
+/* progress: NULL for one whose weights the backend makes. */
+static enum status open_dummy(const char *shape, uint64_t seed, const struct model_progress *progress, struct model **result, struct error *error) {
     struct model *model = check_calloc(1, sizeof *model);
     model->path = check_strdup(shape);
     model->name = check_strdup(shape);
-    enum status status = make(shape, seed, &model->dummy, &model->parameters, &model->program, error);
+    enum status status = progress ? dummy_make(shape, seed, progress, &model->dummy, &model->parameters, &model->program, error)
+                                  : dummy_make_seeded(shape, seed, &model->dummy, &model->parameters, &model->program, error);
     if (status == STATUS_OK) {
         model->tokenizer = tokenizer_byte_level(model->parameters.n_vocab);
         model->n_parameters = model->dummy.parameters;
@@ -65,11 +67,15 @@ static enum status open_dummy(const char *shape, uint64_t seed, __typeof__(dummy
 }
 
 enum status model_dummy(const char *shape, uint64_t seed, struct model **result, struct error *error) {
-    return open_dummy(shape, seed, dummy_make, result, error);
+    return model_dummy_told(shape, seed, (struct model_progress){0}, result, error);
+}
+
+enum status model_dummy_told(const char *shape, uint64_t seed, struct model_progress progress, struct model **result, struct error *error) {
+    return open_dummy(shape, seed, &progress, result, error);
 }
 
 enum status model_dummy_seeded(const char *shape, uint64_t seed, struct model **result, struct error *error) {
-    return open_dummy(shape, seed, dummy_make_seeded, result, error);
+    return open_dummy(shape, seed, NULL, result, error);
 }
 
 enum status model_dummy_bytes(const char *shape, uint64_t *bytes, struct error *error) { return dummy_bytes(shape, bytes, error); }

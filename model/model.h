@@ -31,6 +31,12 @@ void model_describe(const struct model *model, FILE *out);
 /* A model without a file for tests of what is above: `shape` ("tiny", "smollm2-135m", "llama-3.1-8b") with weights from a seed, made in memory: matrices Q8_0 or Q4_0, vectors f32.
  * Its tokenizer maps bytes to ids 0..255 and has EOS 256. */
 enum status model_dummy(const char *shape, uint64_t seed, struct model **model, struct error *error);
+/* The same, telling how far it is: gigabytes take a while. `report` (NULL: nobody is told) gets the share of the bytes that are made, on this thread, after each tensor; 1 at last. */
+struct model_progress {
+    void (*report)(void *context, double fraction);
+    void *context;
+};
+enum status model_dummy_told(const char *shape, uint64_t seed, struct model_progress progress, struct model **model, struct error *error);
 /* The memory that takes. */
 enum status model_dummy_bytes(const char *shape, uint64_t *bytes, struct error *error);
 /* The same shape without weights, which a backend makes where it wants them (program.random_seed = seed, not 0); matrices are f16. */

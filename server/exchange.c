@@ -332,6 +332,7 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     http->n_exchanges++;
     connection->exchange = exchange;
     connection->begun = false;
+    connection->asked = true;
     connection_watch(connection);
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));

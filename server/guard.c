@@ -5,6 +5,8 @@
 #include <string.h>
 #include <strings.h>
 
+#define GUARD_CHUNK_MAX (1ull << 40) /* more than any body may have */
+
 /* RFC 9110 5.6.2: the characters of a field name. */
 static bool is_token(const char *text, size_t length) {
     if (length == 0) return false;
@@ -63,8 +65,30 @@ static bool next_line(const char *bytes, size_t length, size_t *at, const char *
     return true;
 }
 
-static bool ends_with(const char *line, size_t length, const char *end) {
-    return length >= strlen(end) && memcmp(line + length - strlen(end), end, strlen(end)) == 0;
+static bool refuse(struct guard_refusal *refusal, int status, const char *code, const char *problem) {
+    *refusal = (struct guard_refusal){status, code, problem};
+    return true;
+}
+
+enum version { VERSION_NONE, VERSION_1_0, VERSION_1_1, VERSION_1_X, VERSION_OTHER };
+
+/* The end of a request line. 1.2 and above are read as 1.1 (RFC 9110 2.5); whether they are is the parser's to say. */
+static enum version version_of(const char *line, size_t length) {
+    if (length < 9 || memcmp(line + length - 9, " HTTP/", 6) != 0 || line[length - 2] != '.') return VERSION_NONE;
+    char major = line[length - 3], minor = line[length - 1];
+    if (!isdigit((unsigned char)major) || !isdigit((unsigned char)minor)) return VERSION_NONE;
+    return major != '1' ? VERSION_OTHER : minor == '0' ? VERSION_1_0 : minor == '1' ? VERSION_1_1 : VERSION_1_X;
+}
+
+/* METHOD SP TARGET SP VERSION, and nothing in the target that would end it. */
+static bool is_request_line(const char *line, size_t length) {
+    const char *space = memchr(line, ' ', length);
+    if (!space || !is_token(line, (size_t)(space - line)) || version_of(line, length) == VERSION_NONE) return false;
+    const char *target = space + 1, *end = line + length - 9;
+    if (target >= end) return false;
+    for (const char *c = target; c < end; c++)
+        if ((unsigned char)*c <= 0x20 || *c == 0x7f) return false;
+    return true;
 }
 
 static void head_field(struct guard *guard, const char *line, size_t length) {
@@ -79,36 +103,95 @@ static void head_field(struct guard *guard, const char *line, size_t length) {
     guard_field(guard, line, (size_t)(colon - line), value, (size_t)(end - value));
 }
 
-/* true: a request line and all fields, *at behind them. */
-static bool read_head(const char *bytes, size_t length, struct guard *guard, bool *is_request, bool *http_1_1, size_t *at) {
+/* The size in front of a chunk, and the end of its line. 0: not all of it is here; -1: malformed. */
+static int chunk_size(const char *bytes, size_t length, size_t *at, uint64_t *size) {
+    size_t digits = 0;
+    for (*size = 0; *at < length && isxdigit((unsigned char)bytes[*at]); ++*at, digits++) {
+        unsigned char c = (unsigned char)tolower((unsigned char)bytes[*at]);
+        *size = *size > UINT64_MAX >> 4 ? UINT64_MAX : *size << 4 | (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
+    }
+    if (*at == length) return 0;
+    if (digits == 0) return -1;
+    while (*at < length && (bytes[*at] == ' ' || bytes[*at] == '\t')) ++*at;
+    if (*at == length || (bytes[*at] == '\r' && *at + 1 == length)) return 0;
+    if (bytes[*at] != ';' && bytes[*at] != '\n' && (bytes[*at] != '\r' || bytes[*at + 1] != '\n')) return -1;
     const char *line;
     size_t n;
-    *at = 0;
-    *is_request = false;
-    if (!next_line(bytes, length, at, &line, &n)) return false;
-    *http_1_1 = ends_with(line, n, " HTTP/1.1");
-    *is_request = *http_1_1 || ends_with(line, n, " HTTP/1.0");
-    if (!*is_request) return false;
-    while (next_line(bytes, length, at, &line, &n)) {
-        if (n == 0) return true;
-        head_field(guard, line, n);
+    return next_line(bytes, length, at, &line, &n);
+}
+
+/* Chunks (RFC 9112 7.1) as far as they are here. */
+static bool refuse_chunks(const char *bytes, size_t length, struct guard_refusal *refusal) {
+    uint64_t size;
+    for (size_t at = 0;;) {
+        int whole = chunk_size(bytes, length, &at, &size);
+        if (whole < 0) return refuse(refusal, 400, "bad_framing", "a chunk's size is malformed");
+        if (size > GUARD_CHUNK_MAX) return refuse(refusal, 413, "body_too_large", "a chunk's size is beyond all bodies");
+        if (whole == 0 || size == 0 || size >= length - at) return false; /* its end, or what follows the last one, is not here */
+        at += size;
+        if (bytes[at] == '\r' && ++at == length) return false;
+        if (bytes[at++] != '\n') return refuse(refusal, 400, "bad_framing", "a chunk does not end where its size says");
     }
+}
+
+/* The fields of a request whose line is there: `fields` is where they begin. */
+static bool refuse_fields(const char *bytes, size_t length, size_t fields, enum version version, struct guard_refusal *refusal) {
+    struct guard guard = {0};
+    const char *line;
+    size_t at = fields, n = 1;
+    for (size_t count = 0; next_line(bytes, length, &at, &line, &n) && n > 0; count++) {
+        if (count == GUARD_FIELDS_MAX) return refuse(refusal, 431, "header_too_large", "too many header fields");
+        head_field(&guard, line, n);
+    }
+    const bool whole = n == 0;
+    if ((whole ? at : length) > GUARD_HEAD_MAX) return refuse(refusal, 431, "header_too_large", "the header fields are too long");
+    if (!whole) return false;
+    const char *problem = guard_verdict(&guard, version != VERSION_1_0);
+    if (problem) return refuse(refusal, 400, "bad_framing", problem);
+    return guard.transfer_encodings > 0 && refuse_chunks(bytes + at, length - at, refusal);
+}
+
+/* Could the empty line that ends a head be here, or its second half? */
+static bool may_end_head(const char *bytes, size_t length) {
+    const char *line;
+    size_t at = 0, n;
+    while (next_line(bytes, length, &at, &line, &n))
+        if (n == 0) return true;
     return false;
 }
 
-const char *guard_head(const char *bytes, size_t length) {
-    struct guard guard = {0};
-    bool is_request, http_1_1;
-    size_t at;
-    return read_head(bytes, length, &guard, &is_request, &http_1_1, &at) ? guard_verdict(&guard, http_1_1) : NULL;
+bool guard_bytes(const char *bytes, size_t length, uint64_t before, struct guard_refusal *refusal) {
+    const char *line;
+    size_t at = 0, n = 0;
+    /* What was taken ends no head. */
+    if (before > 0 && before != GUARD_UNKNOWN && before + length > GUARD_HEAD_MAX && (before > GUARD_HEAD_MAX || !may_end_head(bytes, length)))
+        return refuse(refusal, 431, "header_too_large", "the header fields are too long");
+    /* Empty lines in front are nobody's (RFC 9112 2.2). */
+    while (before == 0 && at < length && (bytes[at] == '\n' || (bytes[at] == '\r' && at + 1 < length && bytes[at + 1] == '\n'))) at++;
+    const size_t begin = at;
+    bool whole = next_line(bytes, length, &at, &line, &n);
+    if (before == 0 && (whole ? n : length - begin) > GUARD_LINE_MAX) return refuse(refusal, 414, "uri_too_long", "the request line is too long");
+    if (!whole) return false;
+    enum version version = version_of(line, n);
+    if (before == 0 && !is_request_line(line, n)) return refuse(refusal, 400, "bad_request_line", "the request line is not METHOD TARGET HTTP/1.1");
+    if (before == 0 && version == VERSION_OTHER)
+        return refuse(refusal, 505, "http_version_not_supported", "the versions spoken are HTTP/1.0 and HTTP/1.1");
+    if (version != VERSION_1_0 && version != VERSION_1_1) return false;
+    return refuse_fields(bytes + begin, length - begin, at - begin, version, refusal);
 }
 
 bool guard_cut_short(const char *bytes, size_t length) {
     struct guard guard = {0};
-    bool is_request, http_1_1;
-    size_t at;
-    if (!read_head(bytes, length, &guard, &is_request, &http_1_1, &at)) return is_request;
-    if (guard.transfer_encodings) return !ends_with(bytes + at, length - at, "\r\n\r\n");
+    const char *line;
+    size_t at = 0, n = 0;
+    if (!next_line(bytes, length, &at, &line, &n) || !is_request_line(line, n)) return false;
+    bool whole = false;
+    while (!whole && next_line(bytes, length, &at, &line, &n)) {
+        whole = n == 0;
+        if (!whole) head_field(&guard, line, n);
+    }
+    if (!whole) return true;
+    if (guard.transfer_encodings) return length - at < 4 || memcmp(bytes + length - 4, "\r\n\r\n", 4) != 0;
     return length - at < guard.content_length;
 }
 
@@ -143,7 +226,8 @@ static bool is_loopback_4(const char *name, size_t length) {
 static bool same_host(const char *name, size_t length, const char *other, size_t other_length) {
     if (length == other_length && strncasecmp(name, other, length) == 0) return true;
     /* An IPv6 address stands in brackets in Host, and without in the configuration. */
-    return length == other_length + 2 && name[0] == '[' && strncasecmp(name + 1, other, other_length) == 0 && name[length - 1] == ']';
+    return memchr(other, ':', other_length) && length == other_length + 2 && name[0] == '[' && strncasecmp(name + 1, other, other_length) == 0 &&
+           name[length - 1] == ']';
 }
 
 bool guard_host_allowed(const char *host, const char *bound, const char *allowed) {

@@ -4,12 +4,13 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 struct guard {
     unsigned content_lengths, transfer_encodings, hosts;
     unsigned long long content_length; /* of the last one, where nothing is wrong */
-    bool encoded;        /* a Content-Encoding other than identity: nothing wrong, but nothing that is understood here */
-    const char *problem; /* first thing wrong; NULL: none so far */
+    bool encoded;                      /* a Content-Encoding other than identity: nothing wrong, but nothing that is understood here */
+    const char *problem;               /* first thing wrong; NULL: none so far */
 };
 
 /* One field as it was received; value may be NULL. `value_length` is what the parser counted: an embedded NUL makes it differ from strlen. */
@@ -17,9 +18,26 @@ void guard_field(struct guard *guard, const char *name, size_t name_length, cons
 /* After all fields: NULL, or why the request must be refused and the connection closed. */
 const char *guard_verdict(const struct guard *guard, bool http_1_1);
 
-/* The same over a whole head as it lies in the socket, before libmicrohttpd reads it: it answers a bad Content-Length or a missing Host by itself, with two heads and HTML, and lets a
- * NUL or an empty name pass. NULL: nothing wrong, or the head is not complete, or these bytes do not begin with a request line (then the guard over the parsed fields decides). */
-const char *guard_head(const char *bytes, size_t length);
+/* ---- bytes as they lie in the socket, before libmicrohttpd reads them: what it refuses by itself it answers in HTML, some of it with two heads; a NUL or an empty name it lets pass. On a connection that was just taken it reads right after the look: what comes in between is its own to answer, as is
+ * a chunked body that comes later than its head ---- */
+
+/* Less than what fits into the memory that libmicrohttpd has for a connection, so that it never has to say so. */
+#define GUARD_LINE_MAX 8192u  /* bytes of a request line */
+#define GUARD_HEAD_MAX 16384u /* of a request line and its fields */
+#define GUARD_FIELDS_MAX 128u
+
+#define GUARD_UNKNOWN UINT64_MAX
+
+struct guard_refusal {
+    int status;
+    const char *code, *problem; /* static */
+};
+
+/* What is certainly wrong with the request that begins or goes on here: its line, the size of its head, its fields, the framing of a chunked body as far as that lies behind the head.
+ * `before`: bytes of the connection that libmicrohttpd has taken and made no request of yet; 0: these are the first. GUARD_UNKNOWN after the first request, as bytes may have come with
+ * the one before: then only what begins with a whole request line is looked at.
+ * false: nothing wrong, or too little is there to say so (then libmicrohttpd and the guard over the parsed fields decide). */
+bool guard_bytes(const char *bytes, size_t length, uint64_t before, struct guard_refusal *refusal);
 /* These are all bytes that come, from the first of a request on: they begin one and do not end it. False where that cannot be told. */
 bool guard_cut_short(const char *bytes, size_t length);
 

@@ -22,6 +22,7 @@ struct connection {
     int socket;
     uint64_t deadline_ns; /* 0: none */
     uv_poll_t watcher;
+    bool asked;       /* a request began: what libmicrohttpd has read since may be of the next */
     bool half_closed; /* the peer has sent its last byte */
     bool gone;        /* the peer left, or a deadline passed */
     bool begun;       /* bytes of a request came, and it is not yet an exchange */

@@ -392,7 +392,7 @@ bool json_string_equals(const struct json_document *document, uint32_t node, con
     if (!string->escaped) return strlen(text) == string->length && memcmp(document->text + string->start, text, string->length) == 0;
     struct buffer bytes = {0};
     json_string_append(document, node, &bytes);
-    bool equal = bytes.length == strlen(text) && memcmp(bytes.bytes, text, bytes.length) == 0;
+    bool equal = bytes.length == strlen(text) && (bytes.length == 0 || memcmp(bytes.bytes, text, bytes.length) == 0);
     buffer_done(&bytes);
     return equal;
 }

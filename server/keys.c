@@ -100,6 +100,7 @@ enum status keys_load(struct keys *keys, const char *path, struct error *error) 
         size_t length = 0;
         enum status status = read_file(path, &text, &length, error);
         if (status != STATUS_OK) return status;
+        CHECK(text);
         status = parse(path, text, length, &found, error);
         explicit_bzero(text, length);
         free(text);

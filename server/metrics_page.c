@@ -1,6 +1,7 @@
 /* The page of metrics.h in Prometheus' text format 0.0.4. Base units, HELP and TYPE once a family, counters end in _total (promtool check metrics). Loop thread. */
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -27,8 +28,7 @@ static void number(struct buffer *out, double value) {
     char text[40];
     for (int digits = 6; digits <= 17; digits++) {
         (void)snprintf(text, sizeof text, "%.*g", digits, value);
-        double back;
-        if (sscanf(text, "%lf", &back) == 1 && back == value) break;
+        if (strtod(text, NULL) == value) break;
     }
     buffer_append_text(out, text);
 }
@@ -228,7 +228,7 @@ static void process_metrics(struct page *page, const struct metrics_view *view) 
     unsigned long pages = 0;
     FILE *file = fopen("/proc/self/statm", "re");
     if (file) {
-        if (fscanf(file, "%*u %lu", &pages) != 1) pages = 0;
+        if (fgets(words, sizeof words, file)) pages = strtoul(words + strcspn(words, " "), NULL, 10); /* "all resident ..." */
         (void)fclose(file);
     }
     head(page, "kvasir_build_info", "gauge", "The version and what computes.");

@@ -9,6 +9,7 @@
 #include "server/guard.h"
 #include "server/http_internal.h"
 #include "server/reply.h"
+#include "server/taken.h"
 
 #define DRAIN_BYTES_MAX (1u << 20)
 
@@ -35,22 +36,24 @@ bool wire_ended(const struct connection *connection) {
 bool wire_look(struct connection *connection) {
     struct http *http = connection->http;
     struct api_error error;
+    struct guard_refusal refusal;
+    /* Until a request has begun, all that was taken is of this one. */
+    uint64_t taken = connection->asked ? GUARD_UNKNOWN : socket_bytes_taken(connection->socket);
     ssize_t n;
     do n = recv(connection->socket, http->look, HTTP_LOOK_BYTES, MSG_PEEK | MSG_DONTWAIT);
     while (n < 0 && errno == EINTR);
-    const char *problem = n > 0 ? guard_head(http->look, (size_t)n) : NULL, *code = "bad_framing";
-    bool all = n > 0 && n < HTTP_LOOK_BYTES && !connection->begun;
-    if (all && !problem && guard_cut_short(http->look, (size_t)n) && (connection->half_closed || wire_ended(connection))) {
-        problem = "it ends before its end";
-        code = "truncated_body";
+    if (n <= 0) return false;
+    bool all = n < HTTP_LOOK_BYTES && !connection->begun;
+    connection->begun = true;
+    if (!guard_bytes(http->look, (size_t)n, taken, &refusal)) {
+        if (!all || !guard_cut_short(http->look, (size_t)n) || !(connection->half_closed || wire_ended(connection))) return false;
+        refusal = (struct guard_refusal){.status = 400, .code = "truncated_body", .problem = "it ends before its end"};
     }
-    if (n > 0) connection->begun = true;
-    if (!problem) return false;
     char id[32];
     (void)snprintf(id, sizeof id, "%s%08llx", http->id_prefix, (unsigned long long)http->next_id++);
-    api_error_set(&error, 400, "invalid_request_error", code, NULL, "The request is malformed: %s.", problem);
+    api_error_set(&error, refusal.status, "invalid_request_error", refusal.code, NULL, "The request is malformed: %s.", refusal.problem);
     wire_refuse(connection, id, &error);
-    http->hooks.refused(http->hooks.context, error.status, problem);
+    http->hooks.refused(http->hooks.context, error.status, refusal.problem);
     /* Nothing of it is for libmicrohttpd: it finds the end of the stream. Unread bytes would turn the close into a reset, and the answer would be lost. */
     for (size_t drained = 0; drained < DRAIN_BYTES_MAX; drained += (size_t)n) {
         n = recv(connection->socket, http->look, HTTP_LOOK_BYTES, MSG_DONTWAIT);

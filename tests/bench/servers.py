@@ -27,7 +27,9 @@ def own_environment():
 
 
 class Server:
-    def __init__(self, command, port):
+    """`port` None: the server chooses it and prints "listening on URL"."""
+
+    def __init__(self, command, port=None):
         self.port = port
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, env=own_environment())
@@ -43,16 +45,25 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"{self.process.args[0]}: exit status {self.process.returncode}: {self.words()}")
             try:
-                self.get("/health")
-                return
+                self.port = self.port or self._port_printed()
+                if self.port:
+                    self.get("/health")
+                    return
             except OSError:  # not listening yet, or 503: loading
-                if time.monotonic() > end:
-                    raise RuntimeError(f"{self.process.args[0]}: not ready in {READY_S} s: {self.words()}") from None
-                time.sleep(0.05)
+                pass
+            if time.monotonic() > end:
+                raise RuntimeError(f"{self.process.args[0]}: not ready in {READY_S} s: {self.words()}")
+            time.sleep(0.05)
+
+    def _printed(self):
+        return os.pread(self.log.fileno(), os.fstat(self.log.fileno()).st_size, 0).decode("utf-8", "replace")  # the server writes where the file's own position is
+
+    def _port_printed(self):
+        match = re.search(r"^listening on \S+:(\d+)$", self._printed(), re.M)
+        return match and int(match[1])
 
     def words(self):
-        self.log.seek(0)
-        return self.log.read()[-600:].decode("utf-8", "replace").strip()
+        return self._printed()[-600:].strip()
 
     def get(self, path):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
@@ -99,8 +110,7 @@ class Server:
 
 
 def kvasir(program, *flags):
-    port = free_port()
-    return Server([program, "serve", "--port", port, "--log-level", "warn", *flags], port)
+    return Server([program, "serve", "--port", 0, "--log-level", "warn", *flags])
 
 
 def llama_server(folder, *flags):

@@ -17,7 +17,8 @@ import unittest
 
 HERE = pathlib.Path(__file__).resolve().parent
 BUILD = pathlib.Path(os.environ["KVASIR_BUILD"])
-DEADLINE = 120
+DEADLINE = 300  # a bound for a machine on which much else runs, not a time
+CONTEXT, LONG = 8192, 8000  # LONG: tokens of streams that something else is to end, however late it comes
 sys.path[:0] = [str(HERE), str(HERE.parent / "cli")]
 
 import machine  # noqa: E402
@@ -101,10 +102,13 @@ class Compare(unittest.TestCase):
 
     def test_what_the_peer_prints(self):
         known = compare.scenarios()
-        self.assertEqual(compare.peer_speed('noise [x]\n'.replace("[x]", "") + json.dumps([{"samples_ts": [3, 1, 2]}]), known["prompt-512"]), 2)
-        self.assertEqual(compare.peer_speed('\n{"speed_tg": 5.0}\nnoise\n{"speed_tg": 7.0}\n{"speed_tg": 6.0}\n', known["decode-1"]), 6)
+        self.assertEqual(compare.peer_speed(known["prompt-512"], "noise\n" + json.dumps([{"samples_ts": [3, 1, 2]}]), ""), 2)
+        self.assertEqual(compare.peer_speed(known["decode-1"], '\n{"speed_tg": 5.0}\nnoise\n', '{"speed_tg": 7.0}\n{"speed_tg": 6.0}\n'), 6)
         with self.assertRaises(RuntimeError):
-            compare.peer_speed("nothing\n", known["decode-1"])
+            compare.peer_speed(known["decode-1"], "nothing\n", "")
+
+    def test_what_kvasir_prints(self):
+        self.assertEqual(compare.kvasir_speed('{"rows": [{"tok_s": 7.5}]}\n', "2000-01-01T00:00:00.000Z info  loading: 40 %\n"), 7.5)
 
 
 class FixedPool(unittest.TestCase):
@@ -160,10 +164,21 @@ class EndToEnd(unittest.TestCase):
         cls.addClassCleanup(cls.folder.cleanup)
         cls.path = pathlib.Path(cls.folder.name)
         cls.model = cls.path / "tiny.gguf"
-        cls.model.write_bytes(tiny_gguf.build())
+        cls.model.write_bytes(tiny_gguf.changed("llama.context_length", tiny_gguf.U32, CONTEXT))
+        # The real programs, but a machine that never moves: pairs are not repeated.
+        cls.build = cls.path / "build"
+        (cls.build / "tests/bench").mkdir(parents=True)
+        for name in ("kvasir", "tests/bench/load"):
+            (cls.build / name).symlink_to((BUILD / name).resolve())
+        cls.program(cls.build / "tests/bench/bandwidth", "print(50.0)")
+
+    @staticmethod
+    def program(path, text):
+        path.write_text(f"#!{sys.executable}\n{textwrap.dedent(text)}")
+        path.chmod(0o755)
 
     def run_script(self, name, *words, status=0):
-        done = subprocess.run([sys.executable, HERE / name, "--out", self.path / "out", "--model", self.model, "--build", BUILD, *map(str, words)], capture_output=True, text=True, timeout=DEADLINE)
+        done = subprocess.run([sys.executable, HERE / name, "--out", self.path / "out", "--model", self.model, "--build", self.build, *map(str, words)], capture_output=True, text=True, timeout=DEADLINE)
         self.assertEqual(done.returncode, status, done.stdout + done.stderr)
         return done.stdout + done.stderr
 
@@ -177,9 +192,7 @@ class EndToEnd(unittest.TestCase):
         (folder / "default/bin").mkdir(parents=True)
         (folder / "peer.json").write_text(json.dumps({"package": "p", "version": "1", "llama_cpp_commit": "c", "compiler": "cc", "variants": ["default"]}))
         for name, text in programs.items():
-            path = folder / "default/bin" / name.replace("_", "-")
-            path.write_text(f"#!{sys.executable}\n{textwrap.dedent(text)}")
-            path.chmod(0o755)
+            self.program(folder / "default/bin" / name.replace("_", "-"), text)
         return folder
 
     # ---- the load client ----
@@ -204,16 +217,17 @@ class EndToEnd(unittest.TestCase):
     def test_arrival(self):
         # Steps so long that the whole prompt is one: 100 rows at 500 a second are a gap of 0.2 s for the others, which ends after the prompt's first token.
         with self.mock("--mock-tokens-per-second", "500", "--step-ms", "60000") as server:
-            result = servers.load(BUILD / "tests/bench/load", server.port, streams=2, prompt=8, tokens=240, arrive="100:1:4", ids="0-256", timeout=DEADLINE)
+            result = servers.load(BUILD / "tests/bench/load", server.port, streams=2, prompt=8, tokens=LONG, arrive="100:1:4", ids="0-256", timeout=DEADLINE)
             arrival = result["arrival"]
             self.assertGreater(arrival["ttft_s"], 0.19)
             self.assertEqual(arrival["others_over_before"], 0)
             self.assertGreaterEqual(arrival["others_gap_s"]["count"], 2)
-            self.assertGreater(arrival["others_gap_s"]["max"], 0.19)
+            # The gaps of each of the two cover the time between; when the client was let read what had come, only the machine knows.
+            self.assertGreater(arrival["others_gap_s"]["max"] * arrival["others_gap_s"]["count"], 2 * 0.19)
             *others, arrived = result["each"]
             for _, _, last, _, tokens, _ in others:
                 self.assertGreater(last, arrived[1])  # heard of again
-                self.assertLess(tokens, 240)
+                self.assertLess(tokens, LONG)
             self.assertEqual(result["whole"], 1)  # the run ends soon after what arrived
 
     def test_failures_are_told(self):
@@ -228,7 +242,7 @@ class EndToEnd(unittest.TestCase):
 
     def test_interrupted_it_reports_what_there_was(self):
         with self.mock("--mock-tokens-per-second", "50") as server:
-            command = servers.load_command(BUILD / "tests/bench/load", server.port, streams=2, prompt=4, tokens=200, ids="0-256")
+            command = servers.load_command(BUILD / "tests/bench/load", server.port, streams=2, prompt=4, tokens=LONG, ids="0-256")
             load = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             end = time.monotonic() + DEADLINE
             while server.metrics()["kvasir_computed_generation_tokens_total"] < 4:
@@ -281,7 +295,7 @@ class EndToEnd(unittest.TestCase):
         self.assertEqual(result["results"]["prompt-512"]["summary"]["rounds"], 1)
 
     def test_ended_early_the_scripts_keep_what_there_is(self):
-        """The peer's third run waits for ever; by then one pair is whole."""
+        """The peer's third run waits for ever; by then two pairs are whole."""
         calls = pathlib.Path(tempfile.mkdtemp(dir=self.path))
         peer = self.peer(llama_bench="", llama_batched_bench=f"""
             import pathlib, signal
@@ -294,7 +308,7 @@ class EndToEnd(unittest.TestCase):
         for program, name, more in (("compare", "early", ["--rounds", 3, "--scenario", "decode-8", "--scenario", "decode-1", "--no-tune"]), ("all", "decode", ["--only", "decode", "--rounds", 3])):
             for path in calls.iterdir():
                 path.unlink()
-            words = [sys.executable, HERE / program, "--out", self.path / "out", "--model", self.model, "--build", BUILD, "--peer", peer, *(["--name", name, "--threads", 1] if program == "compare" else []), *more]
+            words = [sys.executable, HERE / program, "--out", self.path / "out", "--model", self.model, "--build", self.build, "--peer", peer, *(["--name", name, "--threads", 1] if program == "compare" else []), *more]
             script = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             end = time.monotonic() + DEADLINE
             while not (calls / "2").exists():
@@ -306,14 +320,14 @@ class EndToEnd(unittest.TestCase):
             self.assertEqual(script.returncode, 130, printed)
             self.assertFalse(self.result(name)["complete"])
             if program == "compare":
-                self.assertIn(len(self.result(name)["results"]["decode-8"]["pairs"]), (1, 2))  # a pair in which the machine moved took the second run
+                self.assertEqual(len(self.result(name)["results"]["decode-8"]["pairs"]), 2)
 
     def test_server_compare(self):
         peer = self.peer(llama_server=f"""
             import os, sys
             port = sys.argv[sys.argv.index("--port") + 1]
             os.execv({str(BUILD / "kvasir")!r}, ["kvasir", "serve", "--port", port, "--backend", "mock", "--mock-tokens-per-second", "500", "-m", {str(self.model)!r}])""")
-        self.run_script("server-compare", "--peer", peer, "--threads", 1, "--rounds", 1, "--streams", 3, "--prompt", 16, "--tokens", 8, "--decoding", 2, "--decoding-tokens", 230,
+        self.run_script("server-compare", "--peer", peer, "--threads", 1, "--rounds", 1, "--streams", 3, "--prompt", 16, "--tokens", 8, "--decoding", 2, "--decoding-tokens", LONG,
                         "--long-prompt", 150, "--ubatch", 64, "--ids", "0-256", "--warm-prompt", 16, "--flag=--backend=mock", "--flag=--mock-tokens-per-second=500")
         result = self.result("server")
         self.assertTrue(result["complete"])

@@ -1,5 +1,6 @@
 """The built program as a black box: what it prints, and the rule every failure keeps: exit 2, one line on stderr that begins "kvasir: ", nothing on stdout."""
 import os
+import re
 import subprocess
 import tempfile
 import unittest
@@ -8,11 +9,15 @@ PROGRAM = os.environ["KVASIR_PROGRAM"]
 SOURCE = os.environ["KVASIR_SOURCE"]
 SHORT = os.environ.get("KVASIR_TEST_SHORT", "") not in ("", "0")
 DEADLINE = 300
+# What took long says how far it is: nothing that a test waits for or forbids, as it depends on the machine alone.
+PROGRESS = re.compile(rb"^(?:<6>|\S+Z )info +(?:loading|making weights|measuring): \d+ %(?:, about \d+:\d\d left)?\n", re.M)
 
 
 def kvasir(*arguments, environment=None, cwd=None):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("KVASIR_")}
-    return subprocess.run([PROGRAM, *arguments], env={**clean, **(environment or {})}, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, cwd=cwd)
+    done = subprocess.run([PROGRAM, *arguments], env={**clean, **(environment or {})}, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, cwd=cwd)
+    done.stderr = PROGRESS.sub(b"", done.stderr)
+    return done
 
 
 class Case(unittest.TestCase):

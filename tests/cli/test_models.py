@@ -32,6 +32,18 @@ class Models(Case):
         words = self.refused("inspect", path, "--backend", "cuda", "--device", "63")
         self.assertRegex(words, r'engine\.backend: (this build has no "cuda"|cuda: no CUDA device)')
 
+    def test_f16_weights_are_said_to_change_nothing(self):
+        """Where there is no device to widen them for. The file's own types are what such a backend reads, and need no word."""
+        path = self.file("tiny.gguf", gguf.build())
+        commands = {"inspect": (), "bench": ("-p", "4", "-n", "0", "-r", "1")}
+        for command, more in commands.items():
+            for backend in ("cpu", "reference", "mock") if command == "inspect" else ("cpu",):
+                done = kvasir(command, path, "--backend", backend, "--weights", "f16", *more)
+                words = done.stderr.decode()
+                self.assertEqual((done.returncode, words.count("\n")), (0, 1), words)
+                self.assertRegex(words, rf'warn +engine\.weights: "f16" changes nothing, the {backend} backend ')
+                self.works(command, path, "--backend", backend, "--weights", "native", *more)
+
     def test_what_is_no_model(self):
         self.refused("inspect", os.path.join(self.folder.name, "absent.gguf"), says=["absent.gguf", "No such file"])
         self.refused("inspect", self.folder.name, says=self.folder.name)

@@ -1,5 +1,5 @@
 /* The head of a request, any bytes: what the guards let pass has one reading. Rooms: server
- * Whatever guard_head accepts is read again here by a second, strict reader of our own, which must find at most one length, no length beside chunked, and only whole field names. */
+ * Whatever guard_bytes accepts is read again here by a second, strict reader of our own, which must find at most one length, no length beside chunked, and only whole field names. */
 #include <ctype.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -50,7 +50,8 @@ static void check_accepted(const char *bytes, size_t end) {
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const char *bytes = (const char *)data;
     size_t end = head_end(bytes, size);
-    const char *problem = guard_head(bytes, size);
+    struct guard_refusal refusal;
+    bool problem = guard_bytes(bytes, size, GUARD_UNKNOWN, &refusal);
     const char *first = memchr(bytes ? bytes : "", '\n', size);
     if (end && !problem) {
         size_t n = (size_t)(first - bytes);
@@ -59,7 +60,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         /* An empty line right behind the request line leaves no fields to look at. */
         if (request && first + 1 < bytes + end) check_accepted(bytes, end);
     }
-    if (!first || !end) CHECK(!problem || first); /* nothing is said of what is not there yet */
+    CHECK(!problem || (first && (end || refusal.status == 431))); /* nothing is said of what is not there yet, but that it is too much */
+    /* At the beginning of a connection no less is refused. */
+    struct guard_refusal more;
+    if (problem) CHECK(guard_bytes(bytes, size, 0, &more));
+    if (size > 0) (void)guard_bytes(bytes, size, 1 + (unsigned char)bytes[0] * 100u, &more);
 
     /* Hosts: the text up to the first zero byte. What is allowed is one of few names, whatever stands around it. */
     struct buffer host = {0};

@@ -391,14 +391,22 @@ class Limits(harness.DaemonCase):
 
     def test_large_headers(self):
         for headers in ({"X-Large": "x" * 60_000}, {f"X-{i}": "y" * 20 for i in range(5000)}, {"Authorization": "Bearer " + "k" * 100_000}):
-            with self.daemon.connect() as connection:
+            with self.daemon.connect_seen() as connection:
                 connection.try_send(raw.request_bytes("GET", "/health", headers=headers))
-                self.assertEqual(connection.read_response().status, 431)
+                self.assertError(connection.read_response(), 431)
                 self.assertTrue(connection.is_closed())
-        with self.daemon.connect() as connection:
+        with self.daemon.connect_seen() as connection:
             connection.try_send(raw.request_bytes("GET", "/health?" + "a" * 100_000))
-            self.assertIn(connection.read_response().status, (414, 431))
-        self.assertEqual(self.daemon.get("/health", {"X-Some": "x" * 8000}).status, 200)
+            self.assertError(connection.read_response(), 414)
+            self.assertTrue(connection.is_closed())
+        with self.daemon.connect_seen() as connection:  # piece by piece, and no end
+            for part in [b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ", *[b"y" * 1000] * 40]:
+                connection.try_send(part)
+                self.assertEqual(self.daemon.get("/health").status, 200)  # what came before was read
+            self.assertError(connection.read_response(), 431)
+            self.assertTrue(connection.is_closed())
+        self.assertEqual(self.daemon.get("/health", {"X-Some": "x" * 16_000}).status, 200)
+        self.assertEqual(self.daemon.get("/health", {f"X-{i}": "x" * 100 for i in range(120)}).status, 200)
         self.assertWorks()
 
 
@@ -407,9 +415,9 @@ class Framing(harness.DaemonCase):
 
     flags = (*harness.MOCK, "--header-timeout", "2s", "--body-timeout", "3s")
 
-    def smuggle(self, head, body=b"", allowed=(400,), html=False):
-        """Sends it; nothing but errors may come back, and the connection must close. What libmicrohttpd itself finds is answered by it: in HTML, and with its head twice."""
-        with self.daemon.connect() as connection:
+    def smuggle(self, head, body=b"", allowed=(400,)):
+        """Sends it; nothing but one error in OpenAI's form may come back, and the connection must close."""
+        with self.daemon.connect_seen() as connection:
             connection.try_send(head.replace(b"\n", b"\r\n") + b"\r\n\r\n" + body)
             try:
                 response = connection.read_response()
@@ -419,9 +427,8 @@ class Framing(harness.DaemonCase):
             self.assertEqual(response.header("Connection"), "close", response)
             rest = connection.read_to_end()
             self.assertNotRegex(connection.raw, rb"HTTP/1\.1 [123]")
-            if not (html and b"<html>" in connection.raw):
-                self.assertEqual(rest, b"")
-                self.assertEqual(set(response.json()["error"]), {"message", "type", "param", "code"})
+            self.assertEqual(rest, b"")
+            self.assertEqual(set(response.json()["error"]), {"message", "type", "param", "code"})
 
     HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
     POST = b"POST /v1/completions HTTP/1.1\nHost: localhost\nContent-Type: application/json"
@@ -438,14 +445,14 @@ class Framing(harness.DaemonCase):
         ]
         for case in cases:
             with self.subTest(case=case):
-                self.smuggle(self.POST + case, b"0\r\n\r\n" + self.HIDDEN, (400, 413, 501), html=True)
+                self.smuggle(self.POST + case, b"0\r\n\r\n" + self.HIDDEN, (400, 413, 501))
         self.assertWorks()
 
     def test_two_hosts(self):
         for case in (b"GET /v1/models HTTP/1.1\nHost: localhost\nHost: localhost", b"GET /v1/models HTTP/1.1\nHost: localhost\nhost: evil.example",
                      b"GET /v1/models HTTP/1.1", b"GET /v1/models HTTP/1.1\nX: y", b"GET /v1/models HTTP/1.1\nHost : localhost"):
             with self.subTest(case=case):
-                self.smuggle(case, html=True)
+                self.smuggle(case)
 
     def test_malformed_fields(self):
         for case in (b"\nX y: z", b"\n: empty", b"\nX-\x01: y", b"\nX: a\x00b", b"\nX(y): z", b'\nX"y: z', b"\nX: \x7f\x01"):
@@ -455,13 +462,14 @@ class Framing(harness.DaemonCase):
     def test_malformed_request_lines(self):
         for case in (b"GET", b"GET /", b"GET  /health HTTP/1.1", b"GET /health", b"GET /health HTTP/9.9", b"GET /health HTTP/1.1 x", b"GET /health http/1.1", b"\x16\x03\x01\x02\x00\x01\x00",
                      b"GET health HTTP/1.1", b"GET http://evil.example/health HTTP/1.1", b"CONNECT evil.example:443 HTTP/1.1", b"G\x00T /health HTTP/1.1", b"SSH-2.0-x", b"PRI * HTTP/2.0"):
-            with self.subTest(case=case), self.daemon.connect() as connection:
+            with self.subTest(case=case), self.daemon.connect_seen() as connection:
                 connection.try_send(case + b"\r\nHost: localhost\r\n\r\n")
                 connection.try_shutdown()
                 answer = connection.read_to_end()
                 self.assertNotIn(b"\r\n200 ", answer)
-                if answer and not answer.startswith(b"HTTP/1.1 200"):
-                    self.assertRegex(answer, rb"^HTTP/1\.[01] [45]\d\d ")
+                if not answer.startswith(b"HTTP/1.1 200"):
+                    self.assertRegex(answer, rb"^HTTP/1\.1 (400|403|404|405|505) ")
+                    self.assertEqual(set(json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]), {"message", "type", "param", "code"})
         self.assertWorks()
 
     def test_mutations_of_a_request(self):
@@ -494,7 +502,7 @@ class Framing(harness.DaemonCase):
         for chunks in (b"zz\r\n" + body, b"-5\r\nabcde\r\n0\r\n\r\n", b"+5\r\nabcde\r\n0\r\n\r\n", b"0x5\r\nabcde\r\n0\r\n\r\n", b"ffffffffffffffff\r\nabc", b"10000000000000000000\r\nabc",
                        b"5\r\nabcdeXX0\r\n\r\n", b"5 5\r\nabcde\r\n0\r\n\r\n", b"\r\nabc\r\n0\r\n\r\n", b"7fffffffffffffff\r\nabc"):
             with self.subTest(chunks=chunks[:40]):
-                self.smuggle(head, chunks + self.HIDDEN, (400, 408, 413), html=True)
+                self.smuggle(head, chunks + self.HIDDEN, (400, 413))
         self.assertWorks()
 
     def test_chunked_body(self):

@@ -1,5 +1,7 @@
 /* Ranking, cutting and listing the slots that stay, on every backend that computes and for every KV dtype: keys bit for bit those that the backend's own scores make by the oracle
- * (kernels/select.c), cuts and lists those of slow searches through the keys, and a compaction by a list that stayed in the backend. */
+ * (kernels/select.c), cuts and lists those of slow searches through the keys, and a compaction by a list that stayed in the backend. Then the same on arrays, where lanes have any length
+ * and positions: blocks whose slots go together (kernels/kivi.h). */
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -146,37 +148,39 @@ static int ascending(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-/* The least of the group's keys at which enough comes free, tried one after another. */
-static void expect_cut(const struct cache *cache, uint32_t (*keys)[TOKENS], const uint32_t *n_protected, const struct cut_request *request,
-                       uint32_t group, const struct cut_lane *got) {
-    uint32_t first = group * request->lanes_each, end = first + request->lanes_each, n = 0, threshold = 0;
+/* What a round of requests about one ranking is measured against. */
+struct expected {
+    uint32_t keys[LANES][TOKENS], n_protected[LANES], n_joined[LANES];
+};
+
+/* The least of the group's keys at which enough comes free, tried one after another; where nothing is enough, a key above all. */
+static void expect_cut(const struct cache *cache, const struct expected *expected, const struct cut_request *request, uint32_t group,
+                       const struct cut_lane *got) {
+    const uint32_t(*keys)[TOKENS] = expected->keys, *n_protected = expected->n_protected;
+    uint32_t first = group * request->lanes_each, end = first + request->lanes_each, n = 0, threshold = RANK_PROTECTED;
     static uint32_t all[LANES * TOKENS];
-    uint64_t possible = 0;
-    for (uint32_t l = first; l < end; l++) {
+    for (uint32_t l = first; l < end; l++)
         for (uint32_t i = 0; i < cache->lane_tokens[l]; i++)
             if (keys[l][i] != RANK_PROTECTED) all[n++] = keys[l][i];
-        possible += select_units(cache->lane_tokens[l], n_protected[l], request->unit, UINT32_MAX);
-    }
-    if (request->needed[group] == 0 || request->needed[group] > possible) {
-        for (uint32_t l = first; l < end && request->needed[group] == 0; l++) assert_true(got[l].below == 0 && got[l].equal == 0);
-        return; /* nothing is asked, or more than there is: all count as below */
-    }
+    if (request->needed[group] == 0) n = 0, threshold = 0; /* nothing is asked */
     qsort(all, n, sizeof *all, ascending);
     for (uint32_t k = 0; k < n; k++) {
         uint64_t freed = 0;
-        threshold = all[k];
+        if (k > 0 && all[k] == all[k - 1]) continue;
         for (uint32_t l = first; l < end; l++) {
             uint32_t count = 0;
-            for (uint32_t i = 0; i < cache->lane_tokens[l]; i++) count += keys[l][i] != RANK_PROTECTED && keys[l][i] <= threshold;
+            for (uint32_t i = 0; i < cache->lane_tokens[l]; i++) count += keys[l][i] != RANK_PROTECTED && keys[l][i] <= all[k];
             freed += select_units(cache->lane_tokens[l], n_protected[l], request->unit, count);
         }
-        if (freed >= request->needed[group]) break;
+        if (freed < request->needed[group]) continue;
+        threshold = all[k];
+        break;
     }
     for (uint32_t l = first; l < end; l++) {
         uint32_t below = 0, equal = 0;
-        for (uint32_t i = 0; i < cache->lane_tokens[l]; i++) {
+        for (uint32_t i = 0; i < cache->lane_tokens[l] && request->needed[group] > 0; i++) {
             below += keys[l][i] < threshold;
-            equal += keys[l][i] == threshold;
+            equal += keys[l][i] == threshold && threshold != RANK_PROTECTED;
         }
         if (got[l].below != below || got[l].equal != equal)
             fail_msg("%s: unit %u, %u needed: lane %u has %u below and %u equal, expected %u and %u", cache->ops->name, request->unit,
@@ -184,38 +188,101 @@ static void expect_cut(const struct cache *cache, uint32_t (*keys)[TOKENS], cons
     }
 }
 
-static void check_cuts(const struct cache *cache, struct array_backend *array, uint32_t (*keys)[TOKENS], const uint32_t *n_protected,
-                       struct random *random) {
+/* The rule of KIVI dtypes, block by block: the slots of one that the row at `next` reads as codes get one key, the highest among them. Returns how many slots that are. */
+static uint32_t expect_join(uint32_t *keys, const int32_t *positions, uint32_t n, int32_t next) {
+    uint32_t joined = 0;
+    for (uint32_t first = 0; first + BLOCK_TOKENS <= n && positions[first + BLOCK_TOKENS - 1] + 1 + KIVI_RESIDUAL <= next; first += BLOCK_TOKENS) {
+        uint32_t sorted[BLOCK_TOKENS];
+        memcpy(sorted, keys + first, sizeof sorted);
+        qsort(sorted, BLOCK_TOKENS, sizeof *sorted, ascending);
+        for (uint32_t i = 0; i < BLOCK_TOKENS; i++) keys[first + i] = sorted[BLOCK_TOKENS - 1];
+        joined += BLOCK_TOKENS;
+    }
+    return joined;
+}
+
+/* One slot after another goes, the one with the lowest key, of equals the newest, and with it its block if that is joined: until enough have gone, or the rest must stay. */
+static uint32_t expect_keep(const uint32_t *keys, uint32_t n, uint32_t joined, uint32_t evict, uint32_t *keep) {
+    bool gone[TOKENS] = {false};
+    uint32_t n_gone = 0, n_keep = 0;
+    while (n_gone < evict) {
+        uint32_t worst = n;
+        for (uint32_t i = n; i-- > 0;)
+            if (!gone[i] && keys[i] != RANK_PROTECTED && (worst == n || keys[i] < keys[worst])) worst = i;
+        if (worst == n) break;
+        uint32_t first = worst < joined ? worst / BLOCK_TOKENS * BLOCK_TOKENS : worst, count = worst < joined ? BLOCK_TOKENS : 1;
+        for (uint32_t i = first; i < first + count; i++) {
+            assert_true(!gone[i] && keys[i] == keys[worst]);
+            gone[i] = true;
+        }
+        n_gone += count;
+    }
+    for (uint32_t i = 0; i < n; i++)
+        if (!gone[i]) keep[n_keep++] = i;
+    return n_keep;
+}
+
+static void check_cuts(const struct cache *cache, const struct expected *expected, struct random *random) {
     static const uint32_t each[] = {1, HEADS, LANES}, units[] = {1, 8, BLOCK_TOKENS};
     uint32_t needed[LANES];
-    struct cut_lane got[LANES], host[LANES];
+    struct cut_lane got[LANES];
     struct cut_request request = {.lanes_each = each[random_below(random, 3)], .unit = units[random_below(random, 3)], .needed = needed};
     for (uint32_t g = 0; g < LANES / request.lanes_each; g++)
         needed[g] = random_below(random, 4) ? random_below(random, TOKENS / request.unit + 2) : random_below(random, 2) * 5000;
     memset(got, 0xa5, sizeof got);
     cache->ops->cut(cache->backend, &request, got);
-    host_cut(&array->backend, &request, host);
-    assert_memory_equal(got, host, sizeof got);
-    for (uint32_t g = 0; g < LANES / request.lanes_each; g++) expect_cut(cache, keys, n_protected, &request, g, got);
+    for (uint32_t g = 0; g < LANES / request.lanes_each; g++) expect_cut(cache, expected, &request, g, got);
+}
+
+/* Keys from scores and positions; joined where the dtype's blocks are. */
+static void expect_keys(const struct cache *cache, const struct rank_request *request, const float *scores, struct expected *expected) {
+    for (uint32_t l = 0; l < LANES; scores += cache->lane_tokens[l++]) {
+        const uint32_t n = cache->lane_tokens[l];
+        const int32_t *positions = cache->positions[l];
+        for (uint32_t i = 0; i < n; i++) {
+            bool stays = positions[i] < request->protect_below || positions[i] > request->protect_above;
+            expected->keys[l][i] = stays ? RANK_PROTECTED : select_key(scores[i]);
+        }
+        bool joins = cache->backend->joins_blocks;
+        expected->n_joined[l] = joins ? expect_join(expected->keys[l], positions, n, request->score.last_position + 1) : 0;
+        expected->n_protected[l] = 0;
+        for (uint32_t i = 0; i < n; i++) expected->n_protected[l] += expected->keys[l][i] == RANK_PROTECTED;
+    }
+}
+
+/* Lists what stays, asks once more, which changes nothing. `lists` [LANES * TOKENS], one lane's behind the other's slots. Returns how many slots went beyond what was asked for. */
+static uint32_t check_lists(const struct cache *cache, const struct expected *expected, struct random *random, struct kept_lane *got,
+                            uint32_t *lists) {
+    uint32_t evict[LANES], beyond = 0;
+    for (uint32_t l = 0; l < LANES; l++)
+        evict[l] = random_below(random, 4) ? random_below(random, cache->lane_tokens[l] + 1) : random_below(random, 2) * TOKENS;
+    for (int asked = 0; asked < 2; asked++) {
+        uint32_t *list = lists;
+        memset(got, 0xa5, LANES * sizeof *got);
+        cache->ops->keep(cache->backend, evict, got, asked == 1 || random_below(random, 2) ? lists : NULL);
+        for (uint32_t l = 0; l < LANES; list += cache->lane_tokens[l++]) {
+            uint32_t keep[TOKENS], n = cache->lane_tokens[l], most = n - expected->n_protected[l], moved = 0;
+            const uint32_t n_keep = expect_keep(expected->keys[l], n, expected->n_joined[l], evict[l], keep);
+            while (moved < n_keep && keep[moved] == moved) moved++;
+            if (got[l].n_keep != n_keep || got[l].first_moved != moved)
+                fail_msg("%s: lane %u of %u slots, %u joined, %u to evict: %u stay, the first moved is %u; expected %u and %u", cache->ops->name, l,
+                         n, expected->n_joined[l], evict[l], got[l].n_keep, got[l].first_moved, n_keep, moved);
+            if (asked == 1) assert_memory_equal(list, keep, n_keep * sizeof *keep);
+            beyond += asked == 1 ? n - n_keep - (evict[l] < most ? evict[l] : most) : 0;
+        }
+    }
+    return beyond;
 }
 
 /* Lists, and a compaction into free blocks by the lists that stayed in the backend: each slot is known by its position. */
-static void check_keep(const struct cache *cache, struct array_backend *array, struct random *random) {
-    static uint32_t lists[LANES * TOKENS], host_lists[LANES * TOKENS];
-    uint32_t evict[LANES], next = POOL / 2;
+static void check_keep(const struct cache *cache, const struct expected *expected, struct random *random) {
+    static uint32_t lists[LANES * TOKENS];
+    uint32_t next = POOL / 2;
     int32_t positions[LANE_BLOCKS * BLOCK_TOKENS];
-    struct kept_lane got[LANES], host[LANES];
+    struct kept_lane got[LANES];
     struct compaction items[LANES];
-    for (uint32_t l = 0; l < LANES; l++)
-        evict[l] = random_below(random, 4) ? random_below(random, cache->lane_tokens[l] + 1) : random_below(random, 2) * TOKENS;
-    memset(got, 0xa5, sizeof got);
-    cache->ops->keep(cache->backend, evict, got, random_below(random, 2) ? lists : NULL);
-    host_keep(&array->backend, evict, host, host_lists);
-    assert_memory_equal(got, host, sizeof got);
-    cache->ops->keep(cache->backend, evict, got, lists); /* asking again changes nothing */
-    size_t at = 0;
-    for (uint32_t l = 0; l < LANES; at += cache->lane_tokens[l++]) {
-        assert_memory_equal(lists + at, host_lists + at, got[l].n_keep * sizeof *lists);
+    (void)check_lists(cache, expected, random, got, lists);
+    for (uint32_t l = 0; l < LANES; l++) {
         items[l] = (struct compaction){.source = cache->ids + cache->lane_first[l],
                                        .n_slots = cache->lane_tokens[l],
                                        .n_keep = got[l].n_keep,
@@ -224,30 +291,36 @@ static void check_keep(const struct cache *cache, struct array_backend *array, s
         next += blocks_of(got[l].n_keep);
     }
     cache->ops->compact(cache->backend, LANES, items);
-    at = 0;
+    size_t at = 0;
     for (uint32_t l = 0; l < LANES; at += cache->lane_tokens[l++]) {
         cache->ops->read_positions(cache->backend, blocks_of(got[l].n_keep), items[l].destination, positions);
         for (uint32_t i = 0; i < got[l].n_keep; i++) assert_int_equal(positions[i], cache->positions[l][lists[at + i]]);
     }
 }
 
-static void check_round(struct cache *cache, struct random *random) {
-    static float scores[LANES * TOKENS], host_scores[LANES * TOKENS];
-    static uint32_t keys[LANES][TOKENS];
-    struct rank_request request = draw_request(cache, random);
-    uint32_t n_protected[LANES], host_protected[LANES];
+/* Numbers that the backend's own scores must give, by the oracle of ranking. */
+static void host_ranking(const struct cache *cache, const struct rank_request *request, uint32_t *n_protected, float *scores) {
     struct array_lane lanes[LANES];
-    read_scores(cache, &request);
     for (uint32_t l = 0; l < LANES; l++)
         lanes[l] =
             (struct array_lane){.n_slots = cache->lane_tokens[l], .positions = cache->positions[l], .raw = cache->raw[l], .norms = cache->norms[l]};
     struct array_backend *array = array_backend_new(LANES / HEADS, HEADS, GROUP, lanes);
-    struct rank_request host = request;
+    struct rank_request host = *request;
     host.score.block_ids = array->block_ids;
     host.score.lane_first = array->lane_first;
     host.score.lane_tokens = array->lane_tokens;
     array->backend.joins_blocks = cache->backend->joins_blocks;
-    host_rank(&array->backend, &host, host_protected, host_scores);
+    host_rank(&array->backend, &host, n_protected, scores);
+    array_backend_free(array);
+}
+
+static void check_round(struct cache *cache, struct random *random) {
+    static float scores[LANES * TOKENS], host_scores[LANES * TOKENS];
+    static struct expected expected;
+    struct rank_request request = draw_request(cache, random);
+    uint32_t n_protected[LANES], host_protected[LANES];
+    read_scores(cache, &request);
+    host_ranking(cache, &request, host_protected, host_scores);
     memset(scores, 0xa5, sizeof scores);
     memset(n_protected, 0xa5, sizeof n_protected);
     cache->ops->rank(cache->backend, &request, n_protected, random_below(random, 2) ? scores : NULL);
@@ -255,21 +328,15 @@ static void check_round(struct cache *cache, struct random *random) {
     cache->ops->rank(cache->backend, &request, n_protected, scores);
     size_t at = 0;
     for (uint32_t l = 0; l < LANES; at += cache->lane_tokens[l++])
-        for (uint32_t i = 0; i < cache->lane_tokens[l]; i++) {
+        for (uint32_t i = 0; i < cache->lane_tokens[l]; i++)
             if (memcmp(&scores[at + i], &host_scores[at + i], sizeof *scores) != 0)
                 fail_msg("%s, kind %d, fold %d, pooling %d of %u, value power %u: lane %u slot %u has %.9g, expected %.9g", cache->ops->name,
                          request.score.kind, request.fold, request.pooling, request.pooling_kernel, request.value_power, l, i, (double)scores[at + i],
                          (double)host_scores[at + i]);
-            bool stays = cache->positions[l][i] < request.protect_below || cache->positions[l][i] > request.protect_above;
-            keys[l][i] = stays ? RANK_PROTECTED : select_key(scores[at + i]);
-        }
-    for (uint32_t l = 0; l < LANES && cache->backend->joins_blocks; l++) { /* test_kivi.c has its oracle */
-        uint32_t more = 0;
-        (void)select_join(keys[l], cache->positions[l], cache->lane_tokens[l], TOKENS, &more);
-    }
-    for (int i = 0; i < 3; i++) check_cuts(cache, array, keys, n_protected, random);
-    for (int i = 0; i < 2; i++) check_keep(cache, array, random);
-    array_backend_free(array);
+    expect_keys(cache, &request, scores, &expected);
+    assert_memory_equal(n_protected, expected.n_protected, sizeof n_protected);
+    for (int i = 0; i < 3; i++) check_cuts(cache, &expected, random);
+    for (int i = 0; i < 2; i++) check_keep(cache, &expected, random);
 }
 
 static void test_choice(const struct backend_ops *ops, enum kv_dtype dtype) {
@@ -291,6 +358,75 @@ static void test_on_every_backend(void **state) {
             if ((*ops)->block_bytes(program, (enum kv_dtype)dtype) > 0) test_choice(*ops, (enum kv_dtype)dtype);
     }
     tiny_program_free(program);
+}
+
+/* ---- arrays ---- */
+
+/* A lane of any length, blocks and remainders alike; positions with gaps as evictions leave them; few different scores, so that many are equal. */
+static void draw_lane(struct cache *cache, uint32_t lane, struct random *random) {
+    const uint32_t kinds = 1 + random_below(random, 12), gaps = random_below(random, 3) * 20;
+    int32_t position = (int32_t)random_below(random, 5) - 1;
+    uint32_t n = random_below(random, TOKENS + 1);
+    if (random_below(random, 3) == 0) n = n / BLOCK_TOKENS * BLOCK_TOKENS;
+    cache->lane_tokens[lane] = n;
+    for (uint32_t i = 0; i < n; i++) {
+        cache->positions[lane][i] = position += 1 + (int32_t)(random_below(random, 8) == 0 ? random_below(random, gaps + 1) : 0);
+        cache->raw[lane][i] = random_below(random, 50) == 0 ? (float)NAN : (float)random_below(random, kinds) - 2;
+    }
+}
+
+/* Lanes that are nobody's cache: every length, age and tie, as no run of a model would give them. Where blocks are joined, each stays or goes whole. */
+static void test_on_arrays(bool joins) {
+    static struct cache cache;
+    static struct expected expected;
+    static uint32_t lists[LANES * TOKENS];
+    struct random random = {joins ? 17 : 19};
+    uint32_t beyond = 0, joined = 0;
+    for (uint32_t round = 0; round < 20 * ROUNDS; round++) {
+        struct array_lane lanes[LANES];
+        struct kept_lane kept[LANES];
+        uint32_t n_protected[LANES];
+        static float scores[LANES * TOKENS];
+        int32_t newest = 0;
+        for (uint32_t l = 0; l < LANES; l++) {
+            draw_lane(&cache, l, &random);
+            uint32_t n = cache.lane_tokens[l];
+            lanes[l] = (struct array_lane){.n_slots = n, .positions = cache.positions[l], .raw = cache.raw[l]};
+            if (n > 0 && cache.positions[l][n - 1] > newest) newest = cache.positions[l][n - 1];
+        }
+        struct array_backend *array = array_backend_new(LANES / HEADS, HEADS, GROUP, lanes);
+        array->backend.joins_blocks = joins;
+        cache.backend = &array->backend;
+        cache.ops = array->backend.ops;
+        struct rank_request request = {.source = RANK_SCORES,
+                                       .score = {.kind = SCORE_KEYDIFF,
+                                                 .last_position = newest + (int32_t)random_below(&random, 3) * 40,
+                                                 .block_ids = array->block_ids,
+                                                 .lane_first = array->lane_first,
+                                                 .lane_tokens = array->lane_tokens},
+                                       .protect_below = random_below(&random, 6),
+                                       .protect_above = (int64_t)newest - random_below(&random, random_below(&random, 10) ? 40 : TOKENS)};
+        cache.ops->rank(cache.backend, &request, n_protected, scores);
+        expect_keys(&cache, &request, scores, &expected);
+        assert_memory_equal(n_protected, expected.n_protected, sizeof n_protected);
+        check_cuts(&cache, &expected, &random);
+        for (int i = 0; i < 2; i++) beyond += check_lists(&cache, &expected, &random, kept, lists) > 0;
+        for (uint32_t l = 0; l < LANES; l++) joined += expected.n_joined[l] > 0;
+        array_backend_free(array);
+    }
+    if (joins) /* blocks that could not be split did come up */
+        assert_true(beyond > 5 * ROUNDS && joined > 20 * ROUNDS);
+    else
+        assert_true(beyond == 0 && joined == 0);
+}
+
+static void test_slots_on_arrays(void **state) {
+    (void)state;
+    test_on_arrays(false);
+}
+static void test_joined_blocks_on_arrays(void **state) {
+    (void)state;
+    test_on_arrays(true);
 }
 
 /* Bits of floats in the order of floats; NaN below all. */
@@ -323,7 +459,7 @@ static void test_units(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_keys_are_in_order), cmocka_unit_test(test_units),
-                                       cmocka_unit_test(test_on_every_backend)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_keys_are_in_order), cmocka_unit_test(test_units), cmocka_unit_test(test_slots_on_arrays),
+                                       cmocka_unit_test(test_joined_blocks_on_arrays), cmocka_unit_test(test_on_every_backend)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -311,6 +311,35 @@ static void test_dummies_follow_their_seed(void **state) {
     assert_null(other);
 }
 
+struct told {
+    double last;
+    uint32_t count;
+};
+
+static void tell(void *context, double fraction) {
+    struct told *told = context;
+    assert_true(fraction > told->last && fraction <= 1);
+    told->last = fraction;
+    told->count++;
+}
+
+/* Told once a tensor, and only while bytes are made: 2 layers of 9 tensors, the embedding, the last norm, the head. */
+static void test_dummies_tell_how_far_they_are(void **state) {
+    (void)state;
+    struct told told = {0};
+    struct model *model = NULL, *silent = NULL;
+    struct error error = {0};
+    assert_int_equal(model_dummy_told("tiny", 1, (struct model_progress){tell, &told}, &model, &error), STATUS_OK);
+    assert_true(told.last == 1);
+    assert_int_equal(told.count, 2 * 9 + 3);
+    assert_int_equal(model_dummy("tiny", 1, &silent, &error), STATUS_OK);
+    assert_memory_equal(embedding(model)->data, embedding(silent)->data, tensor_bytes(embedding(model)));
+    model_close(model);
+    model_close(silent);
+    assert_int_equal(model_dummy_told("enormous", 1, (struct model_progress){tell, &told}, &model, &error), STATUS_INVALID);
+    assert_int_equal(told.count, 2 * 9 + 3);
+}
+
 /* Shapes without weights: nothing of 16 GB is allocated. */
 static void test_seeded_dummies(void **state) {
     (void)state;
@@ -360,6 +389,7 @@ int main(void) {
         cmocka_unit_test(test_the_window_bounds_the_context),
         cmocka_unit_test(test_open_and_describe),
         cmocka_unit_test(test_dummies_follow_their_seed),
+        cmocka_unit_test(test_dummies_tell_how_far_they_are),
         cmocka_unit_test(test_seeded_dummies),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,4 +1,4 @@
-/* The small parts: stop strings, one choice's text, offsets and finishes, keys, SHA-256, guards, metrics text, notify. */
+/* The small parts: stop strings, one choice's text, offsets and finishes, keys, SHA-256, metrics text, notify. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -15,7 +15,6 @@
 #include "base/random.h"
 #include "model/tokenizer_load.h"
 #include "server/choice.h"
-#include "server/guard.h"
 #include "server/keys.h"
 #include "server/metrics.h"
 #include "server/notify.h"
@@ -253,96 +252,6 @@ static void test_keys(void **state) {
     assert_null(keys_from_headers(NULL, NULL, &length));
 }
 
-/* ---- guards ---- */
-
-static void test_hosts(void **state) {
-    (void)state;
-    static const char *const good[] = {"localhost", "LocalHost:8080", "localhost.",  "127.0.0.1",       "127.0.0.1:1", "127.9.8.7",
-                                       "[::1]",     "[::1]:99999",    "api.example", "API.EXAMPLE:443", "10.0.0.5:80", "b.example"};
-    static const char *const wrong[] = {"",
-                                        ":80",
-                                        "evil.example",
-                                        "localhost.evil.example",
-                                        "127.0.0.1.evil.example",
-                                        "127.0.0.1@evil.example",
-                                        "localhost:80x",
-                                        "localhost:999999",
-                                        "[::1",
-                                        "[::2]",
-                                        "127.1",
-                                        "1127.0.0.1",
-                                        "xapi.example",
-                                        "localhost, api.example",
-                                        "localhost/"};
-    for (size_t i = 0; i < sizeof good / sizeof *good; i++)
-        if (!guard_host_allowed(good[i], "10.0.0.5", " api.example , b.example")) fail_msg("refused: %s", good[i]);
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
-        if (guard_host_allowed(wrong[i], "10.0.0.5", " api.example , b.example")) fail_msg("accepted: %s", wrong[i]);
-    assert_true(guard_host_allowed("whatever.example:1", "", "*"));
-    assert_true(guard_host_allowed("[fe80::1]:80", "fe80::1", ""));
-    assert_true(guard_origin_allowed("http://localhost:3000", "", ""));
-    assert_false(guard_origin_allowed("http://evil.example", "", ""));
-    assert_false(guard_origin_allowed("null", "", ""));
-}
-
-static void test_heads(void **state) {
-    (void)state;
-    static const char *const good[] = {
-        "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
-        "GET / HTTP/1.0\r\n\r\n",
-        "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9223372036854775807\r\n\r\nrest: \x01\r\n",
-        "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\tchunked \r\nX-Empty:\r\n\r\n",
-        "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n", /* not complete: nothing is said yet */
-        "lth HTTP/1.1\r\nHost: a\r\n\r\n",          /* the end of a line that was read already */
-        "Content-Length: x\r\n\r\n",
-    };
-    static const char *const wrong[] = {
-        "GET / HTTP/1.1\r\n\r\n",
-        "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
-        "GET / HTTP/1.1\r\nHost: a\r\nX y: z\r\n\r\n",
-        "GET / HTTP/1.1\r\nHost: a\r\nX : z\r\n\r\n",
-        "GET / HTTP/1.1\r\nHost: a\r\n: z\r\n\r\n",
-        "GET / HTTP/1.1\r\nHost: a\r\nnonsense\r\n\r\n",
-        "GET / HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n",
-        "GET / HTTP/1.1\r\nHost: a\r\n folded: x\r\n\r\n",
-        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: \r\n\r\n",
-        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1 1\r\n\r\n",
-        "POST / HTTP/1.1\r\nHost: a\r\ncontent-length: 1\r\nContent-Length: 1\r\n\r\n",
-        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n",
-        "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
-    };
-    for (size_t i = 0; i < sizeof good / sizeof *good; i++)
-        if (guard_head(good[i], strlen(good[i]))) fail_msg("refused (%s): %s", guard_head(good[i], strlen(good[i])), good[i]);
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
-        if (!guard_head(wrong[i], strlen(wrong[i]))) fail_msg("accepted: %s", wrong[i]);
-    assert_non_null(guard_head("GET / HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n", 33));
-}
-
-static void test_cut_short(void **state) {
-    (void)state;
-    static const struct {
-        const char *bytes;
-        bool cut;
-    } cases[] = {
-        {"", false},
-        {"GET / HT", false}, /* perhaps no request at all */
-        {"GET / HTTP/1.1\r\n", true},
-        {"GET / HTTP/1.1\r\nHost: a\r\n", true},
-        {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", false},
-        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n", true},
-        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n123456789", true},
-        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n1234567890", false},
-        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n1234567890GET /", false}, /* the next one is not looked at */
-        {"POST / HTTP/1.1\r\nContent-Length: 9999999999999999999\r\n\r\n1", true},
-        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", true},
-        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n", true},
-        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", false},
-    };
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        if (guard_cut_short(cases[i].bytes, strlen(cases[i].bytes)) != cases[i].cut) fail_msg("wrong: %s", cases[i].bytes);
-}
-
 /* ---- metrics ---- */
 
 /* Every line is a comment or `name{labels} number`; HELP and TYPE come once and before their samples; buckets ascend and end in the count. */
@@ -468,9 +377,8 @@ static int teardown(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_stop_in_pieces), cmocka_unit_test(test_choice), cmocka_unit_test(test_offsets), cmocka_unit_test(test_sha256),
-        cmocka_unit_test(test_keys),           cmocka_unit_test(test_hosts),  cmocka_unit_test(test_heads),   cmocka_unit_test(test_cut_short),
-        cmocka_unit_test(test_metrics),        cmocka_unit_test(test_notify),
+        cmocka_unit_test(test_stop_in_pieces), cmocka_unit_test(test_choice),  cmocka_unit_test(test_offsets), cmocka_unit_test(test_sha256),
+        cmocka_unit_test(test_keys),           cmocka_unit_test(test_metrics), cmocka_unit_test(test_notify),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -1,0 +1,313 @@
+/* How connections and the daemon itself begin, break and end: framing, deadlines, clients that leave or do not read, loading, reload, drain. The whole server in this process, over real
+ * sockets, on a fake engine. What it answers is in test_server.c. */
+#include <sys/socket.h>
+
+#include "daemon.h"
+
+static void test_loading_and_failure(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_new(NULL);
+    expect(daemon->port, "GET", "/health", NULL, NULL, 503, "Retry-After: ");
+    expect(daemon->port, "POST", "/v1/completions", NULL, "{\"prompt\":\"a\"}", 503, "\"code\":\"loading\"");
+    expect(daemon->port, "GET", "/metrics", NULL, NULL, 200, "kvasir_ready{model_name=\"\"} 0");
+    load(daemon, 'f');
+    wait_for(daemon, 'e');
+    assert_int_equal(daemon->status, STATUS_INVALID);
+    assert_string_equal(daemon->error.text, "model.gguf: not a model");
+    say(daemon, 'e');
+    daemon_join(daemon);
+}
+
+static char config_path[] = "/tmp/kvasir-test-config-XXXXXX";
+
+static void write_config(const char *text) {
+    FILE *file = fopen(config_path, "w");
+    assert_non_null(file);
+    assert_true(fputs(text, file) >= 0);
+    assert_int_equal(fclose(file), 0);
+}
+
+static void with_file(struct config *config) {
+    struct error error;
+    (void)snprintf(config->config_file, sizeof config->config_file, "%s", config_path);
+    assert_int_equal(config_load_file(config, config_path, &error), STATUS_OK);
+}
+
+/* A body of `length` spaces: what is wrong with it, its size or that it is no JSON, tells which limit holds. Reloads take effect between two requests. */
+static void until_spaces_get(const struct daemon *daemon, int length, int status) {
+    char body[8192];
+    (void)snprintf(body, sizeof body, "%*s", length, "");
+    until_status(daemon->port, body, status);
+}
+
+static void test_reload(void **state) {
+    (void)state;
+    int fd = mkstemp(config_path);
+    assert_true(fd >= 0);
+    (void)close(fd);
+    write_config("[server]\nmax_body = \"2KiB\"\n");
+    struct daemon *daemon = daemon_ready(with_file);
+    until_spaces_get(daemon, 3000, 413);
+    write_config("[server]\nmax_body = \"4KiB\"\n");
+    assert_int_equal(kill(getpid(), SIGHUP), 0);
+    until_spaces_get(daemon, 3000, 400);                           /* read, and not JSON */
+    write_config("[server]\nmax_body = \"8KiB\"\nmax_bodi = 1\n"); /* broken: nothing changes */
+    assert_int_equal(kill(getpid(), SIGHUP), 0);
+    write_config("[server]\nmax_body = \"4KiB\"\nport = 1\n"); /* needs a restart: the rest is taken */
+    assert_int_equal(kill(getpid(), SIGHUP), 0);
+    until_spaces_get(daemon, 5000, 413);
+    until_spaces_get(daemon, 3000, 400);
+    daemon_end(daemon);
+    assert_int_equal(unlink(config_path), 0);
+}
+
+static void test_drain(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_ready(NULL);
+    FAKE_SET(daemon->engine, held, true);
+    int fd = dial(daemon->port), idle = dial(daemon->port);
+    const char *body = "{\"prompt\":\"abc\",\"max_tokens\":3}";
+    send_request(fd, "POST", COMPLETIONS, NULL, body);
+    until_metric(daemon->port, "kvasir_requests_waiting", 1);
+    assert_int_equal(kill(getpid(), SIGTERM), 0);
+    /* No new connections; who has one is told to go elsewhere */
+    struct buffer told = {0};
+    for (int i = 0; i < 100 && !(told.bytes && strstr(told.bytes, "\"code\":\"draining\"")); i++) { /* until the signal was seen */
+        buffer_done(&told);
+        send_text(idle, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        told = receive(idle, "}\n");
+    }
+    assert_non_null(strstr(told.bytes, "HTTP/1.1 503"));
+    assert_non_null(strstr(told.bytes, "Retry-After: "));
+    buffer_done(&told);
+    dial_refused(daemon->port);
+    FAKE_SET(daemon->engine, held, false);
+    struct buffer answer = receive(fd, NULL); /* the one in flight is answered */
+    assert_non_null(strstr(answer.bytes, "\"text\":\"abc\""));
+    assert_non_null(strstr(answer.bytes, "Connection: close"));
+    buffer_done(&answer);
+    (void)close(fd);
+    (void)close(idle);
+    daemon_join(daemon);
+}
+
+static void no_patience(struct config *config) { config->drain_timeout_s = 0; }
+
+/* The drain's time is over: a stream is told, and the daemon ends all the same. */
+static void test_drain_timeout(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_ready(no_patience);
+    FAKE_SET(daemon->engine, budget, 1);
+    FAKE_SET(daemon->engine, counted, true);
+    int fd = start_stream(daemon->port, 1000);
+    assert_int_equal(kill(getpid(), SIGTERM), 0);
+    struct buffer got = receive(fd, NULL);
+    assert_non_null(strstr(got.bytes, "\"code\":\"shutting_down\""));
+    assert_non_null(strstr(got.bytes, "data: [DONE]\n\n"));
+    buffer_done(&got);
+    (void)close(fd);
+    daemon_join(daemon);
+}
+
+static void test_client_gone(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_ready(NULL);
+    static const char *const bodies[] = {"{\"prompt\":\"abc\",\"max_tokens\":300}", "{\"prompt\":\"abc\",\"max_tokens\":300,\"stream\":true}"};
+    for (int i = 0; i < 4; i++) {
+        const char *body = bodies[i % 2];
+        FAKE_SET(daemon->engine, held, true);
+        int fd = dial(daemon->port);
+        send_request(fd, "POST", COMPLETIONS, NULL, body);
+        until_metric(daemon->port, "kvasir_requests_waiting", 1);
+        if (i < 2) { /* RST instead of FIN */
+            struct linger linger = {.l_onoff = 1, .l_linger = 0};
+            assert_int_equal(setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger), 0);
+        }
+        (void)close(fd);
+        until_metric(daemon->port, "kvasir_clients_gone_total", i + 1);
+        FAKE_SET(daemon->engine, held, false);
+        until_metric(daemon->port, "kvasir_requests_waiting", 0);
+        until_metric(daemon->port, "kvasir_requests_running", 0);
+    }
+    assert_int_equal(daemon->engine->aborts, 4);
+    daemon_end(daemon);
+}
+
+static void short_stall(struct config *config) { config->stall_timeout_s = config->heartbeat_s = 1; }
+
+/* A client that reads nothing is cut off, and the engine told; one that waits in vain gets a comment. */
+static void test_stall_and_heartbeat(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_ready(short_stall);
+    int fd = dial_slow(daemon->port);
+    send_request(fd, "POST", COMPLETIONS, NULL, "{\"prompt\":\"abc\",\"max_tokens\":4000,\"stream\":true,\"logprobs\":20}");
+    until_metric(daemon->port, "kvasir_clients_gone_total", 1);
+    until_metric(daemon->port, "kvasir_requests_running", 0);
+    (void)close(fd);
+    FAKE_SET(daemon->engine, budget, 1);
+    FAKE_SET(daemon->engine, counted, true);
+    fd = start_stream(daemon->port, 1000);
+    struct buffer got = receive(fd, "\r\n:\n\n\r\n"); /* a chunk that is a comment and nothing else */
+    assert_non_null(strstr(got.bytes, "\r\n:\n\n\r\n"));
+    buffer_done(&got);
+    (void)close(fd);
+    FAKE_SET(daemon->engine, counted, false);
+    daemon_end(daemon);
+}
+
+/* 'R'unning, 'S'leeping, ... of the loop's thread */
+static char loop_state(const struct daemon *daemon) {
+    char path[64], line[512] = "";
+    (void)snprintf(path, sizeof path, "/proc/self/task/%d/stat", daemon->thread_id);
+    FILE *file = fopen(path, "r");
+    assert_non_null(file);
+    assert_non_null(fgets(line, sizeof line, file));
+    assert_int_equal(fclose(file), 0);
+    const char *name_end = strrchr(line, ')');
+    assert_true(name_end && name_end[1] == ' ');
+    return name_end[2];
+}
+
+/* A connection that the server has taken and found empty, and now it sleeps: what is sent then wakes it, and its guard looks first. While it is awake libmicrohttpd may. */
+static int dial_seen(const struct daemon *daemon) {
+    int fd = dial(daemon->port);
+    uint64_t end = clock_now_ns() + CLIENT_WAIT_MS * 1000000ull;
+    expect(daemon->port, "GET", "/health", NULL, NULL, 200, NULL); /* came later */
+    while (loop_state(daemon) != 'S')
+        if (clock_now_ns() > end) fail_msg("the server never sleeps");
+    return fd;
+}
+
+/* Sends `bytes` and another request behind it; one JSON error is all that may come back. `bytes` is told in what fails. */
+static void expect_refused(const struct daemon *daemon, const char *bytes, const char *begins) {
+    int fd = dial_seen(daemon);
+    send_text(fd, bytes);
+    (void)send(fd, "GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n", 42, MSG_NOSIGNAL);
+    struct buffer got = receive(fd, NULL); /* to the end: the connection was closed */
+    if (strstr(got.bytes, "\"version\"")) fail_msg("smuggled behind:\n%.200s\n%s", bytes, got.bytes);
+    if (strncmp(got.bytes, begins, strlen(begins)) != 0) fail_msg("not %s:\n%.200s\n%s", begins, bytes, got.bytes);
+    if (strstr(got.bytes + 1, "HTTP/1.1 ") || !strstr(got.bytes, "{\"error\":{\"message\":"))
+        fail_msg("not one JSON answer:\n%.200s\n%s", bytes, got.bytes);
+    buffer_done(&got);
+    (void)close(fd);
+}
+
+/* Two requests in one write: what the parser may not take for one, two or half of one. */
+static void test_framing(void **state) {
+    (void)state;
+    static const char *const bad[] = {
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length : 5\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked, identity\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
+        "GET /health HTTP/1.1\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\n: nameless\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\001b\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n Content-Length: 7\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: +5\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5,5\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        "GET /health HTTP/1.1 \r\nHost: localhost\r\n\r\n",
+        "GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0x2\r\n{}\r\n0\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}}\r\n0\r\n\r\n",
+    };
+    struct daemon *daemon = daemon_ready(NULL);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) expect_refused(daemon, bad[i], "HTTP/1.1 400");
+    expect(daemon->port, "GET", "/health", NULL, NULL, 200, NULL);
+    /* Pipelining itself is fine */
+    int fd = dial(daemon->port);
+    send_text(fd, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    struct buffer got = receive(fd, NULL);
+    assert_non_null(strstr(got.bytes, "{\"status\":\"ok\"}"));
+    assert_non_null(strstr(got.bytes, "\"version\""));
+    buffer_done(&got);
+    (void)close(fd);
+    daemon_end(daemon);
+}
+
+/* What would be too much for libmicrohttpd's memory never gets there: in one piece or in many, on the first request. What is just not too much is answered. */
+static void test_sizes_of_heads(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_ready(NULL);
+    char *text = check_calloc(70001, 1);
+    expect_refused(daemon, "GET /health HTTP/2.0\r\n\r\n", "HTTP/1.1 505");
+    (void)snprintf(text, 70001, "GET /%*s", 20000, "");
+    for (size_t i = 5; text[i]; i++) text[i] = 'a';
+    expect_refused(daemon, text, "HTTP/1.1 414");
+    size_t n = (size_t)snprintf(text, 70001, "GET /health HTTP/1.1\r\nHost: localhost\r\n");
+    for (int i = 0; i < 200; i++) n += (size_t)snprintf(text + n, 70001 - n, "X-%d: y\r\n", i);
+    expect_refused(daemon, text, "HTTP/1.1 431");
+    int fd = dial_seen(daemon);
+    send_text(fd, "GET /health HTTP/1.1\r\nHost: localhost\r\nX: ");
+    memset(text, 'y', 1000);
+    for (int i = 0; i < 100 && send(fd, text, 1000, MSG_NOSIGNAL) == 1000; i++)
+        until_metric(daemon->port, "kvasir_ready", 1); /* an answer later it was read */
+    struct buffer got = receive(fd, NULL);
+    if (strncmp(got.bytes, "HTTP/1.1 431", 12) != 0 || !strstr(got.bytes, "\"code\":\"header_too_large\"")) fail_msg("%s", got.bytes);
+    buffer_done(&got);
+    (void)close(fd);
+    (void)snprintf(text, 70001, "X: %*s\r\n", 16000, "y");
+    expect(daemon->port, "GET", "/health", text, NULL, 200, NULL);
+    free(text);
+    daemon_end(daemon);
+}
+
+static void short_times(struct config *config) {
+    config->header_timeout_s = config->body_timeout_s = config->idle_timeout_s = 1;
+    config->max_body = 2000;
+}
+
+static void test_deadlines_and_size(void **state) {
+    (void)state;
+    struct daemon *daemon = daemon_ready(short_times);
+    static const char *const slow[] = {"", "GET /hea", "GET /health HTTP/1.1\r\nHost: loc",
+                                       "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{",
+                                       "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"};
+    int fds[5];
+    for (int i = 0; i < 5; i++) {
+        fds[i] = dial(daemon->port);
+        send_text(fds[i], slow[i]);
+    }
+    for (int i = 0; i < 5; i++) { /* all are cut off by the server; the bound is receive's */
+        struct buffer got = receive(fds[i], NULL);
+        if (i == 4) assert_non_null(strstr(got.bytes, "{\"status\":\"ok\"}"));
+        buffer_done(&got);
+        (void)close(fds[i]);
+    }
+    char *large = check_calloc(1, 5001);
+    memset(large, ' ', 5000);
+    expect(daemon->port, "POST", "/v1/completions", NULL, large, 413, "body_too_large");
+    large[3000] = '\0';
+    expect(daemon->port, "POST", "/v1/completions", NULL, large, 413, "body_too_large");
+    free(large);
+    /* Chunked, without a declared length */
+    int fd = dial(daemon->port);
+    send_text(fd, "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\nbb8\r\n");
+    for (int i = 0; i < 3000; i++) send_text(fd, " ");
+    send_text(fd, "\r\n0\r\n\r\n");
+    struct buffer got = receive(fd, NULL);
+    assert_int_equal(strncmp(got.bytes, "HTTP/1.1 413", 12), 0);
+    buffer_done(&got);
+    (void)close(fd);
+    expect(daemon->port, "GET", "/health", NULL, NULL, 200, NULL);
+    daemon_end(daemon);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_loading_and_failure),
+        cmocka_unit_test(test_reload),
+        cmocka_unit_test(test_drain),
+        cmocka_unit_test(test_drain_timeout),
+        cmocka_unit_test(test_client_gone),
+        cmocka_unit_test(test_stall_and_heartbeat),
+        cmocka_unit_test(test_framing),
+        cmocka_unit_test(test_sizes_of_heads),
+        cmocka_unit_test(test_deadlines_and_size),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

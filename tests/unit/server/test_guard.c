@@ -1,0 +1,241 @@
+/* The guard over bytes and fields: what is refused before libmicrohttpd reads it, whose Host and Origin are answered. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "base/buffer.h"
+#include "server/guard.h"
+
+static void test_hosts(void **state) {
+    (void)state;
+    static const char *const good[] = {"localhost", "LocalHost:8080", "localhost.",  "127.0.0.1",       "127.0.0.1:1", "127.9.8.7",
+                                       "[::1]",     "[::1]:99999",    "api.example", "API.EXAMPLE:443", "10.0.0.5:80", "b.example"};
+    static const char *const wrong[] = {"",
+                                        ":80",
+                                        "evil.example",
+                                        "localhost.evil.example",
+                                        "127.0.0.1.evil.example",
+                                        "127.0.0.1@evil.example",
+                                        "localhost:80x",
+                                        "localhost:999999",
+                                        "[::1",
+                                        "[::2]",
+                                        "127.1",
+                                        "1127.0.0.1",
+                                        "xapi.example",
+                                        "localhost, api.example",
+                                        "localhost/"};
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++)
+        if (!guard_host_allowed(good[i], "10.0.0.5", " api.example , b.example")) fail_msg("refused: %s", good[i]);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        if (guard_host_allowed(wrong[i], "10.0.0.5", " api.example , b.example")) fail_msg("accepted: %s", wrong[i]);
+    assert_true(guard_host_allowed("whatever.example:1", "", "*"));
+    assert_true(guard_host_allowed("[fe80::1]:80", "fe80::1", ""));
+    assert_false(guard_host_allowed("[b.example]", "", "b.example")); /* a name is no address */
+    assert_false(guard_host_allowed("[localhost]", "", "localhost"));
+    assert_true(guard_origin_allowed("http://localhost:3000", "", ""));
+    assert_false(guard_origin_allowed("http://evil.example", "", ""));
+    assert_false(guard_origin_allowed("null", "", ""));
+}
+
+static void test_heads(void **state) {
+    (void)state;
+    static const char *const good[] = {
+        "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1.0\r\n\r\n",
+        "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9223372036854775807\r\n\r\nrest: \x01\r\n",
+        "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\tchunked \r\nX-Empty:\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n", /* not complete: nothing is said yet */
+        "lth HTTP/1.1\r\nHost: a\r\n\r\n",          /* the end of a line that was read already */
+        "Content-Length: x\r\n\r\n",
+    };
+    static const char *const wrong[] = {
+        "GET / HTTP/1.1\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nX y: z\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nX : z\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\n: z\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nnonsense\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\n folded: x\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: \r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1 1\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\ncontent-length: 1\r\nContent-Length: 1\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n",
+        "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
+    };
+    struct guard_refusal refusal;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++)
+        if (guard_bytes(good[i], strlen(good[i]), GUARD_UNKNOWN, &refusal)) fail_msg("refused (%s): %s", refusal.problem, good[i]);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        if (!guard_bytes(wrong[i], strlen(wrong[i]), GUARD_UNKNOWN, &refusal)) fail_msg("accepted: %s", wrong[i]);
+        assert_true(refusal.status == 400 && guard_bytes(wrong[i], strlen(wrong[i]), 0, &refusal));
+        assert_string_equal(refusal.code, "bad_framing");
+    }
+    assert_true(guard_bytes("GET / HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n", 33, 0, &refusal));
+}
+
+/* 0: let pass. */
+static int guarded(const char *bytes, size_t length, uint64_t before) {
+    struct guard_refusal refusal;
+    if (!guard_bytes(bytes, length, before, &refusal)) return 0;
+    assert_non_null(refusal.code);
+    assert_non_null(refusal.problem);
+    return refusal.status;
+}
+
+static void test_request_lines(void **state) {
+    (void)state;
+    static const struct {
+        int status;
+        const char *line;
+    } cases[] = {
+        {0, "GET / HTTP/1.1"},
+        {0, "OPTIONS * HTTP/1.0"},
+        {0, "GET http://a/x?y HTTP/1.1"},
+        {0, "GET /\xc3\xa9 HTTP/1.1"},
+        {0, "M-SEARCH / HTTP/1.7"},
+        {400, "GET"},
+        {400, "GET /"},
+        {400, "GET / HTTP/1"},
+        {400, "GET / HTTP/1.1 x"},
+        {400, "GET / HTTP/1.10"},
+        {400, "GET / http/1.1"},
+        {400, "GET  / HTTP/1.1"},
+        {400, "GET HTTP/1.1"},
+        {400, " GET / HTTP/1.1"},
+        {400, "GET /a b HTTP/1.1"},
+        {400, "GET /a\tb HTTP/1.1"},
+        {400, "G(T / HTTP/1.1"},
+        {400, "\x16\x03\x01"},
+        {505, "GET / HTTP/9.9"},
+        {505, "PRI * HTTP/2.0"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char head[100];
+        (void)snprintf(head, sizeof head, "\r\n\n%s\r\nHost: a\r\n\r\n", cases[i].line);
+        for (size_t length = 0; head[length]; length++) /* no part of a good one is refused */
+            if (cases[i].status == 0 && guarded(head, length, 0)) fail_msg("refused after %zu bytes: %s", length, head);
+        int got = guarded(head, strlen(head), 0);
+        if (got != cases[i].status) fail_msg("%d instead of %d: %s", got, cases[i].status, cases[i].line);
+        assert_int_equal(guarded(head + 3, strlen(head) - 3, 7), 0); /* may be the rest of a line */
+    }
+}
+
+/* A head of `length` bytes in all, the empty line not among them, with `fields` fields or as many as it takes. */
+static char *make_head(size_t length, size_t fields) {
+    struct buffer head = {0};
+    buffer_append_text(&head, "GET / HTTP/1.1\r\nHost: a\r\n");
+    for (size_t i = 1; i < fields; i++) buffer_append_text(&head, "X: y\r\n");
+    if (head.length + 6 < length) {
+        buffer_append_text(&head, "Y: ");
+        while (head.length + 2 < length) buffer_append_byte(&head, 'y');
+        buffer_append_text(&head, "\r\n");
+    }
+    buffer_append_text(&head, "\r\n");
+    buffer_append_byte(&head, '\0');
+    return head.bytes;
+}
+
+static void test_sizes_of_heads(void **state) {
+    (void)state;
+    char *fits = make_head(GUARD_HEAD_MAX - 2, 0), *large = make_head(GUARD_HEAD_MAX - 1, 0), *many = make_head(0, GUARD_FIELDS_MAX + 1);
+    assert_int_equal(guarded(fits, strlen(fits), 0), 0);
+    assert_int_equal(guarded(fits, strlen(fits) - 2, 0), 0);
+    assert_int_equal(guarded(large, strlen(large), 0), 431);
+    assert_int_equal(guarded(large, strlen(large), GUARD_UNKNOWN), 431);
+    assert_int_equal(guarded(large, strlen(large) - 1, 0), 0); /* the end may still be another byte away, but not more */
+    assert_int_equal(guarded(many, strlen(many), 0), 431);
+    many[strlen(many) - 8] = '\0'; /* the last field has no end: it does not count yet */
+    assert_int_equal(guarded(many, strlen(many), 0), 0);
+    /* In pieces: what was taken before has no end either. A body behind a head counts for nothing. */
+    assert_int_equal(guarded("yyyy", 4, GUARD_HEAD_MAX - 4), 0);
+    assert_int_equal(guarded("yyyy", 4, GUARD_HEAD_MAX - 3), 431);
+    assert_int_equal(guarded("\r\n\r\n{}", 6, GUARD_HEAD_MAX - 3), 0);
+    assert_int_equal(guarded("\n{}yyyy", 7, GUARD_HEAD_MAX - 3), 0);
+    assert_int_equal(guarded("\r\n\r\n{}", 6, GUARD_HEAD_MAX + 1), 431);
+    assert_int_equal(guarded("yyyy", 4, GUARD_UNKNOWN), 0);
+    memset(large, 'a', GUARD_LINE_MAX + 1);
+    assert_int_equal(guarded(large, GUARD_LINE_MAX, 0), 0);
+    assert_int_equal(guarded(large, GUARD_LINE_MAX + 1, 0), 414);
+    assert_int_equal(guarded(large, GUARD_LINE_MAX + 1, 1), 0); /* of what? */
+    free(fits);
+    free(large);
+    free(many);
+}
+
+static void test_chunks(void **state) {
+    (void)state;
+    static const struct {
+        int status;
+        const char *body;
+    } cases[] = {
+        {0, "5\r\nabcde\r\n0\r\n\r\n"},
+        {0, "5;a=\"b\"\r\nabcde\r\nA \r\n0123456789\r\n00\r\nTrailer: x\r\n\r\nGET"},
+        {0, "00000000000000000000000005\nabcde\n0\n\n"},
+        {0, "ffffffffff\r\nabc"},
+        {400, "zz\r\nabc"},
+        {400, "-5\r\nabcde\r\n"},
+        {400, "+5\r\nabcde\r\n"},
+        {400, "0x5\r\nabcde\r\n"},
+        {400, "5 5\r\nabcde\r\n"},
+        {400, "5\rx\nabcde\r\n"},
+        {400, "\r\nabc\r\n0\r\n\r\n"},
+        {400, "5\r\nabcdeXX0\r\n\r\n"},
+        {400, "5\r\nabcde\rX0\r\n\r\n"},
+        {400, "5\r\nabcde\r\n\r\n0\r\n\r\n"},
+        {413, "ffffffffffffffff\r\nabc"},
+        {413, "10000000000000000000\r\nabc"},
+        {413, "7fffffffffffffff\r\nabc"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char request[200];
+        (void)snprintf(request, sizeof request, "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n%s", cases[i].body);
+        for (size_t length = 0; length < strlen(request); length++)
+            if (cases[i].status == 0 && guarded(request, length, 0)) fail_msg("refused after %zu bytes: %s", length, request);
+        int got = guarded(request, strlen(request), 0);
+        if (got != cases[i].status) fail_msg("%d instead of %d: %s", got, cases[i].status, cases[i].body);
+        /* The same bytes with a length are a body like any other. */
+        (void)snprintf(request, sizeof request, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n%s", cases[i].body);
+        assert_int_equal(guarded(request, strlen(request), 0), 0);
+    }
+}
+
+static void test_cut_short(void **state) {
+    (void)state;
+    static const struct {
+        const char *bytes;
+        bool cut;
+    } cases[] = {
+        {"", false},
+        {"GET / HT", false}, /* perhaps no request at all */
+        {"GET / HTTP/1.1\r\n", true},
+        {"GET / HTTP/1.1\r\nHost: a\r\n", true},
+        {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", false},
+        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n", true},
+        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n123456789", true},
+        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n1234567890", false},
+        {"POST / HTTP/1.1\r\nContent-Length: 10\r\n\r\n1234567890GET /", false}, /* the next one is not looked at */
+        {"POST / HTTP/1.1\r\nContent-Length: 9999999999999999999\r\n\r\n1", true},
+        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", true},
+        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n", true},
+        {"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        if (guard_cut_short(cases[i].bytes, strlen(cases[i].bytes)) != cases[i].cut) fail_msg("wrong: %s", cases[i].bytes);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_cut_short),     cmocka_unit_test(test_hosts),          cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_request_lines), cmocka_unit_test(test_sizes_of_heads), cmocka_unit_test(test_chunks),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
