@@ -30,7 +30,7 @@ struct backend_limits {
     enum kv_dtype kv_dtype;
     uint32_t device;         /* of backends that have several */
     enum weights_mode weights; /* of backends with memory of their own */
-    uint32_t activation_bits;  /* cpu: 8 or 16 (0: 8) of activations where weights are quantised, and of queries where KV is q8. Others have no such choice */
+    uint32_t activation_bits;  /* cpu: 8 or 16 (0: 8) of activations where weights are quantised. Others have no such choice */
     bool deterministic;      /* the row contract holds at any cost; the others hold it always */
     uint32_t n_blocks;       /* of the pool */
     uint32_t n_tables, table_blocks; /* what the sequences of batches name: batch_sequence.table < n_tables, table_blocks ids a lane at most. n_tables 0: max_sequences, n_blocks */

@@ -146,12 +146,8 @@ static uint32_t row_of(const struct cpu *cpu, const struct tile *tile, uint32_t 
 /* keep: for the ring too. Several units may load the same queries, one of them keeps. */
 static void load_queries(struct cpu *cpu, uint32_t layer, const struct tile *tile, bool keep, struct worker_scratch *own, struct attend *attend) {
     const struct program *p = cpu->program;
-    *attend = (struct attend){.shape = &cpu->kv,
-                              .pool = cpu->pool,
-                              .blocks = table_of(cpu, tile->sequence, tile->lane),
-                              .scratch = own->attend,
-                              .wide_queries = act_planes(&cpu->limits) == 2,
-                              .n_queries = tile->n};
+    *attend = (struct attend){
+        .shape = &cpu->kv, .pool = cpu->pool, .blocks = table_of(cpu, tile->sequence, tile->lane), .scratch = own->attend, .n_queries = tile->n};
     for (uint32_t q = 0; q < tile->n; q++) {
         uint32_t query_head, row = row_of(cpu, tile, q, &query_head);
         float *query = own->queries + (size_t)q * cpu->kv.dims;

@@ -19,7 +19,7 @@ struct split {
     float *scores;        /* [n_queries][SPLIT_SLOTS] */
     float *out;           /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
     uint16_t *pairs;      /* [n_queries][SPLIT_SLOTS] bf16 weights */
-    uint8_t *quants;      /* [n_queries][2 * dims]: queries as the score product takes them, one or two planes of s8, or bf16 */
+    uint8_t *quants;      /* [n_queries][2 * dims]: queries as the score product takes them, two planes of s8, or bf16 */
     float *keys, *values; /* KIVI: a block of keys, the split's values, as blocks of f32; else NULL */
 };
 
@@ -118,9 +118,9 @@ INLINE void widen_values(enum kv_dtype dtype, const struct split *s) {
     }
 }
 
-/* q8: a query is quantised with one scale, to 8 bits or (wide) to 256 times as many steps in two planes; scores are exact integer products times two scales. */
+/* q8: a query is quantised with one scale to 16 bits, in two planes, so that what the cache rounded is all that is lost; scores are exact integer products times two scales. */
 struct q8_query {
-    float scale; /* of the last plane */
+    float scale; /* of the second plane; the first is of 256 times as much */
     struct q8_plane {
         const int8_t *quants;
         int32_t nsums[KV_DIMS_MAX / 16]; /* minus the sums of 16 quants */
@@ -146,16 +146,13 @@ static void q8_query(const struct split *s, uint32_t q, struct q8_query *out) {
     vf inverse = vf_set1(small ? 0 : 127.0f / most);
     for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + i, vf_mul(vf_load(x + i), inverse));
     q8_sums(&out->plane[0], dims, quants);
-    out->scale = small ? 0 : most / 127.0f;
-    if (!s->a->wide_queries) return;
+    out->scale = small ? 0 : most / 127.0f * (1.0f / 256);
     for (uint32_t i = 0; i < dims; i += LANES) vf_store_s8(quants + dims + i, rest_of(vf_mul(vf_load(x + i), inverse), quants + i));
     q8_sums(&out->plane[1], dims, quants + dims);
-    out->scale *= 1.0f / 256;
 }
 
 /* n queries from `first` on over the 32 slots of block b: keys are loaded once for all of them. Planes join as floats: of 1024 dims, a plane's product alone is below 2^24. */
-INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries, const uint8_t *k, uint32_t b, uint32_t first, const uint32_t n,
-                           const uint32_t planes) {
+INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries, const uint8_t *k, uint32_t b, uint32_t first, const uint32_t n) {
     const uint32_t dims = s->a->shape->dims;
     const float *scales = (const float *)(const void *)(k + s->a->shape->scale_offset);
     for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += LANES) {
@@ -169,23 +166,22 @@ INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries
 #pragma GCC unroll 4
             for (uint32_t q = 0; q < n; q++)
 #pragma GCC unroll 2
-                for (uint32_t p = 0; p < planes; p++) {
+                for (uint32_t p = 0; p < 2; p++) {
                     const struct q8_plane *plane = &queries[q].plane[p];
-                    dot[q][p] = vi_add(dot[q][p], vi_dot_signed(quads, plane->quants + dim, 4, plane->nsums[dim / 16]));
+                    dot[q][p] = vi_dot_signed(dot[q][p], quads, plane->quants + dim, 4, plane->nsums[dim / 16]);
                 }
         }
         vf of_slots = vf_load(scales + slot);
 #pragma GCC unroll 4
         for (uint32_t q = 0; q < n; q++) {
-            vf product = vf_from_vi(dot[q][0]);
-            if (planes == 2) product = vf_fma(product, vf_set1(256), vf_from_vi(dot[q][1]));
+            vf product = vf_fma(vf_from_vi(dot[q][0]), vf_set1(256), vf_from_vi(dot[q][1]));
             vf_store(s->scores + (size_t)(first + q) * SPLIT_SLOTS + b * BLOCK_TOKENS + slot,
                      vf_mul(product, vf_mul(vf_set1(queries[q].scale), of_slots)));
         }
     }
 }
 
-INLINE void q8_scores_of(const struct split *s, const uint32_t planes) {
+static void q8_scores(const struct split *s) {
     for (uint32_t first = 0; first < s->n_queries; first += Q8_QUERIES) {
         struct q8_query queries[Q8_QUERIES];
         const uint32_t n = s->n_queries - first < Q8_QUERIES ? s->n_queries - first : Q8_QUERIES;
@@ -194,20 +190,13 @@ INLINE void q8_scores_of(const struct split *s, const uint32_t planes) {
             const uint8_t *k = split_block(s, b);
             if (first == 0) prefetch_ahead(s, b);
             switch (n) {
-            case 1: q8_scores_tile(s, queries, k, b, first, 1, planes); break;
-            case 2: q8_scores_tile(s, queries, k, b, first, 2, planes); break;
-            case 3: q8_scores_tile(s, queries, k, b, first, 3, planes); break;
-            default: q8_scores_tile(s, queries, k, b, first, Q8_QUERIES, planes);
+            case 1: q8_scores_tile(s, queries, k, b, first, 1); break;
+            case 2: q8_scores_tile(s, queries, k, b, first, 2); break;
+            case 3: q8_scores_tile(s, queries, k, b, first, 3); break;
+            default: q8_scores_tile(s, queries, k, b, first, Q8_QUERIES);
             }
         }
     }
-}
-
-static void q8_scores(const struct split *s) {
-    if (s->a->wide_queries)
-        q8_scores_of(s, 2);
-    else
-        q8_scores_of(s, 1);
 }
 
 /* n queries, n_vectors vectors of dims from `dim` on: as many sums as hide the latency of an addition, each with slots ascending. */

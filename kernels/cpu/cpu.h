@@ -114,7 +114,7 @@ struct cpu {
     float *tap;
 };
 
-/* Planes of quantised activations (layout.h), 2 where queries too have 16 bits. */
+/* Planes of quantised activations (layout.h). */
 static inline uint32_t act_planes(const struct backend_limits *limits) { return limits->activation_bits == 16 ? 2 : 1; }
 
 void cpu_step(struct cpu *cpu);

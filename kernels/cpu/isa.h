@@ -22,7 +22,6 @@ struct attend {
     const float *query[ATTEND_QUERIES]; /* [dims], scaled; transformed as keys are (layout.h) */
     uint32_t visible[ATTEND_QUERIES];   /* slots query i sees: ascending in i, >= 1 */
     uint8_t *scratch;                   /* attend_scratch_bytes */
-    bool wide_queries;                  /* q8: queries of 16 bits, not 8 */
     bool sums_only;                     /* maxima and sums, no output */
     /* Where weights exp(score - maximum of the split) are kept, 0 where a query does not see: [n_queries][kept_stride], slot by slot up to whole blocks of what the last
      * query sees. NULL: nowhere. */

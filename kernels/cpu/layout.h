@@ -40,12 +40,18 @@ struct act_plane {
     int8_t q[32];     /* -127..127 */
 };
 
-/* 32 activations of one row, quantised once, read by every product of the phase. One plane: x = d q, 8 bits. Two: x = d (256 q + q'), 16 bits; weights are unpacked once
- * for both. */
-enum { ACT_PLANES = 2 /* at most */ };
+/* 32 activations of one row, quantised once, read by every product of the phase.
+ *
+ * One plane: x = d q, 8 bits; but the four neighbours among which the largest of the 32 is have 16, x = d (256 high + q), so that d is what the other 28 need: of the
+ * 32 a few are often many times the rest, and a step that reaches them would round the rest away. One more quad in the product (1/8) for an eighth of the error. nsum and nsum_low
+ * count 256 high.
+ * Two planes: x = d (256 q + q'), 16 bits for all; weights are unpacked once for both. */
+enum { ACT_PLANES = 2 /* at most */, QUAD = 4 };
 struct act_block {
     float d;
-    float s; /* sum of x: what a minimum is multiplied with */
+    float s;           /* sum of x: what a minimum is multiplied with */
+    uint32_t quad;     /* one plane: high is of x[4 quad..] */
+    int8_t high[QUAD]; /* -127..127 */
     struct act_plane plane[];
 };
 static inline size_t act_block_bytes(uint32_t planes) { return sizeof(struct act_block) + planes * sizeof(struct act_plane); }

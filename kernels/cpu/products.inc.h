@@ -1,7 +1,7 @@
 /* Products of a 16-row strip with up to PRODUCT_ROWS rows of activations, over the vectors of the file that includes this one.
  *
  * Quantised weights: for each block of 32 k the exact integer dot product, then one (or, with a minimum, two) multiply-adds onto the row's one sum, k
- * ascending. Activations of two planes give two dot products, joined as integers before. The number of rows in a tile decides only how often unpacked weights are used: each row's chain of operations is the same in every tile. */
+ * ascending. Activations of two planes give two dot products, joined as integers before; those of one plane, with one quad's high part, one and an eighth. The number of rows in a tile decides only how often unpacked weights are used: each row's chain of operations is the same in every tile. */
 
 struct unpacked {
     vb quad[8];
@@ -90,31 +90,43 @@ INLINE void unpack(enum tensor_type type, const uint8_t *strip, uint32_t b, int 
     }
 }
 
-/* Exact products of a block's quants, less their offset, with one plane of activations; of Q6_K with the first half or the second. */
-INLINE vi plane_dot(enum tensor_type type, const struct unpacked *u, const struct act_plane *a, const int half) {
+/* start + the exact products of a block's quants, less their offset, with one plane of activations; of Q6_K with the first half or the second. */
+INLINE vi plane_dot(enum tensor_type type, const struct unpacked *u, const struct act_plane *a, const int half, vi start) {
     switch (type) {
-    case TENSOR_Q6_K: return vi_dot(vi_offset(half ? a->nsum - a->nsum_low : a->nsum_low, 5), u->quad + 4 * half, a->q + 16 * half, 4, 6);
-    case TENSOR_Q8_0: return vi_dot_signed(u->quad, a->q, 8, a->nsum);
-    case TENSOR_Q4_0: return vi_dot(vi_offset(a->nsum, 3), u->quad, a->q, 8, 4);
-    case TENSOR_Q5_0: return vi_dot(vi_offset(a->nsum, 4), u->quad, a->q, 8, 5);
-    default: return vi_dot(vi_zero(), u->quad, a->q, 8, type == TENSOR_Q4_1 || type == TENSOR_Q4_K ? 4 : 5);
+    case TENSOR_Q6_K:
+        return vi_dot(vi_add(start, vi_offset(half ? a->nsum - a->nsum_low : a->nsum_low, 5)), u->quad + 4 * half, a->q + 16 * half, 4, 6);
+    case TENSOR_Q8_0: return vi_dot_signed(start, u->quad, a->q, 8, a->nsum);
+    case TENSOR_Q4_0: return vi_dot(vi_add(start, vi_offset(a->nsum, 3)), u->quad, a->q, 8, 4);
+    case TENSOR_Q5_0: return vi_dot(vi_add(start, vi_offset(a->nsum, 4)), u->quad, a->q, 8, 5);
+    default: return vi_dot(start, u->quad, a->q, 8, type == TENSOR_Q4_1 || type == TENSOR_Q4_K ? 4 : 5);
     }
+}
+
+/* 256 times the products with the high part, whose quad differs from row to row: weights of that quad come from memory. The plane's nsum takes the offset of these away too. */
+INLINE vi high_dot(enum tensor_type type, const vb *quads, const struct act_block *a, const int half) {
+    const vb *quad = quads + a->quad;
+    if (type == TENSOR_Q8_0) return vi_times_256(vi_dot_signed(vi_zero(), quad, a->high, 1, 0));
+    static const int8_t none[QUAD];
+    const int8_t *high = type == TENSOR_Q6_K && (int)(a->quad / 4) != half ? none : a->high;
+    return vi_times_256(vi_dot(vi_zero(), quad, high, 1, type == TENSOR_Q6_K ? 6 : 5));
 }
 
 /* With both planes below 32 * 128 * (127 * 257) < 2^28. */
-INLINE vf block_dot(enum tensor_type type, const struct unpacked *u, const struct act_block *a, const uint32_t planes, const int half) {
-    vi dot = plane_dot(type, u, &a->plane[0], half);
-    if (planes == 2) dot = vi_add(vi_times_256(dot), plane_dot(type, u, &a->plane[1], half));
-    return vf_from_vi(dot);
+INLINE vf block_dot(enum tensor_type type, const struct unpacked *u, const vb *quads, const struct act_block *a, const uint32_t planes,
+                    const int half) {
+    if (planes == 1) return vf_from_vi(plane_dot(type, u, &a->plane[0], half, high_dot(type, quads, a, half)));
+    vi dot = vi_times_256(plane_dot(type, u, &a->plane[0], half, vi_zero()));
+    return vf_from_vi(plane_dot(type, u, &a->plane[1], half, dot));
 }
 
-INLINE vf product_step(enum tensor_type type, const struct unpacked *u, const struct act_block *a, const uint32_t planes, vf sum) {
+/* quads: those of u, in memory. */
+INLINE vf product_step(enum tensor_type type, const struct unpacked *u, const vb *quads, const struct act_block *a, const uint32_t planes, vf sum) {
     vf d = vf_set1(a->d);
     if (type == TENSOR_Q6_K) {
-        sum = vf_fma(vf_mul(u->d_low, d), block_dot(type, u, a, planes, 0), sum);
-        return vf_fma(vf_mul(u->d, d), block_dot(type, u, a, planes, 1), sum);
+        sum = vf_fma(vf_mul(u->d_low, d), block_dot(type, u, quads, a, planes, 0), sum);
+        return vf_fma(vf_mul(u->d, d), block_dot(type, u, quads, a, planes, 1), sum);
     }
-    sum = vf_fma(vf_mul(u->d, d), block_dot(type, u, a, planes, 0), sum);
+    sum = vf_fma(vf_mul(u->d, d), block_dot(type, u, quads, a, planes, 0), sum);
     if (type == TENSOR_Q8_0 || type == TENSOR_Q4_0 || type == TENSOR_Q5_0) return sum;
     return vf_fma(u->m, vf_set1(a->s), sum);
 }
@@ -147,10 +159,13 @@ INLINE void product_tile(enum tensor_type type, const uint32_t planes, const uin
         for (uint32_t b = 0; b < n_blocks; b++, at += act_block_bytes(planes)) {
             struct unpacked u;
             unpack(type, strip, b, part, &u);
+            vb quads[8];
+#pragma GCC unroll 8
+            for (int j = 0; planes == 1 && j < 8; j++) quads[j] = u.quad[j];
             for (size_t line = 0; line < n_lines; line++) __builtin_prefetch((const void *)(fetch + (b * n_lines + line) * 64));
 #pragma GCC unroll 12
             for (int r = 0; r < n_rows; r++)
-                sum[r] = product_step(type, &u, (const struct act_block *)(const void *)(at + (size_t)r * stride), planes, sum[r]);
+                sum[r] = product_step(type, &u, quads, (const struct act_block *)(const void *)(at + (size_t)r * stride), planes, sum[r]);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < n_rows; r++) vf_store(y[r] + LANES * part, sum[r]);

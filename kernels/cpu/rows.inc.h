@@ -36,11 +36,7 @@ static void norm(const float *x, const float *weight, uint32_t n, float epsilon,
 }
 
 /* What quants q leave of `scaled`, in 256ths of their step: half a step at most, of which the last 256th is given up. */
-INLINE vf rest_of(vf scaled, const int8_t *q) {
-    vf rest = vf_mul(vf_sub(scaled, vf_load_s8(q)), vf_set1(256)), most = vf_set1(-127);
-    rest = vf_sub(vf_zero(), vf_max(rest, most));
-    return vf_sub(vf_zero(), vf_max(rest, most));
-}
+INLINE vf rest_of(vf scaled, const int8_t *q) { return vf_max(vf_mul(vf_sub(scaled, vf_load_s8(q)), vf_set1(256)), vf_set1(-127)); }
 
 INLINE void quantize_rest(const float *x, vf inverse, const int8_t *q, struct act_plane *plane, int32_t *sum) {
     float rest[PANEL_K];
@@ -52,7 +48,39 @@ INLINE void quantize_rest(const float *x, vf inverse, const int8_t *q, struct ac
     *sum = low + high;
 }
 
-INLINE void quantize_block(const float *x, const uint32_t planes, struct act_block *block) {
+/* One plane, and 8 more bits for the quad of the largest (struct act_block). */
+INLINE void quantize_with_high(const float *x, struct act_block *block) {
+    enum { AT = PANEL_K - QUAD };
+    static const float one_quad[AT + PANEL_K] = {[AT] = 1.0f / 256, 1.0f / 256, 1.0f / 256, 1.0f / 256};
+    float most, rest, high[PANEL_K], low[PANEL_K];
+    block->quad = highest_quad(x, &most, &rest);
+    const float *chosen = one_quad + AT - QUAD * block->quad;
+    /* Below this the inverse overflows; such values are zero beside anything else. */
+    bool small = !(most > 1e-32f);
+    float d = rest * (1.0f / 127), reach = most * (1.0f / (127 * 257));
+    d = small ? 0 : d > reach ? d : reach;
+    vf inverse = vf_set1(small ? 0 : 1 / d);
+    for (int i = 0; i < PANEL_K; i += LANES) {
+        vf scaled = vf_max(vf_mul(vf_load(x + i), inverse), vf_set1(-127 * 257)); /* no NaN from here on */
+        vf coarse = vf_round(vf_mul(scaled, vf_load(chosen + i)));
+        vf_store(high + i, coarse);
+        vf_store(low + i, vf_max(vf_fma(coarse, vf_set1(-256), scaled), vf_set1(-127)));
+    }
+    int32_t low_sum, high_sum, coarse_sum = 0;
+    quantize_32(low, vf_set1(1), block->plane[0].q, &low_sum, &high_sum);
+    for (uint32_t i = 0; i < QUAD; i++) {
+        int32_t coarse = (int32_t)high[QUAD * block->quad + i];
+        block->high[i] = (int8_t)coarse;
+        coarse_sum += coarse;
+    }
+    const int32_t sum = low_sum + high_sum + 256 * coarse_sum;
+    block->plane[0].nsum = -sum;
+    block->plane[0].nsum_low = -(low_sum + (block->quad < 4 ? 256 * coarse_sum : 0));
+    block->d = d;
+    block->s = d * (float)sum;
+}
+
+INLINE void quantize_wide(const float *x, struct act_block *block) {
     vf highest = vf_zero();
     for (int i = 0; i < PANEL_K; i += LANES) highest = vf_max(vf_abs(vf_load(x + i)), highest);
     float most = vf_reduce_max(highest);
@@ -63,21 +91,22 @@ INLINE void quantize_block(const float *x, const uint32_t planes, struct act_blo
     quantize_32(x, vf_set1(inverse), block->plane[0].q, &low, &high);
     block->plane[0].nsum = -(low + high);
     block->plane[0].nsum_low = -low;
-    int32_t sum = low + high;
-    if (planes == 2) {
-        int32_t rest;
-        quantize_rest(x, vf_set1(inverse), block->plane[0].q, &block->plane[1], &rest);
-        d *= 1.0f / 256;
-        sum = 256 * sum + rest;
-    }
-    block->d = d;
-    block->s = d * (float)sum;
+    int32_t rest;
+    quantize_rest(x, vf_set1(inverse), block->plane[0].q, &block->plane[1], &rest);
+    block->d = d * (1.0f / 256);
+    block->s = block->d * (float)(256 * (low + high) + rest);
 }
 
 /* n blocks, each `from` floats and `to` bytes after the one before. */
 INLINE void quantize_blocks(const float *x, size_t from, uint32_t n, const uint32_t planes, struct act_block *first, size_t to) {
     uint8_t *at = (uint8_t *)first;
-    for (uint32_t i = 0; i < n; i++) quantize_block(x + i * from, planes, (struct act_block *)(void *)(at + i * to));
+    for (uint32_t i = 0; i < n; i++) {
+        struct act_block *block = (struct act_block *)(void *)(at + i * to);
+        if (planes == 2)
+            quantize_wide(x + i * from, block);
+        else
+            quantize_with_high(x + i * from, block);
+    }
 }
 
 static void quantize_column(const float (*x)[PANEL_K], uint32_t n_rows, uint32_t planes, struct act_block *first, size_t stride) {

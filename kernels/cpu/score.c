@@ -113,7 +113,6 @@ static void score_window(struct cpu *cpu, const struct score_request *request, u
                                 .blocks = request->block_ids + request->lane_first[lane],
                                 .residual = residual_now(cpu, request->block_ids + request->lane_first[lane], n_slots, request->last_position),
                                 .scratch = own->attend,
-                                .wide_queries = act_planes(&cpu->limits) == 2,
                                 .sums_only = true};
         if (window_tile(cpu, request, lane, own, &next, &visible, &attend, heads) == 0) return;
         for (uint32_t q = 0; q < attend.n_queries; q++) {

@@ -71,7 +71,32 @@ INLINE void vf_store_s8(int8_t *p, vf a) {
 }
 /* 8 halves to nearest even. */
 INLINE void vf_store_f16(uint16_t *p, vf x) { _mm_storeu_si128((void *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
-/* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
+INLINE __m256 quad_maxima(__m256 a) {
+    a = _mm256_max_ps(vf_abs(a), _mm256_setzero_ps());
+    a = _mm256_max_ps(a, _mm256_permute_ps(a, 0xb1));
+    return _mm256_max_ps(a, _mm256_permute_ps(a, 0x4e));
+}
+/* Lane by lane the highest two of a's two and b's two. */
+struct two {
+    __m256 first, second;
+};
+INLINE struct two highest_two(struct two a, struct two b) {
+    return (struct two){_mm256_max_ps(a.first, b.first), _mm256_max_ps(_mm256_min_ps(a.first, b.first), _mm256_max_ps(a.second, b.second))};
+}
+/* Of 32 floats the quad that has the largest magnitude (the first such), that, and the largest of the others; NaN counts as 0. */
+INLINE uint32_t highest_quad(const float *x, float *most, float *rest) {
+    __m256 of[4];
+    for (int i = 0; i < 4; i++) of[i] = quad_maxima(_mm256_loadu_ps(x + 8 * i));
+    struct two all = highest_two((struct two){_mm256_max_ps(of[0], of[1]), _mm256_min_ps(of[0], of[1])},
+                                 (struct two){_mm256_max_ps(of[2], of[3]), _mm256_min_ps(of[2], of[3])});
+    all = highest_two(all, (struct two){_mm256_permute2f128_ps(all.first, all.first, 1), _mm256_permute2f128_ps(all.second, all.second, 1)});
+    *most = _mm256_cvtss_f32(all.first);
+    *rest = _mm256_cvtss_f32(all.second);
+    uint32_t equal = 0;
+    for (int i = 0; i < 4; i++) equal |= (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(of[i], all.first, _CMP_EQ_OQ)) << (8 * i);
+    return (uint32_t)__builtin_ctz(equal) / 4;
+}
+/* 32 floats times `scale`, then -127 or more, to bytes, 127 what is above; the sums of the first and the last 16. */
 INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
     __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), scale)),
                                    _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), scale)));
@@ -124,14 +149,14 @@ INLINE vi vi_dot(vi start, const vb *quads, const int8_t *a, const int n, int bi
 #endif
     return start;
 }
-/* The products of signed values that are stored + 128. nsum: minus the sum of the 4n activations. Without VNNI the sign moves to the activation: 128 * 127 twice is
+/* start + the products of signed values that are stored + 128. nsum: minus the sum of the 4n activations, and of others whose products start has without one. Without VNNI the sign moves to the activation: 128 * 127 twice is
  * still below 32768, which 255 * 127 twice is not. */
-INLINE vi vi_dot_signed(const vb *quads, const int8_t *a, const int n, int32_t nsum) {
+INLINE vi vi_dot_signed(vi start, const vb *quads, const int8_t *a, const int n, int32_t nsum) {
 #ifdef AVX_VNNI
-    return vi_dot(_mm256_slli_epi32(_mm256_set1_epi32(nsum), 7), quads, a, n, 8);
+    return vi_dot(_mm256_add_epi32(start, _mm256_slli_epi32(_mm256_set1_epi32(nsum), 7)), quads, a, n, 8);
 #else
     (void)nsum;
-    __m256i total = _mm256_setzero_si256();
+    __m256i total = start;
 #pragma GCC unroll 8
     for (int j = 0; j < n; j++) {
         __m256i value = _mm256_xor_si256(quads[j], _mm256_set1_epi8((char)0x80));

@@ -54,7 +54,30 @@ INLINE __m128i bytes_of(vf a) { return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(
 INLINE void vf_store_s8(int8_t *p, vf a) { _mm_storeu_si128((void *)p, bytes_of(a)); }
 /* 16 halves to nearest even. */
 INLINE void vf_store_f16(uint16_t *p, vf x) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
-/* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
+INLINE __m512 quad_maxima(__m512 a) {
+    a = _mm512_max_ps(_mm512_abs_ps(a), _mm512_setzero_ps());
+    a = _mm512_max_ps(a, _mm512_permute_ps(a, 0xb1));
+    return _mm512_max_ps(a, _mm512_permute_ps(a, 0x4e));
+}
+/* Lane by lane the highest two of a and b, and then of those and others' highest two. */
+struct two {
+    __m512 first, second;
+};
+INLINE struct two highest_two(struct two a, struct two b) {
+    return (struct two){_mm512_max_ps(a.first, b.first), _mm512_max_ps(_mm512_min_ps(a.first, b.first), _mm512_max_ps(a.second, b.second))};
+}
+/* Of 32 floats the quad that has the largest magnitude (the first such), that, and the largest of the others; NaN counts as 0. */
+INLINE uint32_t highest_quad(const float *x, float *most, float *rest) {
+    __m512 low = quad_maxima(_mm512_loadu_ps(x)), high = quad_maxima(_mm512_loadu_ps(x + 16));
+    struct two all = {_mm512_max_ps(low, high), _mm512_min_ps(low, high)};
+    all = highest_two(all, (struct two){_mm512_shuffle_f32x4(all.first, all.first, 0x4e), _mm512_shuffle_f32x4(all.second, all.second, 0x4e)});
+    all = highest_two(all, (struct two){_mm512_shuffle_f32x4(all.first, all.first, 0xb1), _mm512_shuffle_f32x4(all.second, all.second, 0xb1)});
+    *most = _mm512_cvtss_f32(all.first);
+    *rest = _mm512_cvtss_f32(all.second);
+    uint32_t equal = _mm512_cmp_ps_mask(low, all.first, _CMP_EQ_OQ) | (uint32_t)_mm512_cmp_ps_mask(high, all.first, _CMP_EQ_OQ) << 16;
+    return (uint32_t)__builtin_ctz(equal) / 4;
+}
+/* 32 floats times `scale`, then -127 or more, to bytes, 127 what is above; the sums of the first and the last 16. */
 INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
     __m256i bytes = _mm256_set_m128i(bytes_of(_mm512_mul_ps(_mm512_loadu_ps(x + 16), scale)), bytes_of(_mm512_mul_ps(_mm512_loadu_ps(x), scale)));
     _mm256_storeu_si256((void *)q, bytes);
@@ -77,20 +100,23 @@ INLINE vb vb_or_bits(vb q, vb a, int n, int mask) {
     vb shifted = n >= 0 ? _mm512_srli_epi16(a, n) : _mm512_slli_epi16(a, -n);
     return _mm512_ternarylogic_epi64(q, shifted, _mm512_set1_epi8((char)mask), 0xf8); /* q | (shifted & mask) */
 }
-/* start + the exact products of n quads with 4n activations; quads unsigned, of `bits` bits. */
+/* start + the exact products of n quads with 4n activations; quads unsigned, of `bits` bits. Eight in two chains: in one, what waits for the one before it fills the scheduler, and
+ * fewer rows are under way at once (1.88 to 1.72 ns a block and row on Zen 5). */
 INLINE vi vi_dot(vi start, const vb *quads, const int8_t *a, const int n, int bits) {
     (void)bits;
+    vi halves[2] = {_mm512_setzero_si512(), start};
 #pragma GCC unroll 8
     for (int j = 0; j < n; j++) {
         int32_t four;
         __builtin_memcpy(&four, a + 4 * j, sizeof four);
-        start = _mm512_dpbusd_epi32(start, quads[j], _mm512_set1_epi32(four));
+        vi *sum = &halves[n < 8 || j >= n / 2];
+        *sum = _mm512_dpbusd_epi32(*sum, quads[j], _mm512_set1_epi32(four));
     }
-    return start;
+    return n < 8 ? halves[1] : _mm512_add_epi32(halves[0], halves[1]);
 }
-/* The products of signed values that are stored + 128. nsum: minus the sum of the 4n activations. */
-INLINE vi vi_dot_signed(const vb *quads, const int8_t *a, const int n, int32_t nsum) {
-    return vi_dot(_mm512_slli_epi32(_mm512_set1_epi32(nsum), 7), quads, a, n, 8);
+/* start + the products of signed values that are stored + 128. nsum: minus the sum of the 4n activations, and of others whose products start has without one. */
+INLINE vi vi_dot_signed(vi start, const vb *quads, const int8_t *a, const int n, int32_t nsum) {
+    return vi_dot(_mm512_add_epi32(start, _mm512_slli_epi32(_mm512_set1_epi32(nsum), 7)), quads, a, n, 8);
 }
 /* nsum * 2^shift in every lane */
 INLINE vi vi_offset(int32_t nsum, int shift) { return _mm512_slli_epi32(_mm512_set1_epi32(nsum), (unsigned)shift); }

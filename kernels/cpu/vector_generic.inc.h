@@ -67,7 +67,19 @@ INLINE void vf_store_s8(int8_t *p, vf a) {
         p[i] = (int8_t)((x + 0x1.8p23f) - 0x1.8p23f);
     }
 }
-/* 32 floats times `scale`, none then above 127 in magnitude, to bytes; the sums of the first and the last 16. */
+/* Of 32 floats the quad that has the largest magnitude (the first such), that, and the largest of the others; NaN counts as 0. */
+INLINE uint32_t highest_quad(const float *x, float *most, float *rest) {
+    uint32_t quad = 0;
+    *most = *rest = 0;
+    for (uint32_t i = 0; i < 8; i++) {
+        float m = vf_reduce_max(vf_max(vf_abs(vf_load(x + 4 * i)), vf_zero()));
+        float less = m > *most ? *most : m;
+        if (m > *most) *most = m, quad = i;
+        *rest = less > *rest ? less : *rest;
+    }
+    return quad;
+}
+/* 32 floats times `scale`, then -127 or more, to bytes, 127 what is above; the sums of the first and the last 16. */
 INLINE void quantize_32(const float *x, vf scale, int8_t *q, int32_t *low, int32_t *high) {
     for (int i = 0; i < 32; i += LANES) vf_store_s8(q + i, vf_load(x + i) * scale);
     *low = *high = 0;
@@ -97,7 +109,9 @@ INLINE vi vi_dot(vi start, const vb *quads, const int8_t *a, const int n, int bi
         for (int c = 0; c < 4; c++) start += (vi){quads[j][c], quads[j][4 + c], quads[j][8 + c], quads[j][12 + c]} * (int32_t)a[4 * j + c];
     return start;
 }
-/* The products of signed values that are stored + 128. nsum: minus the sum of the 4n activations. */
-INLINE vi vi_dot_signed(const vb *quads, const int8_t *a, const int n, int32_t nsum) { return vi_dot(vi_set1(nsum * 128), quads, a, n, 8); }
+/* start + the products of signed values that are stored + 128. nsum: minus the sum of the 4n activations, and of others whose products start has without one. */
+INLINE vi vi_dot_signed(vi start, const vb *quads, const int8_t *a, const int n, int32_t nsum) {
+    return vi_dot(start + vi_set1(nsum * 128), quads, a, n, 8);
+}
 /* nsum * 2^shift in every lane */
 INLINE vi vi_offset(int32_t nsum, int shift) { return vi_set1(nsum * (1 << shift)); }

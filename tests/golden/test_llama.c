@@ -250,18 +250,17 @@ static void test_reference(void **state) {
     assert_true(score.kl_sum / score.n <= 1e-6);
 }
 
-/* Activations are 8-bit numbers by blocks of 32, as llama.cpp has them; that alone moves the top token where two are all but equally likely. Measured on these texts with the
- * same golden numbers: llama.cpp on the Q4_1 file itself has the same top-1 at 96.01 % of the positions and a mean KL of 3.26e-3, and against itself with an f16 in place of an
- * f32 cache 95.84 % and 3.79e-3. So 98 % is asked where the golden distribution prefers its first token by SURE, and of all positions about what those peers have. */
+/* Activations of 8 bits, with the high parts of the largest, move the top token only where two are all but equally likely. (Without the high parts, and so llama.cpp on the
+ * Q4_1 file itself, it is another one at 4 % of these positions, with a mean KL of 3e-3.) */
 static void test_cpu(void **state) {
     const struct way *way = *state;
     if (!test_runs_on_name(way->backend)) skip();
     struct score score = measure(way, MAX_TOKENS);
     assert_int_equal(score.n, golden.n_positions);
     assert_true(score.n_sure >= 0.9 * score.n);
-    assert_true(score.n_sure_same >= 0.98 * score.n_sure);
-    assert_true(score.n_same >= 0.95 * score.n);
-    assert_true(score.kl_sum / score.n <= (way->kv_dtype == KV_Q8 ? 4e-3 : 3e-3));
+    assert_true(score.n_sure_same >= 0.995 * score.n_sure);
+    assert_true(score.n_same >= 0.98 * score.n);
+    assert_true(score.kl_sum / score.n <= 1e-3);
 }
 
 /* With 16 bits nothing of that is left: what differs is the rounding of the cache, and all positions count. */
@@ -270,8 +269,8 @@ static void test_cpu_16bit(void **state) {
     if (!test_runs_on_name(way->backend)) skip();
     struct score score = measure(way, MAX_TOKENS);
     assert_int_equal(score.n, golden.n_positions);
-    assert_true(score.n_same >= 0.98 * score.n);
-    assert_true(score.kl_sum / score.n <= 3e-3);
+    assert_true(score.n_same >= 0.985 * score.n);
+    assert_true(score.kl_sum / score.n <= 4e-4);
 }
 
 /* Weights and activations in f16 lose little: all positions count, and where the top token is another one, the golden distribution was undecided. Caches narrower than f16 may move
