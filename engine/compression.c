@@ -151,6 +151,11 @@ static bool choose_target(const struct config *config, const struct kv_wish *wis
         (void)error_set(error, STATUS_INVALID, "budget_tokens and keep_ratio exclude each other");
         return false;
     }
+    if (plan->policy->scorer == SCORER_NONE && !wish->policy[0] && (wish->budget_tokens || wish->keep_ratio > 0)) {
+        *field = wish->budget_tokens ? "kv.budget_tokens" : "kv.keep_ratio";
+        (void)error_set(error, STATUS_INVALID, "this server compresses nothing by itself: name a policy (kv.policy); there are %s", policy_names());
+        return false;
+    }
     uint32_t least = config->sink_tokens + config->recent_tokens;
     uint32_t allowed = config->min_budget > least ? config->min_budget : least;
     if (wish->budget_tokens) {

@@ -9,7 +9,7 @@
 
 #include "base/buffer.h"
 
-#define STOP_STRINGS_MAX 16
+#define STOP_STRINGS_MAX 4 /* as OpenAI allows */
 #define STOP_STRING_BYTES_MAX 1024
 
 struct stop_string {

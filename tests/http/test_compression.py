@@ -198,6 +198,7 @@ class Limits(CompressionCase):
                           ({"policy": "snapkv", "budget_tokens": -1}, "kv.budget_tokens"), ({"policy": "snapkv", "budget_tokens": "64"}, "kv.budget_tokens"),
                           ({"policy": "snapkv", "keep_ratio": 0}, "kv.keep_ratio"), ({"policy": "snapkv", "keep_ratio": 1.01}, "kv.keep_ratio"),
                           ({"policy": "snapkv", "keep_ratio": 0.5, "budget_tokens": 64}, "kv.keep_ratio"),
+                          ({"budget_tokens": 64}, "kv.budget_tokens"), ({"keep_ratio": 0.5}, "kv.keep_ratio"),
                           ({"policy": "snapkv", "budget_tokens": 64, "protect_tokens": 60}, "kv.protect_tokens"),
                           ({"policy": "snapkv", "protect_tokens": -1}, "kv.protect_tokens"), ({"policy": "snapkv", "report": 1}, "kv.report"), ([], "kv"),
                           ({"policy": "snapkv\u0000"}, "kv.policy"), ({"polizy": "snapkv"}, "kv.polizy"), ({"Policy": "snapkv"}, "kv.Policy")):

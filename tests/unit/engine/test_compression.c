@@ -46,6 +46,8 @@ static void test_without_a_table_every_policy_may_be_asked_for(void **state) {
         if (i > 0) assert_int_not_equal(plan.triggers & ~(unsigned)TRIGGER_PRESSURE, 0);
     }
     refused(&config, (struct kv_wish){.policy = "snap"}, "kv.policy", "snapkv");
+    refused(&config, (struct kv_wish){.budget_tokens = 64}, "kv.budget_tokens", "name a policy");
+    refused(&config, (struct kv_wish){.keep_ratio = 0.5}, "kv.keep_ratio", "name a policy");
     refused(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 35}, "kv.budget_tokens", "36");
     granted(&config, (struct kv_wish){.policy = "snapkv", .budget_tokens = 36});
     refused(&config, (struct kv_wish){.policy = "snapkv", .keep_ratio = 1.5}, "kv.keep_ratio", "at most 1");
