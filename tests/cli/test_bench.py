@@ -114,7 +114,7 @@ class Bench(Case):
         for run, keep in ((half, 0.5), (quarter, 0.25)):
             self.assertEqual(run["ring_bytes"], 24 * 2 * 32 * 64 * 2)  # sequences, layers, window, queries' width, f16
             self.assertGreaterEqual(run["compressions"], 24)
-            self.assertTrue(keep <= run["slots_kept"] < keep + 0.15, run)  # and what came since, and whole blocks
+            self.assertTrue(keep - 0.05 < run["slots_kept"] < keep + 0.15, run)  # whole blocks within the budget, and what came since
             self.assertTrue(0 < run["compression_s"] and 0 < run["compression_share"] < 1)
             self.assertAlmostEqual(run["ratio"], run["output_tok_s"] / none["output_tok_s"])
             self.assertAlmostEqual(run["ratio_of_steps"], (none["reading_s"] + none["decode_s"]) / (run["reading_s"] + run["decode_s"]))
