@@ -16,6 +16,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "server/http_internal.h"
+#include "server/taken.h"
 
 #define PUMP_SPINS 16
 
@@ -165,12 +166,22 @@ static void *on_request_line(void *context, const char *uri, struct MHD_Connecti
     return NULL;
 }
 
+/* A peer that takes little is no peer that takes nothing: what was handed to the system may be megabytes, and libmicrohttpd asks for more only when much of that is gone. */
+static bool takes_some(struct connection *connection) {
+    if (!connection->exchange || connection->exchange->state != EXCHANGE_QUEUED) return false;
+    uint64_t before = connection->acked;
+    connection->acked = socket_bytes_acked(connection->socket);
+    if (connection->acked <= before) return false;
+    connection_deadline(connection, connection->http->limits.stall_timeout_s);
+    return true;
+}
+
 static void on_tick(uv_timer_t *timer) {
     struct http *http = timer->data;
     uint64_t now = clock_now_ns();
     for (struct connection *connection = http->connections, *next; connection; connection = next) {
         next = connection->next;
-        if (connection->deadline_ns && now >= connection->deadline_ns && !wire_late(connection)) cut(connection);
+        if (connection->deadline_ns && now >= connection->deadline_ns && !takes_some(connection) && !wire_late(connection)) cut(connection);
     }
     http_pump(http);
 }

@@ -21,6 +21,7 @@ struct connection {
     struct exchange *exchange; /* the current one; NULL between requests */
     int socket;
     uint64_t deadline_ns; /* 0: none */
+    uint64_t acked;       /* bytes that the peer had taken when a deadline of an answer last passed */
     uv_poll_t watcher;
     bool asked;       /* a request began: what libmicrohttpd has read since may be of the next */
     bool half_closed; /* the peer has sent its last byte */

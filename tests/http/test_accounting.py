@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 import unittest
 
 import harness
@@ -320,6 +321,18 @@ class SlowReaders(harness.DaemonCase):
         self.assertNotIn(b"[DONE]", connection.read_to_end())
         connection.close()
         self.assertLess(status_kb(self.daemon, "VmRSS"), 2 * 1024 * 1024 if not harness.SHORT else 1 << 40)
+
+    def test_who_takes_little_at_a_time_is_not_cut_off(self):
+        """Far too little for what waits in the system's buffers to shrink much within the timeout, but something."""
+        gone = self.daemon.gauge("clients_gone_total")
+        with self.daemon.stream(receive_buffer=4096, **self.MUCH) as connection:
+            harness.wait_until(lambda: self.daemon.gauge("generation_tokens_total") > 0, "tokens are made")
+            end = time.monotonic() + 3 * 2  # of the timeout
+            while time.monotonic() < end:
+                self.assertTrue(connection.socket.recv(512), "cut off")
+                time.sleep(0.1)  # the client's own pace
+            self.assertEqual(self.daemon.gauge("clients_gone_total"), gone)
+        self.daemon.wait_idle()
 
     def test_who_reads_slowly_gets_all(self):
         """Small sips through a small window: nothing is lost, whatever waits meanwhile."""
