@@ -3,6 +3,9 @@
 #pragma once
 
 #include <stdbool.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "kernels/cpu/layout.h"
 #include "kernels/score.h"
@@ -125,6 +128,11 @@ static inline size_t attend_scratch_bytes(const struct kv_shape *shape) {
 
 extern const struct cpu_isa cpu_isa_generic;
 #if defined(__x86_64__)
+/* Not every compiler that this is built with knows the name for __builtin_cpu_supports (clang 14 does not): leaf 1, ECX bit 29. */
+static inline bool cpu_has_f16c(void) {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
 extern const struct cpu_isa cpu_isa_avx2, cpu_isa_avxvnni, cpu_isa_avx512, cpu_isa_avx512bf16;
 #endif
 /* Worst first, NULL-terminated. */

@@ -19,7 +19,7 @@
 
 #include "kernels/cpu/isa_table.inc.h"
 
-static bool present(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+static bool present(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c(); }
 
 CPU_ISA(cpu_isa_avx2, "avx2", "AVX2, FMA and F16C");
 #endif

@@ -4,7 +4,6 @@
 #if defined(__x86_64__)
 #define AVX_VNNI 1
 #include "base/half.h"
-#include <cpuid.h>
 
 /* In this order: each builds on those before. */
 #include "kernels/cpu/vector_avx2.inc.h"
@@ -29,7 +28,7 @@ static bool has_avx_vnni(void) {
 }
 
 static bool present(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && has_avx_vnni();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c() && has_avx_vnni();
 }
 
 CPU_ISA(cpu_isa_avxvnni, "avxvnni", "AVX2, FMA, F16C and AVX-VNNI");
