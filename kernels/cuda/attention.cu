@@ -237,7 +237,7 @@ void attention_plan(struct cuda *cuda, const struct step_shape *shape) {
         .ctas = device->ctas,
         .partial_queries = device->partial_queries,
     };
-    plan<<<cuda->program->n_layers, PLAN_THREADS, 0, cuda->stream>>>(args);
+    launch(plan, cuda->program->n_layers, PLAN_THREADS, 0, cuda->stream, args);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -282,11 +282,11 @@ void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *s
     const struct program *p = cuda->program;
     CHECK(layer < p->n_layers && shape->tiles <= cuda->max_tiles);
     struct attention_args args = arguments(cuda, layer);
-    if (shape->decode > 0) device->decode<<<device->ctas, ATTENTION_THREADS, device->decode_shared, cuda->stream>>>(args);
-    if (shape->tiles > 0) device->prefill<<<dim3(p->n_kv_heads, shape->tiles), ATTENTION_THREADS, device->prefill_shared, cuda->stream>>>(args);
+    if (shape->decode > 0) launch(device->decode, device->ctas, ATTENTION_THREADS, device->decode_shared, cuda->stream, args);
+    if (shape->tiles > 0) launch(device->prefill, dim3(p->n_kv_heads, shape->tiles), ATTENTION_THREADS, device->prefill_shared, cuda->stream, args);
     if (shape->accumulates) {
         CHECK(cuda->limits.accumulators);
-        device->accumulate<<<dim3(device->accumulate_ctas, p->n_kv_heads), ATTENTION_THREADS, device->accumulate_shared, cuda->stream>>>(args);
+        launch(device->accumulate, dim3(device->accumulate_ctas, p->n_kv_heads), ATTENTION_THREADS, device->accumulate_shared, cuda->stream, args);
     }
     CUDA_CHECK(cudaGetLastError());
 }

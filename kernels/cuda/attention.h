@@ -92,53 +92,16 @@ template <int KV, int DIMS> struct piece {
     static constexpr uint32_t bytes = scales + (KV == KV_Q8 ? 2 * PIECE_SLOTS * sizeof(float) : 0);
 };
 
-#ifdef __CUDACC__
-
 #define ATTENTION_INLINE static __device__ __forceinline__
 
 ATTENTION_INLINE uint32_t splits_of(uint32_t slots) { return (slots + SPLIT_SLOTS - 1) / SPLIT_SLOTS; }
 
-ATTENTION_INLINE uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
-
-/* 16 (or 4) bytes, of which the first `take` are read and the others become 0. */
-ATTENTION_INLINE void copy_16(uint32_t to, const void *from, uint32_t take) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(take) : "memory");
-}
-ATTENTION_INLINE void copy_4(uint32_t to, const void *from, uint32_t take) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(take) : "memory");
-}
-ATTENTION_INLINE void copies_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> ATTENTION_INLINE void copies_wait(void) { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
-
-ATTENTION_INLINE void load_matrices_4(uint32_t r[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-}
-ATTENTION_INLINE void load_matrices_4_trans(uint32_t r[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
-                 : "memory");
-}
-ATTENTION_INLINE void load_matrices_2(uint32_t r[2], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-}
-ATTENTION_INLINE void load_matrices_2_trans(uint32_t r[2], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-}
-
 /* c += a b: 16 x 16 by 16 x 8. A thread has of c the elements (row lane / 4, columns 2 (lane % 4) and the next), then the same of row + 8. */
 template <int KV> ATTENTION_INLINE void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     if constexpr (KV == KV_BF16)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        multiply_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
     else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        multiply_f16(c, a[0], a[1], a[2], a[3], b0, b1);
 }
 
 template <int KV> ATTENTION_INLINE uint32_t pack(float low, float high) {
@@ -151,12 +114,6 @@ template <int KV> ATTENTION_INLINE uint32_t pack(float low, float high) {
     }
 }
 template <int KV> ATTENTION_INLINE uint32_t ones(void) { return KV == KV_BF16 ? 0x3f803f80u : 0x3c003c00u; }
-
-ATTENTION_INLINE float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 /* Two of four int8 as f16, exactly: a byte plus 128 beside 0x64 is 1024 + 128 + it. `which`: the bytes, as __byte_perm's selector. */
 ATTENTION_INLINE uint32_t widen(uint32_t bytes_plus_128, uint32_t which) {
@@ -334,5 +291,3 @@ ATTENTION_INLINE __half2 result_pair(float x, float y, float factor) {
     y = fminf(fmaxf(__fmul_rn(y, factor), -65504.f), 65504.f);
     return __floats2half2_rn(x, y);
 }
-
-#endif

@@ -121,7 +121,7 @@ ATTENTION_INLINE void accumulate_piece(const struct attention_args &args, uint8_
 
 template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS, 2) accumulate(const __grid_constant__ struct attention_args args) {
     using places = accumulate_shared<KV, DIMS>;
-    extern __shared__ __align__(128) uint8_t shared[];
+    uint8_t *const shared = dynamic_shared<uint8_t>();
     if (!args.header->any_accumulates) return;
     uint32_t head = blockIdx.y, n_sequences = args.header->n_sequences;
     const uint32_t *lane_tokens = args.lane_tokens + args.layer * args.n_kv_heads + head;

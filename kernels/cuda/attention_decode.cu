@@ -275,7 +275,7 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
     using layout = piece<KV, DIMS>;
     using places = decode_shared<KV, DIMS>;
     constexpr int TILES = DIMS / ATTENTION_WARPS / 8;
-    extern __shared__ __align__(128) uint8_t shared[];
+    uint8_t *const shared = dynamic_shared<uint8_t>();
     const struct attention_cut start = args.cuts[blockIdx.x], stop = args.cuts[blockIdx.x + 1];
     if (start.lane == stop.lane && start.split == stop.split) return;
     uint32_t lane = threadIdx.x % 32, pieces = shared_address(shared) + places::pieces;

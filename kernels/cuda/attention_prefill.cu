@@ -113,7 +113,7 @@ ATTENTION_INLINE void prefill_piece(struct part<DIMS> *split, const uint32_t q[D
 template <int KV, int DIMS>
 __global__ void __launch_bounds__(ATTENTION_THREADS, DIMS == 64 ? 3 : 2) prefill(const __grid_constant__ struct attention_args args) {
     using layout = piece<KV, DIMS>;
-    extern __shared__ __align__(128) uint8_t shared[];
+    uint8_t *const shared = dynamic_shared<uint8_t>();
     uint32_t n_tiles = args.header->n_tiles, head = blockIdx.x;
     if (blockIdx.y >= n_tiles) return;
     const struct prefill_tile tile = args.tiles[n_tiles - 1 - blockIdx.y]; /* a prompt's last tiles see most: they start first */

@@ -68,8 +68,7 @@ template <int OUTS, int TILES> static __device__ __forceinline__ void add_sums(f
 template <int WARPS_OUT, int WARPS_ROW, int OUTS, int TILES, int STAGES>
 static __global__ void __launch_bounds__(WARPS_OUT *WARPS_ROW * 32, 1) broad_product(const struct product_call call) {
     typedef broad_shape<WARPS_OUT, WARPS_ROW, OUTS, TILES, STAGES> shape;
-    extern __shared__ uint4 stages[];
-    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(stages), warp = threadIdx.x / 32;
+    const uint32_t ring = shared_address(dynamic_shared<uint4>()), warp = threadIdx.x / 32;
     const uint32_t blocks_row = (call.rows + shape::BLOCK_ROWS - 1) / shape::BLOCK_ROWS; /* those with the same rows of W follow each other */
     const uint32_t first_out = blockIdx.x / blocks_row * shape::BLOCK_OUT, first_row = blockIdx.x % blocks_row * shape::BLOCK_ROWS;
     const uint32_t warp_out = warp / WARPS_ROW * OUTS * 16, warp_row = warp % WARPS_ROW * TILES * 8;
@@ -82,11 +81,11 @@ static __global__ void __launch_bounds__(WARPS_OUT *WARPS_ROW * 32, 1) broad_pro
                                                         asked.step, false);
             next_step(asked);
         }
-        end_group();
+        copies_commit();
     }
     float sums[OUTS][TILES][4] = {}, totals[OUTS][TILES][4] = {};
     for (uint32_t i = 0; i < steps; i++) {
-        wait_for_groups<STAGES - 2>();
+        copies_wait<STAGES - 2>();
         __syncthreads(); /* everybody's pieces are there, and nobody reads the stage that is asked for next */
         if (i + STAGES - 1 < steps) {
             const uint32_t stage = ring + (i + STAGES - 1) % STAGES * shape::STAGE;
@@ -94,7 +93,7 @@ static __global__ void __launch_bounds__(WARPS_OUT *WARPS_ROW * 32, 1) broad_pro
             ask_rows<shape::BLOCK_ROWS, shape::THREADS>(stage + shape::BLOCK_OUT * 128, call.in, first_row, call.rows, call.k, asked.step, false);
             next_step(asked);
         }
-        end_group();
+        copies_commit();
         const uint32_t stage = ring + i % STAGES * shape::STAGE, sum = used.sum;
         use_stage(sums, stage + warp_out * 128, stage + shape::BLOCK_OUT * 128 + warp_row * 128);
         next_step(used);
@@ -126,7 +125,7 @@ static void run_one(const struct cuda *cuda, const struct product_call *call) {
     typedef broad_shape<WARPS_OUT, WARPS_ROW, OUTS, TILES, STAGES> shape;
     const uint32_t blocks_out = div_up(call->n, shape::BLOCK_OUT), blocks_row = div_up(call->rows, shape::BLOCK_ROWS);
     CHECK(blocks_out <= INT32_MAX / blocks_row);
-    broad_product<WARPS_OUT, WARPS_ROW, OUTS, TILES, STAGES><<<blocks_out * blocks_row, shape::THREADS, shape::RING, cuda->stream>>>(*call);
+    launch(broad_product<WARPS_OUT, WARPS_ROW, OUTS, TILES, STAGES>, blocks_out * blocks_row, shape::THREADS, shape::RING, cuda->stream, *call);
     CUDA_CHECK(cudaGetLastError());
 }
 

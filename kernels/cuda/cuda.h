@@ -9,6 +9,7 @@
  *   attention.cu  attention over per-lane tables, accumulated attention
  *   services.cu   copies, compaction, reading, sinks; score.cu, score_window.cu  scores of cached slots; rank.cu  which of them stay
  *   sample.cu     from logits to tokens
+ *   ptx.h         what is no C++: instructions and launches
  *
  * Names: a row is one token of a sequence; group = query heads of a KV head; d = head_dim; lane = layer * n_kv_heads + KV head. */
 #pragma once
@@ -23,6 +24,8 @@ extern "C" {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "kernels/cuda/ptx.h"
 
 enum {
     SPLIT_SLOTS = 256, /* attention cuts a lane at multiples of this (row contract); each split starts anew, splits merge in ascending order */

@@ -70,12 +70,6 @@ static __device__ __forceinline__ uint32_t bits_of(__half2 h) {
 
 static const uint32_t EXPONENTS = 0x64006400; /* two f16 of 1024, whose last bit is 1: integers below 1024 go into the mantissa */
 
-/* (bits & MASK) | base: one instruction, of which the compiler would make two. */
-template <uint32_t MASK> static __device__ __forceinline__ uint32_t masked_into(uint32_t base, uint32_t bits) {
-    asm("lop3.b32 %0, %1, %2, %0, 0xea;" : "+r"(base) : "r"(bits), "n"(MASK));
-    return base;
-}
-
 /* Two integers under EXPONENTS, less `offset`, exactly. */
 static __device__ __forceinline__ __half2 integers(uint32_t mantissas, float offset) {
     return __hsub2(half2_of(mantissas), __float2half2_rn(1024 + offset));

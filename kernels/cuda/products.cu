@@ -210,10 +210,10 @@ template <enum native_form FORM> static __global__ void widen_tiles(const uint8_
 static void widen(const struct cuda *cuda, enum native_form form, const uint8_t *tiles, uint32_t rows, uint32_t k) {
     const uint32_t blocks = div_up(div_up(rows, NATIVE_ROWS) * div_up(k, NATIVE_COLS) * 32, 256);
     switch (form) {
-    case FORM_4: widen_tiles<FORM_4><<<blocks, 256, 0, cuda->stream>>>(tiles, rows, k, cuda->widened); break;
-    case FORM_4_OFFSET: widen_tiles<FORM_4_OFFSET><<<blocks, 256, 0, cuda->stream>>>(tiles, rows, k, cuda->widened); break;
-    case FORM_8: widen_tiles<FORM_8><<<blocks, 256, 0, cuda->stream>>>(tiles, rows, k, cuda->widened); break;
-    case FORM_6: widen_tiles<FORM_6><<<blocks, 256, 0, cuda->stream>>>(tiles, rows, k, cuda->widened); break;
+    case FORM_4: launch(widen_tiles<FORM_4>, blocks, 256, 0, cuda->stream, tiles, rows, k, cuda->widened); break;
+    case FORM_4_OFFSET: launch(widen_tiles<FORM_4_OFFSET>, blocks, 256, 0, cuda->stream, tiles, rows, k, cuda->widened); break;
+    case FORM_8: launch(widen_tiles<FORM_8>, blocks, 256, 0, cuda->stream, tiles, rows, k, cuda->widened); break;
+    case FORM_6: launch(widen_tiles<FORM_6>, blocks, 256, 0, cuda->stream, tiles, rows, k, cuda->widened); break;
     default: CHECK(!"a native form");
     }
     CUDA_CHECK(cudaGetLastError());

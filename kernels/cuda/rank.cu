@@ -164,12 +164,12 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
             score_pass(cuda, &norms, &jobs, score->numbers + plan->n_slots * pass.group);
         }
     }
-    fold_kernel<<<jobs.n_splits, THREADS, 0, cuda->stream>>>(pass);
-    if (request->layer_mean) layer_mean_kernel<<<jobs.n_jobs, THREADS, 0, cuda->stream>>>(pass);
+    launch(fold_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
+    if (request->layer_mean) launch(layer_mean_kernel, jobs.n_jobs, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
     if (scores) read_back(cuda, scores + score->lane_at[first], pass.scores, plan->n_slots * sizeof *scores);
     /* The pass's lists are still there: what waiting set free is written again only by copies that come later on the stream. */
-    key_kernel<<<jobs.n_splits, THREADS, 0, cuda->stream>>>(pass);
+    launch(key_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -306,7 +306,7 @@ void cuda_cut(struct backend *backend, const struct cut_request *request, struct
     pass.below = score->cut_below, pass.counted = score->cut_counted, pass.freed = score->cut_freed;
     pass.out = (struct cut_lane *)(void *)score->back_host;
     CUDA_CHECK(cudaMemsetAsync(pass.freed, 0, (size_t)groups * 4 * 256 * sizeof(uint32_t), cuda->stream));
-    for (int round = 0; round <= 4; round++) cut_kernel<<<cuda->n_lanes, THREADS, 0, cuda->stream>>>(pass, round);
+    for (int round = 0; round <= 4; round++) launch(cut_kernel, cuda->n_lanes, THREADS, 0, cuda->stream, pass, round);
     CUDA_CHECK(cudaGetLastError());
     stage_wait(cuda);
     memcpy(lanes, pass.out, cuda->n_lanes * sizeof *lanes);
@@ -387,7 +387,7 @@ void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane 
     pass.keys = score->keys, pass.n_protected = score->n_protected, pass.evict = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
     pass.kept = score->kept;
     pass.out = (struct kept_lane *)(void *)score->back_host;
-    keep_kernel<<<cuda->n_lanes, THREADS, 0, cuda->stream>>>(pass);
+    launch(keep_kernel, cuda->n_lanes, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
     stage_wait(cuda);
     memcpy(lanes, pass.out, cuda->n_lanes * sizeof *lanes);

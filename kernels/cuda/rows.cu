@@ -42,11 +42,11 @@ static __global__ void __launch_bounds__(NORM_THREADS) norm_kernel(const float *
 }
 
 void rows_norm(struct cuda *cuda, const struct step_shape *shape, const float *norm, __half *out) {
-    norm_kernel<<<shape->rows, NORM_THREADS, 0, cuda->stream>>>(cuda->x, NULL, &cuda->dev.header->n_rows, 0, cuda->program->n_embd, cuda->program->norm_epsilon, norm, out);
+    launch(norm_kernel, shape->rows, NORM_THREADS, 0, cuda->stream, cuda->x, NULL, &cuda->dev.header->n_rows, 0, cuda->program->n_embd, cuda->program->norm_epsilon, norm, out);
 }
 
 void rows_norm_head(struct cuda *cuda, const struct step_shape *shape) {
-    norm_kernel<<<shape->head_rows, NORM_THREADS, 0, cuda->stream>>>(cuda->x, cuda->dev.head_rows, &cuda->dev.header->n_head_rows, shape->first_head_row, cuda->program->n_embd,
+    launch(norm_kernel, shape->head_rows, NORM_THREADS, 0, cuda->stream, cuda->x, cuda->dev.head_rows, &cuda->dev.header->n_head_rows, shape->first_head_row, cuda->program->n_embd,
                                                                    cuda->program->norm_epsilon, cuda->head_norm, cuda->head_h);
 }
 
@@ -61,7 +61,7 @@ static __global__ void rope_kernel(const struct step_header *header, const int32
 void rows_rope(struct cuda *cuda, const struct step_shape *shape) {
     const uint32_t pairs = cuda->program->rope_dims / 2;
     if (pairs == 0) return;
-    rope_kernel<<<div_up(shape->rows * pairs, ROPE_THREADS), ROPE_THREADS, 0, cuda->stream>>>(cuda->dev.header, cuda->dev.positions, cuda->rope_frequency, pairs,
+    launch(rope_kernel, div_up(shape->rows * pairs, ROPE_THREADS), ROPE_THREADS, 0, cuda->stream, cuda->dev.header, cuda->dev.positions, cuda->rope_frequency, pairs,
                                                                                             (double)cuda->program->rope_magnitude, cuda->rope);
 }
 
@@ -187,7 +187,7 @@ void rows_append(struct cuda *cuda, uint32_t layer, const struct step_shape *sha
     p.epsilon = program->norm_epsilon;
     p.adjacent = program->rope_pairs == ROPE_PAIRS_ADJACENT;
     const dim3 grid(shape->rows, div_up(program->n_heads + 2 * program->n_kv_heads, HEADS_A_BLOCK));
-    append_kernel<<<grid, 32 * HEADS_A_BLOCK, 0, cuda->stream>>>(p);
+    launch(append_kernel, grid, 32 * HEADS_A_BLOCK, 0, cuda->stream, p);
 }
 
 /* Two values at a time; n_ff is a multiple of 8 (supported.cu). */
@@ -201,5 +201,5 @@ static __global__ void __launch_bounds__(ACTIVATE_THREADS) activate_kernel(const
 void rows_activate(struct cuda *cuda, const struct step_shape *shape) {
     const uint32_t half_ff = cuda->program->n_ff / 2;
     const dim3 grid(div_up(half_ff, ACTIVATE_THREADS), shape->rows);
-    activate_kernel<<<grid, ACTIVATE_THREADS, 0, cuda->stream>>>(cuda->dev.header, (const __half2 *)cuda->gate_up, half_ff, (__half2 *)cuda->g);
+    launch(activate_kernel, grid, ACTIVATE_THREADS, 0, cuda->stream, cuda->dev.header, (const __half2 *)cuda->gate_up, half_ff, (__half2 *)cuda->g);
 }

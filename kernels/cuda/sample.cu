@@ -91,7 +91,7 @@ template <bool COPIED> static __device__ void sample_row(const struct sampling_a
     if (threadIdx.x < SELECTIONS) s->list_used[threadIdx.x] = 0;
     __syncthreads();
     if (p->on_host) return;
-    team_arrive();
+    cluster_arrive();
     const bool report = p->n_top >= 0 || p->target >= 0, draws = p->target < 0, adjusted = draws && (p->n_bias || p->n_banned || p->n_history);
     own.own = adjusted || (COPIED && (report || (draws && p->temperature != 0))); /* else reading once, or again, is cheaper */
     own.values = own.own && !COPIED ? a->scratch + (size_t)(blockIdx.x / a->ranks) * a->n_vocab : (float *)own.raw;
@@ -101,7 +101,7 @@ template <bool COPIED> static __device__ void sample_row(const struct sampling_a
     const struct seen seen = read_row(&own, a->n_vocab % 4 == 0);
     uint64_t best = block_max(s, 0, ranked(seen.best, seen.token));
     const bool finite = __syncthreads_or(seen.finite);
-    team_wait(); /* all ranks are there */
+    cluster_wait(); /* all ranks are there */
     offer(t, EXCHANGE_BEST, best);
     offer(t, EXCHANGE_FINITE, finite);
     team_sync();

@@ -19,8 +19,9 @@
  * What it does not do: random numbers (u comes with the parameters), logarithms (the sum of exponentials goes back as it is). */
 #pragma once
 
-#include <cuda_runtime.h>
 #include <float.h>
+
+#include "kernels/cuda/ptx.h"
 
 extern "C" {
 #include "kernels/sample.h"
@@ -138,42 +139,15 @@ struct __align__(16) team_shared {
 
 /* ---- teams ---- */
 
-extern __shared__ __align__(16) uint8_t shared_memory[];
-static __device__ __forceinline__ struct team_shared *block_memory(void) { return (struct team_shared *)shared_memory; }
+static __device__ __forceinline__ struct team_shared *block_memory(void) { return (struct team_shared *)(void *)dynamic_shared<uint8_t>(); }
 static __device__ __forceinline__ float *block_logits(void) { return (float *)(block_memory() + 1); }
 
 static __device__ __forceinline__ uint32_t lane_index(void) { return threadIdx.x % 32; }
 static __device__ __forceinline__ uint32_t warp_index(void) { return threadIdx.x / 32; }
 
-static __device__ __forceinline__ void team_arrive(void) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-static __device__ __forceinline__ void team_wait(void) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
 static __device__ __forceinline__ void team_sync(void) {
-    team_arrive();
-    team_wait();
-}
-
-/* The same place in another rank's shared memory. */
-template <typename T> static __device__ __forceinline__ T *of_rank(T *place, uint32_t rank) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    uint64_t mapped;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(place), "r"(rank));
-    return (T *)mapped;
-#else
-    (void)rank;
-    return place;
-#endif
+    cluster_arrive();
+    cluster_wait();
 }
 
 static __device__ uint64_t warp_max(uint64_t value) {

@@ -134,10 +134,10 @@ static void plain_score(struct cuda *cuda, const struct score_request *request, 
     pass.means = (float *)(void *)cuda->score->work;
     pass.partials = (float *)(void *)(cuda->score->work + jobs->n_jobs * need.per_job);
     if (request->kind == SCORE_KEYDIFF) {
-        unit_keys_kernel<<<jobs->n_splits, THREADS, 0, cuda->stream>>>(pass);
-        mean_key_kernel<<<jobs->n_jobs, HEAD_DIM_MAX, 0, cuda->stream>>>(pass);
+        launch(unit_keys_kernel, jobs->n_splits, THREADS, 0, cuda->stream, pass);
+        launch(mean_key_kernel, jobs->n_jobs, HEAD_DIM_MAX, 0, cuda->stream, pass);
     }
-    plain_kernel<<<jobs->n_splits, THREADS, 0, cuda->stream>>>(pass, request->kind);
+    launch(plain_kernel, jobs->n_splits, THREADS, 0, cuda->stream, pass, request->kind);
     CUDA_CHECK(cudaGetLastError());
 }
 

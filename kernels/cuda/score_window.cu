@@ -32,13 +32,9 @@ struct window_pass {
 
 static __device__ inline void multiply_tile(bool bf16, float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     if (bf16)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        multiply_bf16(c, a0, a1, a2, a3, b0, b1);
     else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        multiply_f16(c, a0, a1, a2, a3, b0, b1);
 }
 
 /* Two of four signed bytes as f16, exactly: 1024 + (x + 128) has x + 128 in its lowest bits. */
@@ -384,10 +380,10 @@ struct work_need window_need(const struct cuda *cuda, enum score_kind kind, uint
 template <int MODE, int TYPE> static void launch_window(struct cuda *cuda, const struct window_pass *pass) {
     const uint32_t n = pass->jobs.n_splits;
     switch (dim_groups(cuda)) {
-    case 1: window_kernel<TYPE, 1, MODE><<<n, THREADS, 0, cuda->stream>>>(*pass); break;
-    case 2: window_kernel<TYPE, 2, MODE><<<n, THREADS, 0, cuda->stream>>>(*pass); break;
-    case 3: window_kernel<TYPE, 3, MODE><<<n, THREADS, 0, cuda->stream>>>(*pass); break;
-    case 4: window_kernel<TYPE, 4, MODE><<<n, THREADS, 0, cuda->stream>>>(*pass); break;
+    case 1: launch(window_kernel<TYPE, 1, MODE>, n, THREADS, 0, cuda->stream, *pass); break;
+    case 2: launch(window_kernel<TYPE, 2, MODE>, n, THREADS, 0, cuda->stream, *pass); break;
+    case 3: launch(window_kernel<TYPE, 3, MODE>, n, THREADS, 0, cuda->stream, *pass); break;
+    case 4: launch(window_kernel<TYPE, 4, MODE>, n, THREADS, 0, cuda->stream, *pass); break;
     default: CHECK(!"head_dim <= HEAD_DIM_MAX");
     }
     CUDA_CHECK(cudaGetLastError());
@@ -431,17 +427,17 @@ void window_score(struct cuda *cuda, const struct score_request *request, const 
                                    .bf16 = kv_computes_bf16(cuda->pool.dtype)};
         const uint32_t n_turns = request->n_window * (program->rope_dims / 2), padded = dim_groups(cuda) * 32;
         if (n_turns > 0)
-            turns_kernel<<<div_up(n_turns, THREADS), THREADS, 0, cuda->stream>>>(pass.turns, cuda->rope_frequency, program->rope_dims / 2,
-                                                                                 request->n_window, request->ahead);
-        expected_rows_kernel<<<dim3(jobs->n_jobs, cuda->group), HEAD_DIM_MAX, 0, cuda->stream>>>(rows, padded);
+            launch(turns_kernel, div_up(n_turns, THREADS), THREADS, 0, cuda->stream, pass.turns, cuda->rope_frequency, program->rope_dims / 2,
+                   request->n_window, request->ahead);
+        launch(expected_rows_kernel, dim3(jobs->n_jobs, cuda->group), HEAD_DIM_MAX, 0, cuda->stream, rows, padded);
         run_window<MODE_EXPECTED>(cuda, &pass);
-        softmax_kernel<<<dim3(jobs->n_jobs, cuda->group), THREADS, 0, cuda->stream>>>(pass);
+        launch(softmax_kernel, dim3(jobs->n_jobs, cuda->group), THREADS, 0, cuda->stream, pass);
     } else {
         pass.scale *= 1.44269504088896340736f; /* exp2 */
         pass.states = (float4 *)(void *)work;
         pass.partials = (float2 *)(void *)(work + jobs->n_jobs * need.per_job);
         run_window<MODE_SUMS>(cuda, &pass);
-        merge_kernel<<<div_up(jobs->n_jobs * pass.n_tiles * TILE_ROWS, THREADS), THREADS, 0, cuda->stream>>>(pass);
+        launch(merge_kernel, div_up(jobs->n_jobs * pass.n_tiles * TILE_ROWS, THREADS), THREADS, 0, cuda->stream, pass);
         run_window<MODE_FOLD>(cuda, &pass);
     }
     CUDA_CHECK(cudaGetLastError());

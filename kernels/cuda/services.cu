@@ -168,7 +168,7 @@ void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *s
         }
         if (used == 0) continue;
         stage_send(cuda, pairs, used * sizeof *pairs);
-        copy_kernel<<<used, THREADS, 0, cuda->stream>>>(cuda->pool, device);
+        launch(copy_kernel, used, THREADS, 0, cuda->stream, cuda->pool, device);
         CUDA_CHECK(cudaGetLastError());
     }
 }
@@ -311,9 +311,9 @@ void cuda_compact(struct backend *backend, uint32_t count, const struct compacti
         pass.items = device;
         const dim3 grid(n, 2 * pass.slices + 1);
         if (unit == sizeof(uint4))
-            compact_kernel<uint4><<<grid, THREADS, 0, cuda->stream>>>(pass);
+            launch(compact_kernel<uint4>, grid, THREADS, 0, cuda->stream, pass);
         else
-            compact_kernel<uint2><<<grid, THREADS, 0, cuda->stream>>>(pass);
+            launch(compact_kernel<uint2>, grid, THREADS, 0, cuda->stream, pass);
         CUDA_CHECK(cudaGetLastError());
     }
 }
@@ -337,7 +337,7 @@ void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float
     const uint32_t d = cuda->pool.d;
     CHECK(block < cuda->pool.n_blocks && slot < BLOCK_TOKENS);
     if (score->block_read != block) {
-        read_block_kernel<<<BLOCK_TOKENS, HEAD_DIM_MAX, 0, cuda->stream>>>(cuda->pool, block, score->block_host);
+        launch(read_block_kernel, BLOCK_TOKENS, HEAD_DIM_MAX, 0, cuda->stream, cuda->pool, block, score->block_host);
         CUDA_CHECK(cudaGetLastError());
         stage_wait(cuda);
         score->block_read = block;
@@ -364,7 +364,7 @@ void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t
         uint32_t *device, *ids = (uint32_t *)stage_take(cuda, n * sizeof *ids, &device);
         stage_ids(cuda, blocks + first, n, ids);
         stage_send(cuda, ids, n * sizeof *ids);
-        read_positions_kernel<<<div_up(n, THREADS / BLOCK_TOKENS), THREADS, 0, cuda->stream>>>(cuda->pool, device, n,
+        launch(read_positions_kernel, div_up(n, THREADS / BLOCK_TOKENS), THREADS, 0, cuda->stream, cuda->pool, device, n,
                                                                                                (int32_t *)(void *)score->back_host);
         CUDA_CHECK(cudaGetLastError());
         stage_wait(cuda);
@@ -464,6 +464,6 @@ void cuda_shift_sinks(struct backend *backend, const struct shift_request *reque
     for (uint32_t lane = 0; lane < pass.n_lanes; lane++)
         stage_ids(cuda, request->block_ids + request->lane_first[lane], pass.n_ids, ids + (size_t)lane * pass.n_ids);
     stage_send(cuda, ids, bytes);
-    shift_kernel<<<div_up(pass.n_lanes * pass.n_slots, THREADS / WARP), THREADS, 0, cuda->stream>>>(pass);
+    launch(shift_kernel, div_up(pass.n_lanes * pass.n_slots, THREADS / WARP), THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
 }

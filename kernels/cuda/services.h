@@ -87,7 +87,6 @@ void window_score(struct cuda *cuda, const struct score_request *request, const 
 /* score.cu: bytes of `numbers` and `work` that the longest lane needs, at least, and that all lanes at once would take. */
 void score_sizes(const struct cuda *cuda, uint32_t lane_slots, size_t *least_numbers, size_t *least_work);
 
-#ifdef __CUDACC__
 enum {
     WARP = 32,
     WARPS = SPLIT_SLOTS / BLOCK_TOKENS, /* a warp takes one block of a split */
@@ -117,4 +116,3 @@ static __device__ inline float pool_element(const struct device_pool &pool, uint
     if (pool.dtype == KV_BF16) return __bfloat162float(((const __nv_bfloat16 *)bytes)[at]);
     return pool.scales[(size_t)block * 2 * BLOCK_TOKENS + which * BLOCK_TOKENS + slot] * (float)((const int8_t *)bytes)[at];
 }
-#endif

@@ -14,18 +14,6 @@ enum {
     NARROW = 3072,            /* rows of W: below, a block per 16 of them, or units are left without work */
 };
 
-/* Where a launch may overlap the end of the one before (compute capability 9.0), weights are asked for before this and activations after it. */
-static __device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-static __device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 /* Bytes in the ring: of a lane's weights of one step and 16 rows, of all lanes' of a step. */
 template <enum native_form FORM> static __host__ __device__ constexpr uint32_t lane_bytes() {
     return FORM == FORM_F16 ? 64 : native_quant_bytes(FORM) + native_scale_bytes(FORM);
@@ -71,12 +59,12 @@ static __device__ __forceinline__ void ask_weights(skinny_lane<OUTS, TILES> &lan
             copy_weights(to, lane.w[i][0], true);
             if constexpr (FORM == FORM_8) copy_weights(to + 512, lane.w[i][0] + 512, true);
             if constexpr (FORM == FORM_6)
-                copy_8_bytes(stage + 512 + lane.lane * 8, lane.w[i][0] - native_quants_at(lane.lane) + native_high_bits_at(lane.lane));
+                copy_8(stage + 512 + lane.lane * 8, lane.w[i][0] - native_quants_at(lane.lane) + native_high_bits_at(lane.lane));
             const uint32_t scales = stage + 32 * native_quant_bytes(FORM) + lane.lane * native_scale_bytes(FORM);
             if constexpr (FORM == FORM_4_OFFSET)
                 copy_weights(scales, lane.w[i][1], true);
             else
-                copy_8_bytes(scales, lane.w[i][1]);
+                copy_8(scales, lane.w[i][1]);
         }
         lane.w[i][0] += WARPS * step_bytes<FORM>();
         lane.w[i][1] += WARPS * step_bytes<FORM>();
@@ -196,29 +184,29 @@ static __device__ __forceinline__ void find_lane(skinny_lane<OUTS, TILES> &lane,
 template <enum native_form FORM, int OUTS, int TILES, int DEEP>
 static __global__ void __launch_bounds__(WARPS * 32, 2) skinny_product(const struct product_call call) {
     typedef skinny_shape<FORM, OUTS, TILES, DEEP> shape;
-    extern __shared__ uint4 ring[]; /* [WARPS][DEEP] stages */
+    uint4 *const ring = dynamic_shared<uint4>(); /* [WARPS][DEEP] stages */
     const uint32_t warp = threadIdx.x / 32, first = blockIdx.x * (OUTS * TILE_OUT);
     skinny_lane<OUTS, TILES> lane;
     find_lane<FORM>(lane, call, first);
-    const uint32_t mine = (uint32_t)__cvta_generic_to_shared(ring) + warp * DEEP * shape::STAGE, end = mine + DEEP * shape::STAGE;
+    const uint32_t mine = shared_address(ring) + warp * DEEP * shape::STAGE, end = mine + DEEP * shape::STAGE;
     for (uint32_t stage = mine; stage < end; stage += shape::STAGE) ask_weights<FORM>(lane, stage);
-    let_next_begin();
+    let_next_begin(); /* a launch may overlap the end of the one before: weights are asked for before that is waited for, activations after */
     wait_for_previous();
     for (uint32_t stage = mine; stage < end; stage += shape::STAGE) {
         ask_activations(lane, stage + shape::WEIGHTS);
-        end_group();
+        copies_commit();
     }
     float sums[OUTS][TILES][4] = {};
     for (uint32_t column = warp * STEP, stage = mine; column < call.k; column += WARPS * STEP) {
-        wait_for_groups<DEEP - 1>();
+        copies_wait<DEEP - 1>();
         use_step<FORM>(sums, stage, stage + shape::WEIGHTS, lane.lane);
         ask_weights<FORM>(lane, stage);
         ask_activations(lane, stage + shape::WEIGHTS);
-        end_group();
+        copies_commit();
         stage += shape::STAGE;
         if (stage == end) stage = mine;
     }
-    wait_for_groups<0>();
+    copies_wait<0>();
     __syncthreads();
     add_up<OUTS, TILES, shape::STRIDE>(sums, (float *)ring, call, first);
 }

@@ -166,7 +166,7 @@ static void run_phase(struct cuda *cuda, const struct phase *phase, const struct
 static void run_step(struct cuda *cuda, const struct step_shape *shape) {
     const dim3 grid(div_up(cuda->n_lanes, SPREAD_THREADS), shape->sequences);
     mark(cuda, 0);
-    spread_lengths<<<grid, SPREAD_THREADS, 0, cuda->stream>>>(cuda->dev.header, cuda->dev.sequences, cuda->tables + ids_of_tables(cuda), cuda->n_lanes, cuda->dev.lane_tokens);
+    launch(spread_lengths, grid, SPREAD_THREADS, 0, cuda->stream, cuda->dev.header, cuda->dev.sequences, cuda->tables + ids_of_tables(cuda), cuda->n_lanes, cuda->dev.lane_tokens);
     rows_rope(cuda, shape);
     attention_plan(cuda, shape);
     for (uint32_t i = 0; i < cuda->program->n_phases; i++) {

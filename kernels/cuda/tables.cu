@@ -82,7 +82,7 @@ static enum status send_writes(struct cuda *cuda, struct error *error) {
     const uint32_t n = tables->n_writes;
     if (n == 0) return STATUS_OK;
     CUDA_TRY(error, cudaMemcpyAsync(tables->writes_device, tables->writes, n * sizeof(struct table_write), cudaMemcpyHostToDevice, cuda->stream));
-    write_tables<<<div_up(n, WRITE_THREADS), WRITE_THREADS, 0, cuda->stream>>>(tables->writes_device, n, cuda->tables);
+    launch(write_tables, div_up(n, WRITE_THREADS), WRITE_THREADS, 0, cuda->stream, tables->writes_device, n, cuda->tables);
     CUDA_TRY(error, cudaEventRecord(tables->writes_read, cuda->stream));
     tables->n_writes = 0;
     return STATUS_OK;

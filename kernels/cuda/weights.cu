@@ -270,8 +270,8 @@ static enum status stage_blocks(struct loader *loader, const struct tensor *tens
     uint64_t seed = loader->cuda->program->random_seed;
     if (seed != 0) {
         uint64_t key = random_mix(random_mix(seed) ^ name);
-        make_random_blocks<<<grid_for(count), 256, 0, loader->cuda->stream>>>(format, stage_device(loader), (uint32_t)count, first, key,
-                                                                              1 / sqrtf((float)tensor->cols));
+        launch(make_random_blocks, grid_for(count), 256, 0, loader->cuda->stream, format, stage_device(loader), (uint32_t)count, first, key,
+               1 / sqrtf((float)tensor->cols));
         CUDA_TRY(loader->error, cudaGetLastError());
         return STATUS_OK;
     }
@@ -291,8 +291,8 @@ static enum status load_f16(struct loader *loader, const struct tensor *tensor, 
         enum status status = stage_take(loader);
         if (status == STATUS_OK) status = stage_blocks(loader, tensor, name, first, n);
         if (status != STATUS_OK) return status;
-        widen_blocks<<<grid_for(count), 256, 0, loader->cuda->stream>>>(format, stage_device(loader), destination + first * format.size, count,
-                                                                        loader->unfit, name);
+        launch(widen_blocks, grid_for(count), 256, 0, loader->cuda->stream, format, stage_device(loader), destination + first * format.size, count,
+               loader->unfit, name);
         status = stage_used(loader);
         if (status != STATUS_OK) return status;
     }
@@ -315,7 +315,7 @@ static enum status load_native(struct loader *loader, const struct tensor *tenso
         if (status != STATUS_OK) return status;
         p.source = stage_device(loader);
         p.tiles = tiles + native_bytes(p.form, first, tensor->cols);
-        pack_blocks<<<div_up(div_up(p.rows, NATIVE_ROWS) * steps * 32, 128), 128, 0, loader->cuda->stream>>>(p);
+        launch(pack_blocks, div_up(div_up(p.rows, NATIVE_ROWS) * steps * 32, 128), 128, 0, loader->cuda->stream, p);
         status = stage_used(loader);
         if (status != STATUS_OK) return status;
     }
@@ -326,7 +326,7 @@ static enum status load_native(struct loader *loader, const struct tensor *tenso
 static enum status make_f16(struct loader *loader, const struct tensor *tensor, uint32_t name, __half *destination) {
     size_t count = (size_t)tensor->rows * tensor->cols;
     uint64_t key = random_mix(random_mix(loader->cuda->program->random_seed) ^ name);
-    make_random<<<grid_for(count), 256, 0, loader->cuda->stream>>>(destination, count, key, sqrtf(3.0f / (float)tensor->cols));
+    launch(make_random, grid_for(count), 256, 0, loader->cuda->stream, destination, count, key, sqrtf(3.0f / (float)tensor->cols));
     CUDA_TRY(loader->error, cudaGetLastError());
     return STATUS_OK;
 }
@@ -491,6 +491,6 @@ void weights_embed(struct cuda *cuda, const struct step_shape *shape) {
     const struct matrix *matrix = &cuda->embedding;
     CHECK(shape->rows > 0 && matrix->n_parts == 1);
     const struct embedding e = {.form = native_form_of(matrix->parts[0].type), .data = matrix->parts[0].data, .n_embd = matrix->cols};
-    embed_rows<<<shape->rows, 256, 0, cuda->stream>>>(cuda->dev.header, cuda->dev.tokens, e, cuda->x);
+    launch(embed_rows, shape->rows, 256, 0, cuda->stream, cuda->dev.header, cuda->dev.tokens, e, cuda->x);
     CUDA_CHECK(cudaGetLastError());
 }

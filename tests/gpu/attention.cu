@@ -389,7 +389,7 @@ template <int KV> static void check_probe(const char *name, struct random *rando
         CUDA_CHECK(cudaMemcpy(device[0], rows, sizeof rows, cudaMemcpyHostToDevice));
         CUDA_CHECK(cudaMemcpy(device[1], columns, sizeof columns, cudaMemcpyHostToDevice));
         CUDA_CHECK(cudaMemcpy(device[2], start, sizeof start, cudaMemcpyHostToDevice));
-        probe<KV><<<SHIFTS, 32>>>((uint16_t *)device[0], (uint16_t *)device[1], (float *)device[2], (float *)device[3]);
+        launch(probe<KV>, SHIFTS, 32, 0, 0, (uint16_t *)device[0], (uint16_t *)device[1], (float *)device[2], (float *)device[3]);
         CUDA_CHECK(cudaGetLastError());
         CUDA_CHECK(cudaMemcpy(out, device[3], sizeof out, cudaMemcpyDeviceToHost));
         for (int shift = 0; shift < SHIFTS; shift++) {

@@ -131,9 +131,9 @@ static void bench_one(const struct bench_case *b, struct geometry geometry, uint
                 cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, cuda->attention->decode, ATTENTION_THREADS, cuda->attention->decode_shared));
             cuda->attention->ctas = (uint32_t)(ctas * cuda->properties.multiProcessorCount);
         }
-        fill_random<<<1024, 256>>>((uint32_t *)(void *)cuda->pool.kv, cuda->pool.n_blocks * cuda->pool.block_bytes / 4);
-        fill_random<<<1024, 256>>>((uint32_t *)(void *)cuda->q, (size_t)geometry.max_rows * cuda->n_q / 2);
-        if (cuda->pool.scales) fill_scales<<<1024, 256>>>(cuda->pool.scales, (size_t)cuda->pool.n_blocks * 2 * BLOCK_TOKENS);
+        launch(fill_random, 1024, 256, 0, 0, (uint32_t *)(void *)cuda->pool.kv, cuda->pool.n_blocks * cuda->pool.block_bytes / 4);
+        launch(fill_random, 1024, 256, 0, 0, (uint32_t *)(void *)cuda->q, (size_t)geometry.max_rows * cuda->n_q / 2);
+        if (cuda->pool.scales) launch(fill_scales, 1024, 256, 0, 0, cuda->pool.scales, (size_t)cuda->pool.n_blocks * 2 * BLOCK_TOKENS);
         CUDA_CHECK(cudaDeviceSynchronize());
         r->shape = stage(&r->world, entries, b->sequences);
         float plan_ms = median_ms(cuda->stream, 4, run_plan, r), ms = median_ms(cuda->stream, b->layers * (b->rows > 1 ? 2 : 8), run_layer, r);

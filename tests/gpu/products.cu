@@ -606,8 +606,8 @@ static void bench_one(struct cuda *cuda, const struct bench_shape *s, enum tenso
     CUDA_CHECK(cudaMalloc((void **)&w, count * bytes));
     CUDA_CHECK(cudaMalloc((void **)&in, (size_t)most * s->k * sizeof *in));
     CUDA_CHECK(cudaMalloc(&out, (size_t)most * s->n * sizeof(float)));
-    fill<<<1024, 256, 0, cuda->stream>>>((__half *)w, count * bytes / sizeof(__half));
-    fill<<<1024, 256, 0, cuda->stream>>>(in, (size_t)most * s->k);
+    launch(fill, 1024, 256, 0, cuda->stream, (__half *)w, count * bytes / sizeof(__half));
+    launch(fill, 1024, 256, 0, cuda->stream, in, (size_t)most * s->k);
     CUDA_CHECK(cudaMemsetAsync(out, 0, (size_t)most * s->n * sizeof(float), cuda->stream));
     for (uint32_t i = 0; i < row_counts; i++) {
         uint32_t launches = rows[i] > 256 || count > 20 ? count : 20 / count * count + count;
