@@ -192,7 +192,7 @@ template <typename UNIT>
 static __device__ void move_rows(const struct move_pass &pass, const struct move_item &item, uint32_t which, uint32_t slice) {
     const uint32_t *source = item.source, *keep = item.keep, *destination = item.destination;
     const uint32_t first = slice * SLICE_UNITS, left = (uint32_t)(pass.row_bytes / sizeof(UNIT)) - first,
-                   width = left < SLICE_UNITS ? left : SLICE_UNITS;
+                   width = left < SLICE_UNITS ? left : (uint32_t)SLICE_UNITS;
     const uint32_t tile = THREADS * THREAD_PIECES / width;
     uint8_t *base = pass.pool.kv + (size_t)which * BLOCK_TOKENS * pass.row_bytes + (size_t)first * sizeof(UNIT);
     for (uint32_t begin = 0; begin < item.n_keep; begin += tile) {

@@ -1,0 +1,17 @@
+/* How the host device behaves, from the environment: KVASIR_HOST_DEVICE="word word ...".
+ *   ascending descending random lockstep   which of the threads that can run does: the lowest, the highest, any, or all in turn. Blocks begin in the same order
+ *   seed=N                                 of random
+ *   8.6                                    compute capability 8.6: no clusters, 100 KiB of shared memory. Else 9.0
+ *   eager                                  what is put on a stream is done at once; else as late as waiting for it allows */
+#pragma once
+
+#include <stdint.h>
+
+enum host_order { ORDER_ASCENDING, ORDER_DESCENDING, ORDER_RANDOM, ORDER_LOCKSTEP };
+struct host_options {
+    enum host_order order;
+    uint64_t seed;
+    uint32_t capability;
+    bool eager;
+};
+const struct host_options *host_options(void);
