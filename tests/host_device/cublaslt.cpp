@@ -28,12 +28,14 @@ cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDescOpaque_t *desc,
     *desc = {CUBLAS_OP_N, CUBLAS_OP_N};
     return compute == CUBLAS_COMPUTE_32F && scale == CUDA_R_32F ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDescOpaque_t *desc, cublasLtMatmulDescAttributes_t attribute, const void *value, size_t size) {
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDescOpaque_t *desc, cublasLtMatmulDescAttributes_t attribute, const void *value,
+                                              size_t size) {
     if (size != sizeof desc->a) return CUBLAS_STATUS_INVALID_VALUE;
     memcpy(attribute == CUBLASLT_MATMUL_DESC_TRANSA ? &desc->a : &desc->b, value, size);
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayoutOpaque_t *layout, size_t, cudaDataType_t type, uint64_t rows, uint64_t cols, int64_t stride) {
+cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayoutOpaque_t *layout, size_t, cudaDataType_t type, uint64_t rows, uint64_t cols,
+                                                 int64_t stride) {
     *layout = {type, rows, cols, stride};
     return stride >= (int64_t)rows ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
@@ -41,15 +43,17 @@ cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreferenceOpa
     preference->alignment = 256;
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreferenceOpaque_t *preference, cublasLtMatmulPreferenceAttributes_t attribute, const void *value, size_t) {
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreferenceOpaque_t *preference, cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void *value, size_t) {
     if (attribute == CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES) memcpy(&preference->alignment, value, sizeof preference->alignment);
     return CUBLAS_STATUS_SUCCESS;
 }
 
 static size_t element_bytes(cudaDataType_t type) { return type == CUDA_R_32F ? 4 : 2; }
 
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *, cublasLtMatrixLayoutOpaque_t *, cublasLtMatrixLayoutOpaque_t *, cublasLtMatrixLayoutOpaque_t *,
-                                              cublasLtMatrixLayoutOpaque_t *d, cublasLtMatmulPreferenceOpaque_t *preference, int asked, cublasLtMatmulHeuristicResult_t *results,
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *, cublasLtMatrixLayoutOpaque_t *,
+                                              cublasLtMatrixLayoutOpaque_t *, cublasLtMatrixLayoutOpaque_t *, cublasLtMatrixLayoutOpaque_t *d,
+                                              cublasLtMatmulPreferenceOpaque_t *preference, int asked, cublasLtMatmulHeuristicResult_t *results,
                                               int *found) {
     *found = 0;
     if (preference->alignment < element_bytes(d->type)) return CUBLAS_STATUS_NOT_SUPPORTED;
@@ -96,16 +100,19 @@ static bool is_on_device(const void *at, const cublasLtMatrixLayoutOpaque_t *lay
     return host_device_bytes_from(at) >= bytes;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *desc, const void *alpha, const void *a, cublasLtMatrixLayoutOpaque_t *a_layout, const void *b,
-                              cublasLtMatrixLayoutOpaque_t *b_layout, const void *beta, const void *c, cublasLtMatrixLayoutOpaque_t *c_layout, void *d,
-                              cublasLtMatrixLayoutOpaque_t *d_layout, const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t stream) {
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *desc, const void *alpha, const void *a,
+                              cublasLtMatrixLayoutOpaque_t *a_layout, const void *b, cublasLtMatrixLayoutOpaque_t *b_layout, const void *beta,
+                              const void *c, cublasLtMatrixLayoutOpaque_t *c_layout, void *d, cublasLtMatrixLayoutOpaque_t *d_layout,
+                              const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t stream) {
     struct matmul m = {*a_layout, *b_layout, *d_layout, (const uint16_t *)a, (const uint16_t *)b, d, 0, 0, algorithm->parts};
     memcpy(&m.alpha, alpha, sizeof m.alpha);
     memcpy(&m.beta, beta, sizeof m.beta);
-    if (desc->a != CUBLAS_OP_T || desc->b != CUBLAS_OP_N || m.a.type != CUDA_R_16F || m.b.type != CUDA_R_16F || c != d) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (desc->a != CUBLAS_OP_T || desc->b != CUBLAS_OP_N || m.a.type != CUDA_R_16F || m.b.type != CUDA_R_16F || c != d)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     if (m.d.type != CUDA_R_32F && (m.d.type != CUDA_R_16F || m.beta != 0)) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (m.a.rows != m.b.rows || m.d.rows != m.a.cols || m.d.cols != m.b.cols || c_layout->stride != m.d.stride) return CUBLAS_STATUS_INVALID_VALUE;
-    if (!is_on_device(a, &m.a) || !is_on_device(b, &m.b) || !is_on_device(d, &m.d) || (workspace_bytes > 0 && host_device_bytes_from(workspace) < workspace_bytes))
+    if (!is_on_device(a, &m.a) || !is_on_device(b, &m.b) || !is_on_device(d, &m.d) ||
+        (workspace_bytes > 0 && host_device_bytes_from(workspace) < workspace_bytes))
         host_fail("cublasLtMatmul: a matrix that is not in device memory, or larger than what was allocated");
     (void)host_enqueue(stream, [m] { multiply(&m); });
     return CUBLAS_STATUS_SUCCESS;

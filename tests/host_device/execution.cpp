@@ -81,8 +81,8 @@ static void report_stuck(void) {
     for (uint32_t i = 0; i < run->n_threads; i++) {
         const struct host_thread *t = &run->threads[i];
         if (t->waits == WAITS_NOT || t->waits == WAITS_DONE || shown++ >= 8) continue;
-        (void)fprintf(stderr, "host device: block (%u, %u, %u), thread (%u, %u, %u) waits at %s, %s:%d\n", t->block->index.x, t->block->index.y, t->block->index.z, t->index.x, t->index.y,
-                      t->index.z, t->site.what, t->site.file, t->site.line);
+        (void)fprintf(stderr, "host device: block (%u, %u, %u), thread (%u, %u, %u) waits at %s, %s:%d\n", t->block->index.x, t->block->index.y,
+                      t->block->index.z, t->index.x, t->index.y, t->index.z, t->site.what, t->site.file, t->site.line);
     }
     host_fail("nobody can run any more: threads wait for others that wait elsewhere or have returned");
 }
@@ -110,7 +110,8 @@ static bool same_site(const struct host_site *a, const struct host_site *b) {
 static void check_not_awaited(const struct host_thread *t, const char *what, const char *file, int line) {
     for (const struct host_meeting *m = t->block->meetings[t->number / 32]; m < t->block->meetings[t->number / 32] + MEETINGS; m++)
         if (m->arrived && m->mask >> t->number % 32 & 1)
-            host_fail("is at %s, %s:%d, while others of its warp wait for it at %s, %s:%d, with mask %08x", what, file, line, m->site.what, m->site.file, m->site.line, m->mask);
+            host_fail("is at %s, %s:%d, while others of its warp wait for it at %s, %s:%d, with mask %08x", what, file, line, m->site.what,
+                      m->site.file, m->site.line, m->mask);
 }
 
 static void thread_main(void) {
@@ -140,7 +141,8 @@ static void begin_block(struct host_block *block, const host_launch_call *call, 
     block->n = n;
     block->threads = run->threads + rank * n;
     block->dynamic = run->dynamic + rank * run->dynamic_stride;
-    memset(block->dynamic, run->order == ORDER_RANDOM ? (int)random_below(&run->random, 256) : 0xff, call->shared_bytes); /* NaN in every type of float */
+    memset(block->dynamic, run->order == ORDER_RANDOM ? (int)random_below(&run->random, 256) : 0xff,
+           call->shared_bytes); /* NaN in every type of float */
     for (uint32_t i = 0; i < n; i++) {
         struct host_thread *t = &block->threads[i];
         const uint32_t slot = rank * n + i;
@@ -219,12 +221,15 @@ host_votes host_block_barrier(struct host_site site, bool vote) {
     struct host_running *run = &host_running;
     struct host_thread *t = run->thread;
     struct host_block *block = t->block;
-    if (block->n_done > 0) host_fail("waits at %s, %s:%d, which %u threads of the block will never reach: they have returned", site.what, site.file, site.line, block->n_done);
+    if (block->n_done > 0)
+        host_fail("waits at %s, %s:%d, which %u threads of the block will never reach: they have returned", site.what, site.file, site.line,
+                  block->n_done);
     if (block->n_waiting == 0) {
         block->site = site;
         block->count = 0;
     } else if (!same_site(&block->site, &site)) {
-        host_fail("waits at %s, %s:%d, others of its block at %s, %s:%d", site.what, site.file, site.line, block->site.what, block->site.file, block->site.line);
+        host_fail("waits at %s, %s:%d, others of its block at %s, %s:%d", site.what, site.file, site.line, block->site.what, block->site.file,
+                  block->site.line);
     }
     check_not_awaited(t, site.what, site.file, site.line);
     block->count += vote;
@@ -254,8 +259,8 @@ static struct host_meeting *meeting_of(struct host_thread *t, const struct host_
         if (!m->arrived && !found) found = m;
         if (!m->arrived || !(m->mask & mask)) continue;
         if (m->mask != mask || !same_site(&m->site, site))
-            host_fail("meets its warp at %s, %s:%d, with mask %08x; others are at %s, %s:%d, with mask %08x", site->what, site->file, site->line, mask, m->site.what, m->site.file,
-                      m->site.line, m->mask);
+            host_fail("meets its warp at %s, %s:%d, with mask %08x; others are at %s, %s:%d, with mask %08x", site->what, site->file, site->line,
+                      mask, m->site.what, m->site.file, m->site.line, m->mask);
         return m;
     }
     if (!found) host_fail("%s, %s:%d: a warp in more than %d parts", site->what, site->file, site->line, MEETINGS);
@@ -264,8 +269,8 @@ static struct host_meeting *meeting_of(struct host_thread *t, const struct host_
         if (!(mask >> lane & 1)) continue;
         const struct host_thread *other = first + lane < t->block->n ? &t->block->threads[first + lane] : NULL;
         if (!other || other->waits != WAITS_NOT)
-            host_fail("%s, %s:%d: lane %u of the mask %08x will not come: it is at %s, %s:%d", site->what, site->file, site->line, lane, mask, other ? other->site.what : "no thread",
-                      other ? other->site.file : "", other ? other->site.line : 0);
+            host_fail("%s, %s:%d: lane %u of the mask %08x will not come: it is at %s, %s:%d", site->what, site->file, site->line, lane, mask,
+                      other ? other->site.what : "no thread", other ? other->site.file : "", other ? other->site.line : 0);
     }
     *found = (struct host_meeting){mask, 0, *site, {}};
     return found;

@@ -25,7 +25,7 @@ struct host_thread {
     uint32_t number; /* in its block */
     uint3 index;
     enum host_waits waits;
-    struct host_site site; /* where it waits */
+    struct host_site site;  /* where it waits */
     uint32_t warp_epoch;    /* meetings of its warp so far */
     uint32_t cluster_phase; /* in which it arrived, if it did */
     bool arrived;

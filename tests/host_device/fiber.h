@@ -6,8 +6,8 @@
 #include <stdint.h>
 
 struct fiber {
-    void *context;   /* where it goes on, while it does not run */
-    uint8_t *stack;  /* lowest address; NULL: the OS thread's own */
+    void *context;  /* where it goes on, while it does not run */
+    uint8_t *stack; /* lowest address; NULL: the OS thread's own */
     size_t bytes;
     void *fake_stack; /* AddressSanitizer's */
 };

@@ -13,8 +13,8 @@ static inline float __frcp_rn(float a) { return 1.0f / a; }
 static inline double __dmul_rn(double a, double b) { return a * b; }
 static inline unsigned long long __float2ull_rn(float x) { return (unsigned long long)rint((double)x); }
 
-#define HOST_MIN_MAX(T)                                        \
-    static inline T min(T a, T b) { return b < a ? b : a; }    \
+#define HOST_MIN_MAX(T)                                                                                                                              \
+    static inline T min(T a, T b) { return b < a ? b : a; }                                                                                          \
     static inline T max(T a, T b) { return a < b ? b : a; }
 HOST_MIN_MAX(int)
 HOST_MIN_MAX(unsigned)
@@ -37,7 +37,9 @@ static inline int __float_as_int(float x) { return host_bits<int>(x); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
-static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned long long)((unsigned __int128)a * b >> 64); }
+static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
 /* Nibble i of the selector names byte i of the result; its top bit: the sign of that byte, eight times. */
 static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const uint64_t bytes = (uint64_t)b << 32 | a;
@@ -99,7 +101,8 @@ template <class T> static inline T __shfl_down_sync(unsigned mask, T value, unsi
     return host_shuffled("__shfl_down_sync", mask, value, lane % (uint32_t)width + distance < (uint32_t)width ? lane + distance : lane, file, line);
 }
 template <class T> static inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, HOST_SITE_PARAMETERS) {
-    return host_shuffled("__shfl_sync", mask, value, host_lane() / (uint32_t)width * (uint32_t)width + (uint32_t)source % (uint32_t)width, file, line);
+    return host_shuffled("__shfl_sync", mask, value, host_lane() / (uint32_t)width * (uint32_t)width + (uint32_t)source % (uint32_t)width, file,
+                         line);
 }
 static inline unsigned host_collected(const char *what, unsigned mask, unsigned value, host_combine *combine, const char *file, int line) {
     struct host_exchange exchange = {value, 0, 0};

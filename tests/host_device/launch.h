@@ -29,4 +29,6 @@ size_t host_device_bytes_used(void);
 /* Sets a range of the device; whole pages that become 0 cost nothing. */
 void host_device_fill(void *to, int value, size_t bytes);
 
-enum { SHARED_WINDOW = 1024 }; /* the 32-bit address of a block's first byte of dynamic shared memory: the first KiB is the system's, and 0 is nobody's */
+enum {
+    SHARED_WINDOW = 1024
+}; /* the 32-bit address of a block's first byte of dynamic shared memory: the first KiB is the system's, and 0 is nobody's */

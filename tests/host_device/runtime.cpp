@@ -199,7 +199,8 @@ static void check_place(const void *at, size_t bytes, bool device, const char *w
 
 static cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream, bool async) {
     if (bytes == 0) return cudaSuccess;
-    const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice, from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
+               from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     check_place(to, bytes, to_device, "a copy's destination");
     check_place(from, bytes, from_device, "a copy's source");
     const bool host_is_pinned = (to_device && from_device) || host_pinned_bytes_from(to_device ? from : to) >= bytes;
@@ -212,7 +213,9 @@ static cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind
     return result == cudaSuccess ? cudaStreamSynchronize(stream) : result; /* captured: an error, as on a device */
 }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) { return result_of(copy(to, from, bytes, kind, stream, true)); }
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    return result_of(copy(to, from, bytes, kind, stream, true));
+}
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) { return result_of(copy(to, from, bytes, kind, NULL, false)); }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
     if (bytes == 0) return cudaSuccess;
@@ -322,15 +325,19 @@ cudaError_t host_occupancy(int *blocks, const void *, int threads, size_t shared
 static cudaError_t check_launch(const cudaLaunchConfig_t *config, const void *kernel, uint32_t *cluster) {
     const std::lock_guard<std::recursive_mutex> locked(lock);
     const struct function_limits limits = functions[kernel];
-    const uint64_t blocks = (uint64_t)config->gridDim.x * config->gridDim.y * config->gridDim.z, threads = (uint64_t)config->blockDim.x * config->blockDim.y * config->blockDim.z;
+    const uint64_t blocks = (uint64_t)config->gridDim.x * config->gridDim.y * config->gridDim.z,
+                   threads = (uint64_t)config->blockDim.x * config->blockDim.y * config->blockDim.z;
     *cluster = 1;
-    if (blocks == 0 || config->gridDim.x > INT32_MAX || config->gridDim.y > 65535 || config->gridDim.z > 65535 || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
+    if (blocks == 0 || config->gridDim.x > INT32_MAX || config->gridDim.y > 65535 || config->gridDim.z > 65535 || threads == 0 || threads > 1024)
+        return cudaErrorInvalidConfiguration;
     if (config->dynamicSmemBytes > (size_t)limits.shared_bytes) return cudaErrorInvalidValue;
     for (unsigned i = 0; i < config->numAttrs; i++) {
         if (host_options()->capability < 90) return cudaErrorInvalidConfiguration;
         if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
         *cluster = config->attrs[i].val.clusterDim.x;
-        if (config->attrs[i].val.clusterDim.y != 1 || config->attrs[i].val.clusterDim.z != 1 || *cluster == 0 || *cluster > (limits.large_clusters ? 16u : 8u)) return cudaErrorInvalidClusterSize;
+        if (config->attrs[i].val.clusterDim.y != 1 || config->attrs[i].val.clusterDim.z != 1 || *cluster == 0 ||
+            *cluster > (limits.large_clusters ? 16u : 8u))
+            return cudaErrorInvalidClusterSize;
         if (config->gridDim.x % *cluster != 0) return cudaErrorInvalidClusterSize;
     }
     return cudaSuccess;

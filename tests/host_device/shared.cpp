@@ -13,7 +13,8 @@ void *host_shared_at(uint32_t address, uint32_t bytes, const char *what) {
     const size_t all = host_running.call->shared_bytes;
     if (address < SHARED_WINDOW || address - SHARED_WINDOW + (size_t)bytes > all)
         host_fail("%s at byte %lld of %zu of dynamic shared memory", what, (long long)address - SHARED_WINDOW, all);
-    if (address % bytes != 0) host_fail("%s at byte %u of dynamic shared memory, which is not a multiple of %u", what, address - SHARED_WINDOW, bytes);
+    if (address % bytes != 0)
+        host_fail("%s at byte %u of dynamic shared memory, which is not a multiple of %u", what, address - SHARED_WINDOW, bytes);
     return host_running.thread->block->dynamic + (address - SHARED_WINDOW);
 }
 

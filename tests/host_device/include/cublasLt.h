@@ -41,13 +41,18 @@ cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle);
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle);
 const char *cublasLtGetStatusString(cublasStatus_t status);
 cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDescOpaque_t *desc, size_t size, cublasComputeType_t compute, cudaDataType_t scale);
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDescOpaque_t *desc, cublasLtMatmulDescAttributes_t attribute, const void *value, size_t size);
-cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayoutOpaque_t *layout, size_t size, cudaDataType_t type, uint64_t rows, uint64_t cols, int64_t stride);
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDescOpaque_t *desc, cublasLtMatmulDescAttributes_t attribute, const void *value,
+                                              size_t size);
+cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayoutOpaque_t *layout, size_t size, cudaDataType_t type, uint64_t rows, uint64_t cols,
+                                                 int64_t stride);
 cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreferenceOpaque_t *preference, size_t size);
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreferenceOpaque_t *preference, cublasLtMatmulPreferenceAttributes_t attribute, const void *value, size_t size);
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDescOpaque_t *desc, cublasLtMatrixLayoutOpaque_t *a, cublasLtMatrixLayoutOpaque_t *b,
-                                              cublasLtMatrixLayoutOpaque_t *c, cublasLtMatrixLayoutOpaque_t *d, cublasLtMatmulPreferenceOpaque_t *preference, int asked,
-                                              cublasLtMatmulHeuristicResult_t *results, int *found);
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDescOpaque_t *desc, const void *alpha, const void *a, cublasLtMatrixLayoutOpaque_t *a_layout, const void *b,
-                              cublasLtMatrixLayoutOpaque_t *b_layout, const void *beta, const void *c, cublasLtMatrixLayoutOpaque_t *c_layout, void *d,
-                              cublasLtMatrixLayoutOpaque_t *d_layout, const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t stream);
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreferenceOpaque_t *preference, cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void *value, size_t size);
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDescOpaque_t *desc, cublasLtMatrixLayoutOpaque_t *a,
+                                              cublasLtMatrixLayoutOpaque_t *b, cublasLtMatrixLayoutOpaque_t *c, cublasLtMatrixLayoutOpaque_t *d,
+                                              cublasLtMatmulPreferenceOpaque_t *preference, int asked, cublasLtMatmulHeuristicResult_t *results,
+                                              int *found);
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDescOpaque_t *desc, const void *alpha, const void *a,
+                              cublasLtMatrixLayoutOpaque_t *a_layout, const void *b, cublasLtMatrixLayoutOpaque_t *b_layout, const void *beta,
+                              const void *c, cublasLtMatrixLayoutOpaque_t *c_layout, void *d, cublasLtMatrixLayoutOpaque_t *d_layout,
+                              const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t stream);

@@ -101,7 +101,11 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
 /* ---- kernels ---- */
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9, cudaFuncAttributeNonPortableClusterSizeAllowed = 13 };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+    cudaFuncAttributeNonPortableClusterSizeAllowed = 13
+};
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 struct cudaLaunchAttribute {
@@ -138,7 +142,8 @@ template <class F> static inline cudaError_t cudaOccupancyMaxActiveClusters(int 
 /* Arguments are copied when it is called, as on a device. */
 template <class... Parameters, class... Arguments>
 static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...), Arguments &&...arguments) {
-    return host_launch(config, (const void *)kernel, [kernel, copied = std::tuple<std::decay_t<Parameters>...>(arguments...)] { std::apply(kernel, copied); });
+    return host_launch(config, (const void *)kernel,
+                       [kernel, copied = std::tuple<std::decay_t<Parameters>...>(arguments...)] { std::apply(kernel, copied); });
 }
 
 #include "tests/host_device/execution.h"

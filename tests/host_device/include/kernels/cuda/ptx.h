@@ -41,10 +41,10 @@ struct host_product {
 };
 host_combine host_load_matrices, host_multiply_f16, host_multiply_bf16;
 
-#define HOST_LOAD(name, count, transposed)                                                       \
-    PTX_INLINE void name(uint32_t r[count], uint32_t at, HOST_SITE_PARAMETERS) {                 \
-        struct host_matrices matrices = {at, count, transposed, r};                              \
-        host_warp_meet({#name, file, line}, 0xffffffffu, &matrices, host_load_matrices);         \
+#define HOST_LOAD(name, count, transposed)                                                                                                           \
+    PTX_INLINE void name(uint32_t r[count], uint32_t at, HOST_SITE_PARAMETERS) {                                                                     \
+        struct host_matrices matrices = {at, count, transposed, r};                                                                                  \
+        host_warp_meet({#name, file, line}, 0xffffffffu, &matrices, host_load_matrices);                                                             \
     }
 HOST_LOAD(load_matrices_4, 4, false)
 HOST_LOAD(load_matrices_4_trans, 4, true)
@@ -81,4 +81,6 @@ PTX_INLINE void cluster_wait(HOST_SITE_PARAMETERS) {
     else
         __syncthreads(file, line);
 }
-template <typename T> PTX_INLINE T *of_rank(T *place, uint32_t rank) { return host_capability() >= 90 ? (T *)host_of_rank((void *)place, rank) : place; }
+template <typename T> PTX_INLINE T *of_rank(T *place, uint32_t rank) {
+    return host_capability() >= 90 ? (T *)host_of_rank((void *)place, rank) : place;
+}
