@@ -16,8 +16,7 @@ extern "C" {
 #include "base/random.h"
 }
 
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
+struct host_index host_index;
 
 struct host_running host_running;
 
@@ -116,7 +115,7 @@ static void check_not_awaited(const struct host_thread *t, const char *what, con
 
 static void thread_main(void) {
     fiber_entered();
-    host_running.call->body();
+    host_running.call->run(host_running.call->context);
     struct host_thread *t = host_running.thread;
     struct host_block *block = t->block;
     t->waits = WAITS_DONE;
@@ -152,6 +151,7 @@ static void begin_block(struct host_block *block, const host_launch_call *call, 
         t->index = {i % call->block.x, i / call->block.x % call->block.y, i / call->block.x / call->block.y};
         t->waits = WAITS_NOT;
         t->warp_epoch = 0;
+        t->cluster_epoch = 0;
         t->cluster_phase = 0;
         t->arrived = false;
         t->copies.clear();
@@ -341,6 +341,7 @@ void host_cluster_wait(struct host_site site) {
     struct host_thread *t = run->thread;
     if (!t->arrived) host_fail("%s, %s:%d: waits at the cluster's barrier without having arrived", site.what, site.file, site.line);
     t->arrived = false;
+    t->cluster_epoch++;
     if (t->cluster_phase != run->cluster_phase) return;
     t->site = site;
     t->waits = WAITS_CLUSTER;

@@ -6,8 +6,13 @@
 #include <stdint.h>
 
 /* The running thread's. */
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
+struct host_index {
+    uint3 thread, block;
+    dim3 block_size, grid_size;
+};
+extern struct host_index host_index;
+[[maybe_unused]] static uint3 &threadIdx = host_index.thread, &blockIdx = host_index.block;
+[[maybe_unused]] static dim3 &blockDim = host_index.block_size, &gridDim = host_index.grid_size;
 
 /* Where a rendezvous stands in the source: all who meet must come from one place. */
 struct host_site {

@@ -26,6 +26,7 @@ struct host_thread {
     uint3 index;
     enum host_waits waits;
     struct host_site site;  /* where it waits */
+    uint32_t cluster_epoch; /* barriers of the cluster it has waited for */
     uint32_t warp_epoch;    /* meetings of its warp so far */
     uint32_t cluster_phase; /* in which it arrived, if it did */
     bool arrived;

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <memory>
+
 #include "tests/host_device/options.h"
 
 struct host_launch_call {
@@ -10,7 +12,10 @@ struct host_launch_call {
     dim3 grid, block;
     uint32_t cluster; /* blocks; 1: none */
     size_t shared_bytes;
-    std::function<void()> body;
+    void (*run)(const void *context); /* of a thread */
+    const void *context;
+    size_t context_bytes;
+    std::shared_ptr<void> owner; /* of the context */
 };
 /* execution.cpp: all blocks, to their end. */
 void host_run(const host_launch_call *call);

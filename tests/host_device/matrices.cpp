@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/ptx.h"
+#include "tests/host_device/execution_state.h"
 
 void host_load_matrices(void *const operands[32], uint32_t) {
     const struct host_matrices *const first = (const struct host_matrices *)operands[0];
@@ -10,7 +11,9 @@ void host_load_matrices(void *const operands[32], uint32_t) {
         uint16_t elements[8][8];
         for (uint32_t row = 0; row < 8; row++) {
             const struct host_matrices *from = (const struct host_matrices *)operands[matrix * 8 + row];
-            memcpy(elements[row], host_shared_at(from->at, 16, "a row of a matrix"), 16);
+            const void *at = host_shared_at(from->at, 16, "a row of a matrix");
+            host_access_shared(at, 16, false);
+            memcpy(elements[row], at, 16);
         }
         for (uint32_t lane = 0; lane < 32; lane++) {
             const struct host_matrices *to = (const struct host_matrices *)operands[lane];

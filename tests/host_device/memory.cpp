@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -21,8 +22,18 @@ enum { PAGE = 4096, POISONED = 1 << 20 /* larger ones begin as zeros: filling th
 static std::mutex lock;
 static std::map<uintptr_t, size_t> device, pinned; /* allocations: where, bytes */
 static size_t device_used;
-static uintptr_t last_begin; /* of the allocation that was found last: the next one asked for is mostly in it */
-static size_t last_bytes;
+
+/* Allocations that were found last, by a thread: nearly all that it asks for is in one of them. Out of date when something has been freed since. */
+enum { FOUND = 4 };
+static std::atomic<uint64_t> frees;
+static thread_local struct {
+    uint64_t frees;
+    struct {
+        uintptr_t begin;
+        size_t bytes;
+    } last[FOUND];
+    uint32_t next;
+} found;
 
 static size_t pages_of(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
@@ -54,16 +65,16 @@ cudaError_t cudaFree(void *at) {
     if (!at) return cudaSuccess;
     (void)cudaDeviceSynchronize();
     const std::lock_guard<std::mutex> locked(lock);
-    const auto found = device.find((uintptr_t)at);
-    if (found == device.end()) {
+    const auto allocation = device.find((uintptr_t)at);
+    if (allocation == device.end()) {
         host_set_error(cudaErrorInvalidValue);
         return cudaErrorInvalidValue;
     }
-    ASAN_UNPOISON_MEMORY_REGION(at, pages_of(found->second));
-    (void)munmap(at, pages_of(found->second) + PAGE);
-    device_used -= found->second;
-    device.erase(found);
-    last_bytes = 0;
+    ASAN_UNPOISON_MEMORY_REGION(at, pages_of(allocation->second));
+    (void)munmap(at, pages_of(allocation->second) + PAGE);
+    device_used -= allocation->second;
+    device.erase(allocation);
+    frees++;
     return cudaSuccess;
 }
 
@@ -76,15 +87,16 @@ static size_t bytes_from(const std::map<uintptr_t, size_t> &allocations, uintptr
 }
 
 size_t host_device_bytes_from(const void *at) {
+    const uintptr_t place = (uintptr_t)at;
+    if (found.frees != frees) found = {frees, {}, 0};
+    for (const auto &last : found.last)
+        if (place - last.begin < last.bytes) return last.bytes - (place - last.begin);
     const std::lock_guard<std::mutex> locked(lock);
-    if ((uintptr_t)at - last_begin < last_bytes) return last_bytes - ((uintptr_t)at - last_begin);
-    auto after = device.upper_bound((uintptr_t)at);
-    if (after == device.begin()) return 0;
-    --after;
-    if ((uintptr_t)at - after->first >= after->second) return 0;
-    last_begin = after->first;
-    last_bytes = after->second;
-    return last_bytes - ((uintptr_t)at - last_begin);
+    const size_t bytes = bytes_from(device, place);
+    if (bytes == 0) return 0;
+    const auto allocation = *--device.upper_bound(place);
+    found.last[found.next++ % FOUND] = {allocation.first, allocation.second};
+    return bytes;
 }
 
 size_t host_pinned_bytes_from(const void *at) {

@@ -350,8 +350,11 @@ cudaError_t host_max_clusters(int *clusters, const void *kernel, const cudaLaunc
     return result_of(result);
 }
 
-cudaError_t host_launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> body) {
-    host_launch_call call = {kernel, config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, std::move(body)};
+cudaError_t host_launch(const cudaLaunchConfig_t *config, const void *kernel, void (*run)(const void *), const void *context, size_t context_bytes) {
+    const std::shared_ptr<void> owner(malloc(context_bytes), free);
+    CHECK(owner);
+    memcpy(owner.get(), context, context_bytes);
+    host_launch_call call = {kernel, config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, run, owner.get(), context_bytes, owner};
     const cudaError_t result = check_launch(config, kernel, &call.cluster);
     if (result != cudaSuccess) return result_of(result);
     return result_of(host_enqueue(config->stream, [call = std::move(call)] { host_run(&call); }));

@@ -91,8 +91,8 @@ void host_no_exchange(void *const *, uint32_t) {}
 /* ---- atomics ---- */
 
 unsigned host_atomic(unsigned *at, unsigned value, int what) {
-    const unsigned before = *at;
     host_access_atomic(at, sizeof *at);
+    const unsigned before = *at;
     switch (what) {
     case HOST_ATOMIC_ADD: *at = before + value; break;
     case HOST_ATOMIC_MIN: *at = min(before, value); break;
@@ -104,8 +104,8 @@ unsigned host_atomic(unsigned *at, unsigned value, int what) {
 }
 
 unsigned long long host_atomic_add(unsigned long long *at, unsigned long long value) {
-    const unsigned long long before = *at;
     host_access_atomic(at, sizeof *at);
+    const unsigned long long before = *at;
     *at = before + value;
     return before;
 }

@@ -127,8 +127,9 @@ struct cudaLaunchConfig_t {
 cudaError_t host_function_set(const void *kernel, cudaFuncAttribute attribute, int value);
 cudaError_t host_occupancy(int *blocks, const void *kernel, int threads, size_t shared_bytes);
 cudaError_t host_max_clusters(int *clusters, const void *kernel, const cudaLaunchConfig_t *config);
-/* `body` runs once a thread. */
-cudaError_t host_launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> body);
+/* run(context) is a thread's work; the context is copied. */
+cudaError_t host_launch(const cudaLaunchConfig_t *config, const void *kernel, void (*run)(const void *context), const void *context,
+                        size_t context_bytes);
 
 template <class F> static inline cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute attribute, int value) {
     return host_function_set((const void *)kernel, attribute, value);
@@ -139,11 +140,21 @@ template <class F> static inline cudaError_t cudaOccupancyMaxActiveBlocksPerMult
 template <class F> static inline cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, F *kernel, const cudaLaunchConfig_t *config) {
     return host_max_clusters(clusters, (const void *)kernel, config);
 }
+template <class... Parameters> struct host_call {
+    void (*kernel)(Parameters...);
+    std::tuple<std::decay_t<Parameters>...> arguments;
+    static void run(const void *context) {
+        const struct host_call *call = (const struct host_call *)context;
+        std::apply(call->kernel, call->arguments);
+    }
+};
 /* Arguments are copied when it is called, as on a device. */
 template <class... Parameters, class... Arguments>
 static inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Parameters...), Arguments &&...arguments) {
-    return host_launch(config, (const void *)kernel,
-                       [kernel, copied = std::tuple<std::decay_t<Parameters>...>(arguments...)] { std::apply(kernel, copied); });
+    typedef host_call<Parameters...> call;
+    static_assert((std::is_trivially_copyable_v<std::decay_t<Parameters>> && ...), "bytes go to the device");
+    const call made = {kernel, {arguments...}};
+    return host_launch(config, (const void *)kernel, call::run, &made, sizeof made);
 }
 
 #include "tests/host_device/execution.h"
