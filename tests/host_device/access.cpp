@@ -3,7 +3,7 @@
  *   - a read or write outside of device memory, of the block's shared memory, of pinned memory and of the thread's own stack; one that is not aligned; host code that follows a device pointer;
  *   - shared memory that is read before anybody wrote it;
  *   - two accesses to the same four bytes of shared memory by two threads, one of them a write, with no barrier between: none of the block, none of the warp where both are of one, none of the
- *     cluster. Whether the order of this run happened to hide it does not matter.
+ *     cluster. Whether the order of this run happened to hide it does not matter. Two that write the same may.
  * Not looked at: memcpy() of a size that the compiler does not know, races in global memory. */
 #include "tests/host_device/execution_state.h"
 
@@ -92,12 +92,30 @@ static void fail_race(const char *what, const char *before, const struct cell_ac
               code_offset(code));
 }
 
-static void look_at_cell(struct cell *cell, const void *at, bool write, bool atomic, const void *code) {
+/* Two threads may write the same: a write over another's is allowed if nothing changes, which is known once it is done. */
+static struct {
+    const uint32_t *at;
+    uint32_t before;
+    struct cell_access by;
+    const void *code;
+} overwritten[8]; /* of one access; what is beyond is not looked after */
+static uint32_t n_overwritten;
+
+void host_accesses_settle(void) {
+    const uint32_t n = n_overwritten;
+    n_overwritten = 0;
+    for (uint32_t i = 0; i < n; i++)
+        if (*overwritten[i].at != overwritten[i].before)
+            fail_race("has written something else to", "wrote", &overwritten[i].by, overwritten[i].at, overwritten[i].code);
+}
+
+static void look_at_cell(struct cell *cell, const uint32_t *at, bool write, bool atomic, const void *code) {
     const struct host_thread *t = host_running.thread;
     if (cell->generation != generation) *cell = {generation, {}, {}};
-    if ((!write || atomic) && !cell->write.any)
-        host_fail("reads shared memory at %p that nobody has written (code at +0x%llx: addr2line -Cfie PROGRAM)", at, code_offset(code));
-    if (!(atomic && cell->write.atomic) && !is_before(&cell->write, t)) fail_race(write ? "writes" : "reads", "wrote", &cell->write, at, code);
+    if (!(atomic && cell->write.atomic) && !is_before(&cell->write, t)) {
+        if (!write || atomic) fail_race(write ? "changes" : "reads", "wrote", &cell->write, at, code);
+        if (n_overwritten < sizeof overwritten / sizeof *overwritten) overwritten[n_overwritten++] = {at, *at, cell->write, code};
+    }
     if (!write) {
         add_read(&cell->read, t);
         return;
@@ -106,9 +124,15 @@ static void look_at_cell(struct cell *cell, const void *at, bool write, bool ato
     cell->write = access_by(t, atomic);
 }
 
+/* first: a multiple of 4, where the cells begin. Of an access that is partly to what was written the rest may be a structure's padding. */
 static void look_at_cells(struct cell *cells, uintptr_t first, const void *at, size_t bytes, bool write, bool atomic, const void *code) {
     const size_t begin = ((uintptr_t)at - first) / 4, end = ((uintptr_t)at - first + bytes + 3) / 4;
-    for (size_t i = begin; i < end; i++) look_at_cell(&cells[i], at, write, atomic, code);
+    bool written = write && !atomic;
+    for (size_t i = begin; i < end; i++) {
+        written = written || (cells[i].generation == generation && cells[i].write.any);
+        look_at_cell(&cells[i], (const uint32_t *)first + i, write, atomic, code);
+    }
+    if (!written) host_fail("reads shared memory at %p that nobody has written (code at +0x%llx: addr2line -Cfie PROGRAM)", at, code_offset(code));
 }
 
 /* ---- where an access goes ---- */
@@ -116,6 +140,7 @@ static void look_at_cells(struct cell *cells, uintptr_t first, const void *at, s
 static void look_in_kernel(const void *at, size_t bytes, bool write, bool atomic, const void *code) {
     const struct host_running *run = &host_running;
     const uintptr_t place = (uintptr_t)at, dynamic = place - (uintptr_t)run->dynamic;
+    host_accesses_settle();
     if (place - (uintptr_t)run->thread->fiber.stack < run->thread->fiber.bytes) return;
     if (dynamic < run->dynamic_stride * run->call->cluster) {
         if (dynamic % run->dynamic_stride + bytes > run->call->shared_bytes)

@@ -89,6 +89,7 @@ static void report_stuck(void) {
 /* The running thread waits, or has returned: the next one's turn. */
 static void run_next(void) {
     struct host_running *run = &host_running;
+    host_accesses_settle();
     struct host_thread *from = run->thread, *to = take_ready();
     if (to == from) return;
     const bool last = from->waits == WAITS_DONE;

@@ -76,6 +76,7 @@ extern struct host_running host_running;
 void host_cluster_leave(struct host_thread *thread);
 /* access.cpp: nobody has accessed shared memory yet; accesses that are not the compiler's. */
 void host_accesses_begin_block(void);
+void host_accesses_settle(void); /* the thread's last access is done */
 void host_access_shared(const void *at, size_t bytes, bool write);
 void host_access_atomic(const void *at, size_t bytes);
 /* names.cpp: of the function at an address. */
