@@ -33,27 +33,32 @@ INLINE const uint8_t *split_block(const struct split *s, uint32_t i) {
 /* What is fetched while a block is computed with: a few lines at a time between the products. All at once they fill the queue of misses, and loads wait behind.
  *
  * Many queries, or values that must be widened, compute longer than memory takes: with the scores of a block come its values and the keys of the block after the
- * next. Else memory must never be idle: with the scores come the values, and with the values the keys of the next split. */
+ * next. Else memory must never be idle: with the scores come the values, and with the values the keys of the next split. Behind the lane comes the next lane. */
 struct fetch {
     const uint8_t *at, *end, *then, *then_end;
 };
 
+/* Block i of the split, or of what comes behind it: more of the lane, then the next one. NULL: nothing that is known. */
+INLINE const uint8_t *block_ahead(const struct split *s, uint32_t i) {
+    if (i < s->n_ahead) return split_block(s, i);
+    i -= s->n_ahead;
+    return i < s->a->n_next_blocks ? s->a->pool + (size_t)s->a->next_blocks[i] * s->a->shape->bytes : NULL;
+}
+
 INLINE struct fetch fetch_with_scores(const struct split *s, uint32_t i) {
     const size_t half = s->a->shape->v_offset;
-    const uint8_t *block = split_block(s, i);
-    struct fetch fetch = {.at = block + half, .end = block + s->a->shape->bytes};
+    const uint8_t *block = split_block(s, i), *keys = s->by_turns && s->first_block > 0 ? NULL : block_ahead(s, i + 2);
+    struct fetch fetch = {.at = block + half, .end = block + s->a->shape->bytes, .then = keys, .then_end = keys ? keys + half : NULL};
     if (s->a->sums_only) fetch.at = fetch.end;
-    if (i + 2 >= (s->by_turns && s->first_block > 0 ? 0 : s->n_ahead)) return fetch;
-    fetch.then = split_block(s, i + 2), fetch.then_end = fetch.then + half;
     return fetch;
 }
 
 /* The part of those keys that goes with n_dims of the values, from `dim` on. */
 INLINE struct fetch fetch_with_values(const struct split *s, uint32_t i, uint32_t dim, const uint32_t n_dims) {
-    if (!s->by_turns || s->n_blocks + i >= s->n_ahead) return (struct fetch){0};
+    const uint8_t *keys = s->by_turns ? block_ahead(s, s->n_blocks + i) : NULL;
+    if (!keys) return (struct fetch){0};
     const size_t bytes = s->a->shape->v_offset / s->a->shape->dims;
-    const uint8_t *keys = split_block(s, s->n_blocks + i) + dim * bytes;
-    return (struct fetch){.at = keys, .end = keys + n_dims * bytes};
+    return (struct fetch){.at = keys + dim * bytes, .end = keys + (dim + n_dims) * bytes};
 }
 
 INLINE void fetch_lines(struct fetch *fetch, const uint32_t n) {
