@@ -140,7 +140,9 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
     http->hooks.finished(http->hooks.context, exchange);
     uncharge(exchange);
     exchange->connection->exchange = NULL;
-    if (!exchange->connection->gone) connection_watch(exchange->connection);
+    /* libmicrohttpd may read, or have read, the next request at once. */
+    bool goes_on = !exchange->last && !exchange->close && !exchange->aborted && !http->draining;
+    if (!exchange->connection->gone && !(goes_on && wire_look(exchange->connection))) connection_watch(exchange->connection);
     if (exchange->previous)
         exchange->previous->next = exchange->next;
     else
@@ -254,6 +256,12 @@ bool exchange_late(struct exchange *exchange) {
     return refuse_body(exchange, &error);
 }
 
+void exchange_broken(struct exchange *exchange, const struct guard_refusal *refusal) {
+    struct api_error error;
+    api_error_set(&error, refusal->status, "invalid_request_error", refusal->code, NULL, "The request is malformed: %s.", refusal->problem);
+    if (!refuse_body(exchange, &error)) wire_refuse(exchange->connection, exchange->id, &error);
+}
+
 bool exchange_truncated(struct exchange *exchange) {
     struct api_error error;
     struct http *http = exchange->connection->http;
@@ -275,7 +283,7 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
     struct guard guard = {0};
     struct api_error error = {0};
     (void)MHD_get_connection_values_n(mhd, MHD_HEADER_KIND, visit_field, &guard);
-    const char *problem = guard_verdict(&guard, strcmp(version, "HTTP/1.1") == 0);
+    const char *problem = guard_verdict(&guard, strcmp(version, "HTTP/1.0") != 0);
     if (problem) {
         /* What follows on this connection cannot be trusted to be what it seems: nothing of it is read. */
         exchange->close = true;
@@ -332,11 +340,13 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     http->n_exchanges++;
     connection->exchange = exchange;
     connection->begun = false;
-    connection->asked = true;
-    connection_watch(connection);
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));
     connection_deadline(connection, http->limits.body_timeout_s);
+    const char *length = exchange_header(exchange, "Content-Length"), *follows = exchange_header(exchange, "Connection");
+    exchange->last = strcmp(version, "HTTP/1.0") == 0 || (follows && strcasestr(follows, "close"));
+    wire_began(connection, exchange_header(exchange, "Transfer-Encoding") != NULL, length ? strtoull(length, NULL, 10) : 0);
+    connection_watch(connection);
     if (!refuse(exchange, mhd, version)) http->hooks.headers(http->hooks.context, exchange);
     if (exchange->status == 0) return MHD_YES;
     exchange->discard = true;
@@ -386,6 +396,7 @@ enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const
     if (exchange->state == EXCHANGE_BODY) { /* all is in */
         exchange->connection->deadline_ns = 0;
         exchange->state = EXCHANGE_ASKED;
+        connection_watch(exchange->connection);
         if (exchange->aborted) return MHD_NO; /* it has been answered on the wire */
         if (exchange->status)
             exchange->state = EXCHANGE_ANSWER;

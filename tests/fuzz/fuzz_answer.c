@@ -77,7 +77,8 @@ static void take(struct choice *choice, const uint8_t *tokens, uint32_t i, uint3
     struct event event = {.has_token = true, .sample = {.token = tokens[i], .logprob = tokens[i] ? -(float)tokens[i] : -INFINITY, .n_top = -1}};
     const struct completion *completion = choice->completion;
     if (completion->logprobs >= 0) event.sample.n_top = completion->logprobs;
-    for (int32_t t = 0; t < event.sample.n_top; t++) event.sample.top[t].token = (tokens[i] + 37 * t) % VOCABULARY, event.sample.top[t].logprob = -(float)t;
+    for (int32_t t = 0; t < event.sample.n_top; t++)
+        event.sample.top[t].token = (tokens[i] + 37 * t) % VOCABULARY, event.sample.top[t].logprob = -(float)t;
     if (i + 1 == count) {
         event.finish = stopped ? FINISH_STOP : FINISH_LENGTH;
         if (stopped) event.sample.token = completion->n_stop_tokens ? completion->stop_tokens[0] : tokenizer_eos(tokenizer);
@@ -123,7 +124,9 @@ static uint32_t play(const struct completion *completion, const uint8_t *tokens,
     return n_tokens;
 }
 
-static bool same(const struct buffer *a, const struct buffer *b) { return a->length == b->length && (a->length == 0 || memcmp(a->bytes, b->bytes, a->length) == 0); }
+static bool same(const struct buffer *a, const struct buffer *b) {
+    return a->length == b->length && (a->length == 0 || memcmp(a->bytes, b->bytes, a->length) == 0);
+}
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (!tokenizer) {

@@ -107,8 +107,13 @@ static void describe(const struct model *model) {
 
 static void run(const struct backend_ops *ops, const struct program *program) {
     const uint32_t n_lanes = program_lanes(program);
-    const struct backend_limits limits = {
-        .n_blocks = n_lanes, .max_rows = ROWS, .max_sequences = 1, .max_samples = 1, .threads = 1, .instruction_set = "generic", .drop_source_pages = true};
+    const struct backend_limits limits = {.n_blocks = n_lanes,
+                                          .max_rows = ROWS,
+                                          .max_sequences = 1,
+                                          .max_samples = 1,
+                                          .threads = 1,
+                                          .instruction_set = "generic",
+                                          .drop_source_pages = true};
     struct backend *backend = NULL;
     struct error error;
     CHECK(ops->prepare(program, &limits, &backend, &error) == STATUS_OK);
@@ -119,8 +124,14 @@ static void run(const struct backend_ops *ops, const struct program *program) {
     const struct sampling sampling = {.temperature = 1, .top_p = 0.9f, .repetition_penalty = 1.1f, .n_top = 5};
     const struct sample sample = {.row = ROWS - 1, .sampling = &sampling, .target = -1, .history = tokens, .n_prompt = ROWS, .n_history = ROWS};
     const struct batch_sequence sequence = {.n_rows = ROWS, .lane_first = ids, .lane_tokens = none};
-    const struct batch batch = {
-        .n_rows = ROWS, .n_sequences = 1, .n_samples = 1, .tokens = tokens, .positions = positions, .sequences = &sequence, .block_ids = ids, .samples = &sample};
+    const struct batch batch = {.n_rows = ROWS,
+                                .n_sequences = 1,
+                                .n_samples = 1,
+                                .tokens = tokens,
+                                .positions = positions,
+                                .sequences = &sequence,
+                                .block_ids = ids,
+                                .samples = &sample};
     struct sample_result result;
     CHECK(ops->submit(backend, &batch, &error) == STATUS_OK && ops->sync(backend, &result, &error) == STATUS_OK);
     CHECK(result.token >= 0 && (uint32_t)result.token < program->n_vocab && result.n_top <= 5);
