@@ -105,18 +105,7 @@ static void head_field(struct guard *guard, const char *line, size_t length) {
     guard_field(guard, line, (size_t)(colon - line), value, (size_t)(end - value));
 }
 
-enum chunk_state {
-    CHUNK_SIZE,
-    CHUNK_PAD,
-    CHUNK_EXTENSION,
-    CHUNK_SIZE_LF,
-    CHUNK_DATA,
-    CHUNK_DATA_END,
-    CHUNK_DATA_LF,
-    TRAILER_BEGIN,
-    TRAILER,
-    TRAILER_LF
-};
+enum chunk_state { CHUNK_SIZE, CHUNK_EXTENSION, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_END, CHUNK_DATA_LF, TRAILER_BEGIN, TRAILER, TRAILER_LF };
 
 static enum guard_chunked broken(struct guard_refusal *refusal, int status, const char *code, const char *problem) {
     (void)refuse(refusal, status, code, problem);
@@ -150,19 +139,9 @@ static enum guard_chunked chunk_byte(struct guard_chunks *chunks, unsigned char 
             if (chunks->size > GUARD_CHUNK_MAX) return broken(refusal, 413, "body_too_large", "a chunk's size is beyond all bodies");
             break;
         }
-        if (!chunks->digits) return broken(refusal, 400, "bad_framing", size);
-        chunks->state = CHUNK_PAD;
-        __attribute__((fallthrough));
-    case CHUNK_PAD:
-        if (c == ' ' || c == '\t') break;
-        if (c == ';')
-            chunks->state = CHUNK_EXTENSION;
-        else if (c == '\r')
-            chunks->state = CHUNK_SIZE_LF;
-        else if (c == '\n')
-            chunks->state = chunks->size ? CHUNK_DATA : TRAILER_BEGIN;
-        else
-            return broken(refusal, 400, "bad_framing", size);
+        /* Nor does libmicrohttpd take a blank behind it. */
+        if (!chunks->digits || !strchr(";\r\n", c) || c == '\0') return broken(refusal, 400, "bad_framing", size);
+        chunks->state = c == ';' ? CHUNK_EXTENSION : c == '\r' ? CHUNK_SIZE_LF : chunks->size ? CHUNK_DATA : TRAILER_BEGIN;
         break;
     case CHUNK_EXTENSION:
     case CHUNK_SIZE_LF: /* to libmicrohttpd a bare CR ends a line too */

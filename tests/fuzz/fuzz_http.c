@@ -144,7 +144,10 @@ static int connect_client(void) {
     const struct sockaddr_in source = {.sin_family = AF_INET, .sin_addr = {htonl(0x7f010000u + n_connected++ % 0x10000u)}};
     CHECK(client >= 0 && setsockopt(client, IPPROTO_IP, 24 /* IP_BIND_ADDRESS_NO_PORT */, &one, sizeof one) == 0);
     CHECK(bind(client, (const struct sockaddr *)&source, sizeof source) == 0);
-    CHECK(connect(client, (const struct sockaddr *)&address, sizeof address) == 0);
+    if (connect(client, (const struct sockaddr *)&address, sizeof address) != 0) {
+        perror("connect");
+        abort();
+    }
     CHECK(setsockopt(client, IPPROTO_TCP, 1 /* TCP_NODELAY */, &one, sizeof one) == 0);
     return client;
 }
@@ -199,7 +202,7 @@ static bool next_line(struct text *text, const char **line, size_t *length) {
 }
 
 static bool is_request(const char *line, size_t n) {
-    return n > 12 && memchr(line, ' ', n) != line && memcmp(line + n - 9, " HTTP/1.", 8) == 0 && isdigit((unsigned char)line[n - 1]);
+    return n >= 12 && memchr(line, ' ', n) != line && memcmp(line + n - 9, " HTTP/1.", 8) == 0 && isdigit((unsigned char)line[n - 1]);
 }
 
 static bool is_name(const char *line, size_t n, const char *name) {

@@ -183,7 +183,7 @@ static void test_chunks(void **state) {
         const char *body;
     } cases[] = {
         {0, "5\r\nabcde\r\n0\r\n\r\n"},
-        {0, "5;a=\"b\"\r\nabcde\r\nA \r\n0123456789\r\n00\r\nTrailer: x\r\n\r\nGET"},
+        {0, "5;a=\"b\"\r\nabcde\r\nA;\r\n0123456789\r\n00\r\nTrailer: x\r\n\r\nGET"},
         {0, "00000000000000000000000005\nabcde\n0\n\n"},
         {0, "ffffffffff\r\nabc"},
         {400, "zz\r\nabc"},
@@ -196,6 +196,7 @@ static void test_chunks(void **state) {
         {400, "5\r\nabcdeXX0\r\n\r\n"},
         {400, "5\r\nabcde\rX0\r\n\r\n"},
         {400, "5\r\nabcde\r\n\r\n0\r\n\r\n"},
+        {400, "5 \r\nabcde\r\n0\r\n\r\n"},
         {400, "5;a\rb\nabcde\r\n0\r\n\r\n"},
         {400, "0\r\nno colon\r\n\r\n"},
         {400, "0\r\n folded: x\r\n\r\n"},
@@ -221,7 +222,7 @@ static void test_chunks(void **state) {
 /* In any pieces it is the same body, and its end is found to the byte. */
 static void test_chunks_in_pieces(void **state) {
     (void)state;
-    static const char body[] = "5;a=\"b\"\r\nab\r\n0\r\nA \n0123456789\r\n00\r\nTrailer: x\r\nY:\n\r\n", behind[] = "GET / HTTP/1.1\r\n";
+    static const char body[] = "5;a=\"b\"\r\nab\r\n0\r\nA\n0123456789\r\n00\r\nTrailer: x\r\nY:\n\r\n", behind[] = "GET / HTTP/1.1\r\n";
     char bytes[sizeof body + sizeof behind];
     (void)snprintf(bytes, sizeof bytes, "%s%s", body, behind);
     for (size_t cut = 0; cut < sizeof body - 1; cut++) {
