@@ -110,6 +110,14 @@ class Bodies(harness.DaemonCase):
                     count += 1
         self.assertGreater(count, 300)
 
+    def test_two_spellings_of_a_field(self):
+        """The same name once more, escaped: twice all the same."""
+        for field, value in (("prompt", '["a","b"]'), ("stop", '["a","b","c","d"]'), ("stop_token_ids", json.dumps([1] * 100)), ("logit_bias", '{"1":1,"2":1}'), ("max_tokens", "1"), ("kv", "{}")):
+            body = self.body(field, value)[:-1] + b',"\\u%04x%s":%s}' % (ord(field[0]), field[1:].encode(), value.encode())
+            self.assertError(self.post(body), 400, field)
+            self.works()
+        self.assertError(self.post(b'{"tokens":[1],"token\\u0073":[1,2,3,4,5,6,7,8]}', "/detokenize"), 400, "tokens")
+
     def test_numbers_that_are_none(self):
         for field, value in itertools.product(NUMBERS, NOT_JSON_NUMBERS):
             with self.subTest(field=field, value=value):
