@@ -14,6 +14,7 @@
 #include "server/reply.h"
 
 #define READ_BLOCK 16384
+#define AUTHORITY_BYTES 300 /* of a name and a port */
 
 /* ---- what others see ---- */
 
@@ -277,8 +278,18 @@ bool exchange_truncated(struct exchange *exchange) {
     return true;
 }
 
+/* The path of a target, which proxies and some clients write with the host in front of it (RFC 9112 3.2.2). *authority: that host, as long as it is one, or empty. */
+static const char *path_of(const char *target, char authority[AUTHORITY_BYTES]) {
+    authority[0] = '\0';
+    if (strncasecmp(target, "http://", 7) != 0) return target;
+    const char *host = target + 7, *path = host + strcspn(host, "/");
+    int n = path - host < AUTHORITY_BYTES ? (int)(path - host) : 0;
+    (void)snprintf(authority, AUTHORITY_BYTES, "%.*s", n ? n : 1, n ? host : "/"); /* a slash is nobody's name */
+    return *path ? path : "/";
+}
+
 /* Framing, Host, Origin and size. true: refused, an answer is set. */
-static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const char *version) {
+static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const char *version, const char *authority) {
     const struct http_limits *limits = &exchange->connection->http->limits;
     struct guard guard = {0};
     struct api_error error = {0};
@@ -294,6 +305,7 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
     }
     const char *host = exchange_header(exchange, "Host"), *origin = exchange_header(exchange, "Origin");
     if ((host && !guard_host_allowed(host, limits->bound_host, limits->allowed_hosts)) ||
+        (authority[0] && !guard_host_allowed(authority, limits->bound_host, limits->allowed_hosts)) ||
         (origin && !guard_origin_allowed(origin, limits->bound_host, limits->allowed_hosts))) {
         api_error_set(&error, 403, "permission_error", "host_not_allowed", NULL,
                       "This %s is not one this server answers to (server.allowed_hosts lists the others).",
@@ -332,7 +344,8 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     exchange->started_ns = clock_now_ns();
     exchange->route = exchange->key = UINT32_MAX;
     (void)snprintf(exchange->method, sizeof exchange->method, "%s", method);
-    (void)snprintf(exchange->path, sizeof exchange->path, "%s%s", url,
+    char authority[AUTHORITY_BYTES];
+    (void)snprintf(exchange->path, sizeof exchange->path, "%s%s", path_of(url, authority),
                    connection->nul_in_path ? "%00" : ""); /* no route and no model has such a name */
     exchange->next = http->exchanges;
     if (exchange->next) exchange->next->previous = exchange;
@@ -347,7 +360,7 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     exchange->last = strcmp(version, "HTTP/1.0") == 0 || (follows && strcasestr(follows, "close"));
     wire_began(connection, exchange_header(exchange, "Transfer-Encoding") != NULL, length ? strtoull(length, NULL, 10) : 0);
     connection_watch(connection);
-    if (!refuse(exchange, mhd, version)) http->hooks.headers(http->hooks.context, exchange);
+    if (!refuse(exchange, mhd, version, authority)) http->hooks.headers(http->hooks.context, exchange);
     if (exchange->status == 0) return MHD_YES;
     exchange->discard = true;
     /* Queued before its body, an answer ends the connection: only where that is wanted, or the client waits for 100 Continue. */

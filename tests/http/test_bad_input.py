@@ -345,6 +345,16 @@ class Routes(harness.DaemonCase):
                 self.assertIn("error", response.json())
         self.assertError(self.daemon.get("/v1/models", {"Host": "example.com"}), 403, kind="permission_error")
 
+    def test_targets_with_a_host(self):
+        """The absolute form: a host in the target counts as one in Host does, and both must be ours."""
+        for target, host, status in (("http://localhost/health", "localhost", 200), ("HTTP://127.0.0.1:80/v1/models?limit=1", "localhost", 200), ("http://localhost", "localhost", 404),
+                                     ("http://localhost/nowhere", "localhost", 404), ("http://evil.example/health", "localhost", 403), ("http://localhost/health", "evil.example", 403),
+                                     ("http:///health", "localhost", 403), ("http://localhost@evil.example/health", "localhost", 403), ("http://" + "a" * 400 + "/health", "localhost", 403),
+                                     ("https://localhost/health", "localhost", 404)):
+            with self.subTest(target=target[:40]):
+                response = self.daemon.get(target, {"Host": host})
+                self.assertEqual(response.status, status, response)
+
     def test_other_sites_pages(self):
         body = {"model": self.daemon.model, "prompt": "a", "max_tokens": 1}
         response = self.daemon.post("/v1/completions", body, {"Origin": "http://evil.example"})
