@@ -426,8 +426,11 @@ static const struct {
     {"kv", read_kv, 0},
 };
 
+_Static_assert(sizeof fields / sizeof *fields <= 64, "read_fields keeps a bit of each");
+
 static bool read_fields(struct parse *parse) {
     const struct json_document *document = &parse->fields.document;
+    uint64_t seen = 0;
     for (uint32_t key = 1; key < document->n_nodes; key = document->nodes[key + 1].next) {
         size_t i = 0, count = sizeof fields / sizeof *fields;
         while (i < count && !json_string_equals(document, key, fields[i].name)) i++;
@@ -435,6 +438,9 @@ static bool read_fields(struct parse *parse) {
             note_ignored(parse->completion, document->text + document->nodes[key].start, document->nodes[key].length);
             continue;
         }
+        /* The same key twice is no JSON of ours, but two spellings of one ("stop", "s\u0074op") are found only here; the readers rely on it. */
+        if (seen >> i & 1) return field_fail(&parse->fields, fields[i].name, "%s stands twice.", fields[i].name);
+        seen |= UINT64_C(1) << i;
         bool ok = fields[i].flag ? field_bool(&parse->fields, fields[i].name, key + 1, (bool *)((char *)parse->completion + fields[i].flag - 1))
                                  : fields[i].read(parse, fields[i].name, key + 1);
         if (!ok) return false;
