@@ -182,8 +182,13 @@ static void look_aligned(const void *at, size_t bytes, bool write, const void *c
     look(at, bytes, write, code);
 }
 
+#ifdef KVASIR_SANITIZED /* what is not instrumented would be missing in the cells */
+void host_access_shared(const void *, size_t, bool) {}
+void host_access_atomic(const void *, size_t) {}
+#else
 void host_access_shared(const void *at, size_t bytes, bool write) { look_in_kernel(at, bytes, write, false, __builtin_return_address(0)); }
 void host_access_atomic(const void *at, size_t bytes) { look_in_kernel(at, bytes, true, true, __builtin_return_address(0)); }
+#endif
 
 /* ---- what the compiler calls ---- */
 
@@ -213,7 +218,7 @@ HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
-void __tsan_read_range(void *at, size_t bytes) { look(at, bytes, false, __builtin_return_address(0)); }
-void __tsan_write_range(void *at, size_t bytes) { look(at, bytes, true, __builtin_return_address(0)); }
+void __tsan_read_range(void *at, long bytes) { look(at, (size_t)bytes, false, __builtin_return_address(0)); }
+void __tsan_write_range(void *at, long bytes) { look(at, (size_t)bytes, true, __builtin_return_address(0)); }
 void __tsan_init(void) {}
 }
