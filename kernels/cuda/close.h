@@ -22,7 +22,7 @@ static __device__ inline void quantize_keys(const struct device_pool &pool, cons
     float x[BLOCK_TOKENS];
     if (dim >= dims) return;
     for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot++) x[slot] = dim < pool.d ? kivi_widen(rows[slot * pool.d + dim]) : 0;
-    put_scale(pool, dims, side, WHICH_K, 0, dim, kivi_quantize(x, 1, BLOCK_TOKENS, pool.bits, codes + dim, dims));
+    put_scale(pool, dims, side, WHICH_K, 0, dim, kivi_quantize(x, 1, BLOCK_TOKENS, pool.bits, codes + dim * BLOCK_TOKENS, 1));
 }
 
 /* A thread a slot's group of channels. */
@@ -38,16 +38,16 @@ static __device__ inline void quantize_values(const struct device_pool &pool, co
     put_scale(pool, dims, side, WHICH_V, slot, first, kivi_quantize(x, 1, n, pool.bits, codes + slot * dims + first, 1));
 }
 
-/* Codes, [BLOCK_TOKENS][dims] a byte each, to the words they lie in: code_place_of the other way round. */
+/* Codes, [k][n] (codes.h) a byte each, to the words they lie in: code_place_of the other way round. */
 static __device__ inline void pack_codes(const struct device_pool &pool, int which, const uint8_t *codes, uint32_t *words) {
-    const uint32_t dims = codes_dims(pool.d), bits = pool.bits, tiles = 4 / bits, n_groups = (which == WHICH_K ? BLOCK_TOKENS : dims) / (8 * tiles);
+    const uint32_t dims = codes_dims(pool.d), bits = pool.bits, tiles = 4 / bits, n_count = which == WHICH_K ? BLOCK_TOKENS : dims,
+                   n_groups = n_count / (8 * tiles);
     for (uint32_t i = threadIdx.x; i < dims * bits; i += CLOSE_THREADS) {
         const uint32_t thread = i % 32, group = i / 32;
         uint32_t word = 0;
         for (uint32_t pair = 0; pair < 4 * tiles; pair++) {
             const uint32_t n = (group % n_groups * tiles + pair / 4) * 8 + thread / 4, k = group / n_groups * 32 + pair % 4 * 8 + thread % 4 * 2;
-            const uint32_t low = which == WHICH_K ? codes[n * dims + k] : codes[k * dims + n],
-                           high = which == WHICH_K ? codes[n * dims + k + 1] : codes[(k + 1) * dims + n];
+            const uint32_t low = codes[k * n_count + n], high = codes[(k + 1) * n_count + n];
             word |= (low | high << 16) << (bits * pair);
         }
         words[i] = word;

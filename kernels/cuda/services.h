@@ -130,10 +130,11 @@ static __device__ inline struct block_numbers numbers_of_job(const struct lane_j
     return numbers_of(jobs.pool, block, is_lost(jobs.pool, block) || (full && kivi_reads_codes(jobs.pool.positions[(size_t)block * BLOCK_TOKENS + BLOCK_TOKENS - 1], next)));
 }
 
-/* Element i of a slot's K or V, widened exactly. */
+/* Element i of a slot's K or V, widened exactly. CODES false: the dtype is no KIVI one. */
+template <bool CODES = true>
 static __device__ inline float pool_element(const struct device_pool &pool, const struct block_numbers &from, int which, uint32_t slot, uint32_t i) {
     size_t at = (size_t)(which * BLOCK_TOKENS + slot) * pool.d + i;
-    if (from.coded) {
+    if (CODES && from.coded) {
         const uint32_t dims = codes_dims(pool.d);
         return code_number(pool.bits, dims, from.at + (which == WHICH_K ? 0 : codes_side_bytes(pool.bits, dims)), which, slot, i);
     }

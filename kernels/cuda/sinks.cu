@@ -84,11 +84,12 @@ static __global__ void __launch_bounds__(CLOSE_THREADS) shift_codes_kernel(struc
     for (uint32_t i = threadIdx.x; pass.first && i < BLOCK_TOKENS * d; i += CLOSE_THREADS)
         plain[i] = turned(pass.turn, -(double)positions[i / d], i % d, [&](uint32_t j) { return pool_element(pass.pool, from, WHICH_K, i / d, j); });
     __syncthreads(); /* the copy is whole, the cached keys read */
-    for (uint32_t i = threadIdx.x; i < BLOCK_TOKENS * d; i += CLOSE_THREADS) {
-        const float key = turned(pass.turn, (double)positions[i / d] + pass.shift, i % d, [&](uint32_t j) { return plain[i / d * d + j]; });
-        rows[i] = __half_as_ushort(__float2half_rn(fminf(fmaxf(key, -65504.0f), 65504.0f)));
-        if (!is_lost(pass.pool, block)) ((uint16_t *)(void *)raw_of(pass.pool, block))[i] = rows[i];
-    }
+    for (uint32_t i = threadIdx.x; i < BLOCK_TOKENS * d / 2; i += CLOSE_THREADS)
+        for (uint32_t at = 2 * i; at < 2 * i + 2; at++) {
+            const float key = turned(pass.turn, (double)positions[at / d] + pass.shift, at % d, [&](uint32_t j) { return plain[at / d * d + j]; });
+            rows[at] = __half_as_ushort(__float2half_rn(fminf(fmaxf(key, -65504.0f), 65504.0f)));
+            if (!is_lost(pass.pool, block)) ((uint16_t *)(void *)raw_of(pass.pool, block))[at] = rows[at];
+        }
     close_side(pass.pool, WHICH_K, rows, pass.pool.kv + block * pass.pool.block_bytes, codes);
 }
 
