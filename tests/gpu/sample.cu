@@ -290,7 +290,7 @@ static uint32_t check_vocabulary(uint32_t n_vocab, uint32_t steps, bool clusters
 /* `cases`: samples, about, of the smaller vocabularies; larger ones get fewer. */
 static int check(uint32_t cases, uint64_t seed) {
     const uint32_t small[] = {1, 2, 32, 33, 200, 1000, 5000}, large[] = {8193, 20001, 32000, 49152, 128256, 151936, 262144};
-    const uint32_t steps = cases / 12 + 1, large_steps = cases / 200 + 6;
+    const uint32_t steps = cases / 12 + 1, large_steps = cases < 100 ? 1 : cases / 200 + 6;
     source = {seed};
     for (int clusters = 1; clusters >= 0; clusters--) {
         for (uint32_t i = 0; i < sizeof small / sizeof *small; i++) check_vocabulary(small[i], steps, clusters, false);

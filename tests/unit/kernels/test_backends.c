@@ -4,7 +4,7 @@
  *   - the row contract on each of them, bit for bit: rows one at a time, in random chunks and batches, on two threads, after a history that was read in other
  *     chunks: the same logits as all rows at once; and M = 1..97 rows in one step.
  * A backend that may trade the row contract for speed runs as it is against `reference`, and with limits.deterministic for both; with either kind of weights.
- * What ran and what this machine cannot run is printed; KVASIR_TEST_BACKENDS=cuda runs that alone. Sanitizers look for bad accesses, not for bits: under them, and with KVASIR_TEST_SHORT=I/N
+ * What ran and what this machine cannot run is printed; KVASIR_TEST_BACKENDS=cuda runs that alone. Sanitizers look for bad accesses, not for bits: under them, and with KVASIR_TEST_PART=I/N
  * (which is cases I, I + N, I + 2 N ... alone), a case runs with one KV dtype, in turn, and histories are read in larger parts. */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -41,18 +41,18 @@ static struct variant variants[24];
 static uint32_t n_variants;
 static double worst_reference[KV_DTYPES];
 
-static uint32_t first_case, case_step = 1; /* by KVASIR_TEST_SHORT */
+static uint32_t first_case, case_step = 1; /* by KVASIR_TEST_PART */
 static bool is_short;
 
 static void read_part(void) {
-    const char *asked = getenv("KVASIR_TEST_SHORT");
+    const char *asked = getenv("KVASIR_TEST_PART");
 #ifdef KVASIR_SANITIZED
     is_short = true;
 #endif
     if (!asked) return;
     is_short = sscanf(asked, "%u/%u", &first_case, &case_step) == 2 && first_case < case_step;
     if (is_short) return;
-    (void)fprintf(stderr, "KVASIR_TEST_SHORT=%s: not a part of the cases, as 0/4 is\n", asked);
+    (void)fprintf(stderr, "KVASIR_TEST_PART=%s: not a part of the cases, as 0/4 is\n", asked);
     exit(1);
 }
 
