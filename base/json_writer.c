@@ -88,7 +88,7 @@ static void quoted(struct buffer *out, const char *bytes, size_t length) {
         }
         i += n;
     }
-    buffer_append(out, bytes + run, length - run);
+    if (run < length) buffer_append(out, bytes + run, length - run); /* `bytes` may be NULL where there are none */
     buffer_append_byte(out, '"');
 }
 

@@ -96,7 +96,7 @@ void choice_echo(struct choice *choice, const struct sample_result *results, str
         }
         size_t before = text.length;
         detokenizer_put(&detokenizer, choice->tokenizer, token, skip || added, &text);
-        characters += count_characters(text.bytes + before, text.length - before);
+        if (text.length > before) characters += count_characters(text.bytes + before, text.length - before);
     }
     detokenizer_finish(&detokenizer, &text);
     if (prompt->is_text && whole == 0) {

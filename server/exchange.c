@@ -14,6 +14,7 @@
 #include "server/reply.h"
 
 #define READ_BLOCK 16384
+#define AUTHORITY_BYTES 300 /* of a name and a port */
 
 /* ---- what others see ---- */
 
@@ -140,7 +141,9 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
     http->hooks.finished(http->hooks.context, exchange);
     uncharge(exchange);
     exchange->connection->exchange = NULL;
-    if (!exchange->connection->gone) connection_watch(exchange->connection);
+    /* libmicrohttpd may read, or have read, the next request at once. */
+    bool goes_on = !exchange->last && !exchange->close && !exchange->aborted && !http->draining;
+    if (!exchange->connection->gone && !(goes_on && wire_look(exchange->connection))) connection_watch(exchange->connection);
     if (exchange->previous)
         exchange->previous->next = exchange->next;
     else
@@ -254,6 +257,12 @@ bool exchange_late(struct exchange *exchange) {
     return refuse_body(exchange, &error);
 }
 
+void exchange_broken(struct exchange *exchange, const struct guard_refusal *refusal) {
+    struct api_error error;
+    api_error_set(&error, refusal->status, "invalid_request_error", refusal->code, NULL, "The request is malformed: %s.", refusal->problem);
+    if (!refuse_body(exchange, &error)) wire_refuse(exchange->connection, exchange->id, &error);
+}
+
 bool exchange_truncated(struct exchange *exchange) {
     struct api_error error;
     struct http *http = exchange->connection->http;
@@ -269,13 +278,23 @@ bool exchange_truncated(struct exchange *exchange) {
     return true;
 }
 
+/* The path of a target, which proxies and some clients write with the host in front of it (RFC 9112 3.2.2). *authority: that host, as long as it is one, or empty. */
+static const char *path_of(const char *target, char authority[AUTHORITY_BYTES]) {
+    authority[0] = '\0';
+    if (strncasecmp(target, "http://", 7) != 0) return target;
+    const char *host = target + 7, *path = host + strcspn(host, "/");
+    int n = path - host < AUTHORITY_BYTES ? (int)(path - host) : 0;
+    (void)snprintf(authority, AUTHORITY_BYTES, "%.*s", n ? n : 1, n ? host : "/"); /* a slash is nobody's name */
+    return *path ? path : "/";
+}
+
 /* Framing, Host, Origin and size. true: refused, an answer is set. */
-static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const char *version) {
+static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const char *version, const char *authority) {
     const struct http_limits *limits = &exchange->connection->http->limits;
     struct guard guard = {0};
     struct api_error error = {0};
     (void)MHD_get_connection_values_n(mhd, MHD_HEADER_KIND, visit_field, &guard);
-    const char *problem = guard_verdict(&guard, strcmp(version, "HTTP/1.1") == 0);
+    const char *problem = guard_verdict(&guard, strcmp(version, "HTTP/1.0") != 0);
     if (problem) {
         /* What follows on this connection cannot be trusted to be what it seems: nothing of it is read. */
         exchange->close = true;
@@ -286,6 +305,7 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
     }
     const char *host = exchange_header(exchange, "Host"), *origin = exchange_header(exchange, "Origin");
     if ((host && !guard_host_allowed(host, limits->bound_host, limits->allowed_hosts)) ||
+        (authority[0] && !guard_host_allowed(authority, limits->bound_host, limits->allowed_hosts)) ||
         (origin && !guard_origin_allowed(origin, limits->bound_host, limits->allowed_hosts))) {
         api_error_set(&error, 403, "permission_error", "host_not_allowed", NULL,
                       "This %s is not one this server answers to (server.allowed_hosts lists the others).",
@@ -324,7 +344,8 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     exchange->started_ns = clock_now_ns();
     exchange->route = exchange->key = UINT32_MAX;
     (void)snprintf(exchange->method, sizeof exchange->method, "%s", method);
-    (void)snprintf(exchange->path, sizeof exchange->path, "%s%s", url,
+    char authority[AUTHORITY_BYTES];
+    (void)snprintf(exchange->path, sizeof exchange->path, "%s%s", path_of(url, authority),
                    connection->nul_in_path ? "%00" : ""); /* no route and no model has such a name */
     exchange->next = http->exchanges;
     if (exchange->next) exchange->next->previous = exchange;
@@ -332,12 +353,14 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     http->n_exchanges++;
     connection->exchange = exchange;
     connection->begun = false;
-    connection->asked = true;
-    connection_watch(connection);
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));
     connection_deadline(connection, http->limits.body_timeout_s);
-    if (!refuse(exchange, mhd, version)) http->hooks.headers(http->hooks.context, exchange);
+    const char *length = exchange_header(exchange, "Content-Length"), *follows = exchange_header(exchange, "Connection");
+    exchange->last = strcmp(version, "HTTP/1.0") == 0 || (follows && strcasestr(follows, "close"));
+    wire_began(connection, exchange_header(exchange, "Transfer-Encoding") != NULL, length ? strtoull(length, NULL, 10) : 0);
+    connection_watch(connection);
+    if (!refuse(exchange, mhd, version, authority)) http->hooks.headers(http->hooks.context, exchange);
     if (exchange->status == 0) return MHD_YES;
     exchange->discard = true;
     /* Queued before its body, an answer ends the connection: only where that is wanted, or the client waits for 100 Continue. */
@@ -386,6 +409,7 @@ enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const
     if (exchange->state == EXCHANGE_BODY) { /* all is in */
         exchange->connection->deadline_ns = 0;
         exchange->state = EXCHANGE_ASKED;
+        connection_watch(exchange->connection);
         if (exchange->aborted) return MHD_NO; /* it has been answered on the wire */
         if (exchange->status)
             exchange->state = EXCHANGE_ANSWER;

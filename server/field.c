@@ -106,7 +106,7 @@ bool field_token(struct fields *fields, const char *name, uint32_t node, uint32_
 
 bool field_tokens(struct fields *fields, const char *name, uint32_t node, uint32_t n_vocab, struct token_list *list) {
     const struct json_node *nodes = fields->document.nodes;
-    size_t count = nodes[node].length;
+    size_t count = list->count + nodes[node].length;
     if (count > list->capacity) {
         list->tokens = check_realloc(list->tokens, count, sizeof *list->tokens);
         list->capacity = count;

@@ -72,7 +72,7 @@ static bool refuse(struct guard_refusal *refusal, int status, const char *code, 
 
 enum version { VERSION_NONE, VERSION_1_0, VERSION_1_1, VERSION_1_X, VERSION_OTHER };
 
-/* The end of a request line. 1.2 and above are read as 1.1 (RFC 9110 2.5); whether they are is the parser's to say. */
+/* The end of a request line. 1.2 and above are read as 1.1 (RFC 9110 2.5). */
 static enum version version_of(const char *line, size_t length) {
     if (length < 9 || memcmp(line + length - 9, " HTTP/", 6) != 0 || line[length - 2] != '.') return VERSION_NONE;
     char major = line[length - 3], minor = line[length - 1];
@@ -99,56 +99,114 @@ static void head_field(struct guard *guard, const char *line, size_t length) {
     }
     const char *value = colon + 1, *end = line + length;
     while (value < end && (*value == ' ' || *value == '\t')) value++;
-    while (end > value && (end[-1] == ' ' || end[-1] == '\t')) end--;
+    /* libmicrohttpd takes no length with a blank behind it. */
+    bool trimmed = !is(line, (size_t)(colon - line), "Content-Length");
+    while (trimmed && end > value && (end[-1] == ' ' || end[-1] == '\t')) end--;
     guard_field(guard, line, (size_t)(colon - line), value, (size_t)(end - value));
 }
 
-/* The size in front of a chunk, and the end of its line. 0: not all of it is here; -1: malformed. */
-static int chunk_size(const char *bytes, size_t length, size_t *at, uint64_t *size) {
-    size_t digits = 0;
-    for (*size = 0; *at < length && isxdigit((unsigned char)bytes[*at]); ++*at, digits++) {
-        unsigned char c = (unsigned char)tolower((unsigned char)bytes[*at]);
-        *size = *size > UINT64_MAX >> 4 ? UINT64_MAX : *size << 4 | (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
-    }
-    if (*at == length) return 0;
-    if (digits == 0) return -1;
-    while (*at < length && (bytes[*at] == ' ' || bytes[*at] == '\t')) ++*at;
-    if (*at == length || (bytes[*at] == '\r' && *at + 1 == length)) return 0;
-    if (bytes[*at] != ';' && bytes[*at] != '\n' && (bytes[*at] != '\r' || bytes[*at + 1] != '\n')) return -1;
-    const char *line;
-    size_t n;
-    return next_line(bytes, length, at, &line, &n);
+enum chunk_state { CHUNK_SIZE, CHUNK_EXTENSION, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_END, CHUNK_DATA_LF, TRAILER_BEGIN, TRAILER, TRAILER_LF };
+
+static enum guard_chunked broken(struct guard_refusal *refusal, int status, const char *code, const char *problem) {
+    (void)refuse(refusal, status, code, problem);
+    return GUARD_CHUNKS_BROKEN;
 }
 
-/* Chunks (RFC 9112 7.1) as far as they are here. */
-static bool refuse_chunks(const char *bytes, size_t length, struct guard_refusal *refusal) {
-    uint64_t size;
-    for (size_t at = 0;;) {
-        int whole = chunk_size(bytes, length, &at, &size);
-        if (whole < 0) return refuse(refusal, 400, "bad_framing", "a chunk's size is malformed");
-        if (size > GUARD_CHUNK_MAX) return refuse(refusal, 413, "body_too_large", "a chunk's size is beyond all bodies");
-        if (whole == 0 || size == 0 || size >= length - at) return false; /* its end, or what follows the last one, is not here */
-        at += size;
-        if (bytes[at] == '\r' && ++at == length) return false;
-        if (bytes[at++] != '\n') return refuse(refusal, 400, "bad_framing", "a chunk does not end where its size says");
+/* Fields behind the last chunk, which mean nothing here: each has a name and a colon, none is folded or holds a control character. */
+static bool trailer_byte(const struct guard_chunks *chunks, unsigned char c) {
+    if (chunks->state == TRAILER_LF) return c == '\n';
+    if (chunks->state == TRAILER && chunks->digits) return c >= ' ' || c == '\t' || c == '\r' || c == '\n';
+    return is_token((const char *)&c, 1) || (chunks->state == TRAILER ? c == ':' : c == '\r' || c == '\n');
+}
+
+static enum guard_chunked trailer_end(struct guard_chunks *chunks, unsigned char c) {
+    bool empty = chunks->state == TRAILER_BEGIN || chunks->empty;
+    if (c == '\n' && empty) return GUARD_CHUNKS_END;
+    if (chunks->state == TRAILER_BEGIN) chunks->digits = false;
+    chunks->empty = empty && c == '\r';
+    chunks->digits = chunks->digits || c == ':';
+    chunks->state = c == '\n' ? TRAILER_BEGIN : c == '\r' ? TRAILER_LF : TRAILER;
+    return GUARD_CHUNKS_GO_ON;
+}
+
+static enum guard_chunked chunk_byte(struct guard_chunks *chunks, unsigned char c, struct guard_refusal *refusal) {
+    static const char size[] = "a chunk's size is malformed", end[] = "a chunk does not end where its size says";
+    switch ((enum chunk_state)chunks->state) {
+    case CHUNK_SIZE:
+        if (isxdigit(c)) {
+            chunks->digits = true;
+            chunks->size = chunks->size << 4 | (uint64_t)(c <= '9' ? c - '0' : tolower(c) - 'a' + 10);
+            if (chunks->size > GUARD_CHUNK_MAX) return broken(refusal, 413, "body_too_large", "a chunk's size is beyond all bodies");
+            break;
+        }
+        /* Nor does libmicrohttpd take a blank behind it. */
+        if (!chunks->digits || !strchr(";\r\n", c) || c == '\0') return broken(refusal, 400, "bad_framing", size);
+        chunks->state = c == ';' ? CHUNK_EXTENSION : c == '\r' ? CHUNK_SIZE_LF : chunks->size ? CHUNK_DATA : TRAILER_BEGIN;
+        break;
+    case CHUNK_EXTENSION:
+    case CHUNK_SIZE_LF: /* to libmicrohttpd a bare CR ends a line too */
+        if (c == '\n')
+            chunks->state = chunks->size ? CHUNK_DATA : TRAILER_BEGIN;
+        else if (chunks->state == CHUNK_SIZE_LF || (c < 0x20 && c != '\t' && c != '\r'))
+            return broken(refusal, 400, "bad_framing", size);
+        else if (c == '\r')
+            chunks->state = CHUNK_SIZE_LF;
+        break;
+    case CHUNK_DATA:
+    case CHUNK_DATA_END:
+    case CHUNK_DATA_LF:
+        if (c == '\r' && chunks->state != CHUNK_DATA_LF)
+            chunks->state = CHUNK_DATA_LF;
+        else if (c == '\n')
+            *chunks = (struct guard_chunks){0};
+        else
+            return broken(refusal, 400, "bad_framing", end);
+        break;
+    case TRAILER_BEGIN:
+    case TRAILER:
+    case TRAILER_LF: return trailer_byte(chunks, c) ? trailer_end(chunks, c) : broken(refusal, 400, "bad_framing", "a trailer field is malformed");
     }
+    return GUARD_CHUNKS_GO_ON;
+}
+
+enum guard_chunked guard_chunks(struct guard_chunks *chunks, const char *bytes, size_t length, size_t *used, struct guard_refusal *refusal) {
+    enum guard_chunked outcome = GUARD_CHUNKS_GO_ON;
+    for (*used = 0; *used < length && outcome == GUARD_CHUNKS_GO_ON;) {
+        if (chunks->state == CHUNK_DATA && chunks->size > 0) {
+            size_t part = chunks->size < length - *used ? (size_t)chunks->size : length - *used;
+            chunks->size -= part;
+            *used += part;
+            continue;
+        }
+        outcome = chunk_byte(chunks, (unsigned char)bytes[*used], refusal);
+        ++*used;
+    }
+    return outcome;
 }
 
 /* The fields of a request whose line is there: `fields` is where they begin. */
 static bool refuse_fields(const char *bytes, size_t length, size_t fields, enum version version, struct guard_refusal *refusal) {
     struct guard guard = {0};
     const char *line;
-    size_t at = fields, n = 1;
+    size_t at = fields, n = 1, used;
     for (size_t count = 0; next_line(bytes, length, &at, &line, &n) && n > 0; count++) {
         if (count == GUARD_FIELDS_MAX) return refuse(refusal, 431, "header_too_large", "too many header fields");
         head_field(&guard, line, n);
     }
     const bool whole = n == 0;
     if ((whole ? at : length) > GUARD_HEAD_MAX) return refuse(refusal, 431, "header_too_large", "the header fields are too long");
-    if (!whole) return false;
-    const char *problem = guard_verdict(&guard, version != VERSION_1_0);
+    /* libmicrohttpd does not wait for the end of a head to stumble over a field. */
+    const char *problem = whole ? guard_verdict(&guard, version != VERSION_1_0) : guard.problem;
     if (problem) return refuse(refusal, 400, "bad_framing", problem);
-    return guard.transfer_encodings > 0 && refuse_chunks(bytes + at, length - at, refusal);
+    struct guard_chunks chunks = {0};
+    return whole && guard.transfer_encodings > 0 && guard_chunks(&chunks, bytes + at, length - at, &used, refusal) == GUARD_CHUNKS_BROKEN;
+}
+
+/* Those in front of a request are nobody's (RFC 9112 2.2). */
+static size_t empty_lines(const char *bytes, size_t length) {
+    size_t at = 0;
+    while (at < length && (bytes[at] == '\n' || (bytes[at] == '\r' && at + 1 < length && bytes[at + 1] == '\n'))) at++;
+    return at;
 }
 
 /* Could the empty line that ends a head be here, or its second half? */
@@ -161,23 +219,29 @@ static bool may_end_head(const char *bytes, size_t length) {
 }
 
 bool guard_bytes(const char *bytes, size_t length, uint64_t before, struct guard_refusal *refusal) {
-    const char *line;
-    size_t at = 0, n = 0;
+    const bool first = before == 0;
     /* What was taken ends no head. */
-    if (before > 0 && before != GUARD_UNKNOWN && before + length > GUARD_HEAD_MAX && (before > GUARD_HEAD_MAX || !may_end_head(bytes, length)))
+    if (!first && before != GUARD_UNKNOWN && before + length > GUARD_HEAD_MAX && (before > GUARD_HEAD_MAX || !may_end_head(bytes, length)))
         return refuse(refusal, 431, "header_too_large", "the header fields are too long");
-    /* Empty lines in front are nobody's (RFC 9112 2.2). */
-    while (before == 0 && at < length && (bytes[at] == '\n' || (bytes[at] == '\r' && at + 1 < length && bytes[at + 1] == '\n'))) at++;
+    const char *line;
+    size_t at = first ? empty_lines(bytes, length) : 0, n = 0;
     const size_t begin = at;
     bool whole = next_line(bytes, length, &at, &line, &n);
-    if (before == 0 && (whole ? n : length - begin) > GUARD_LINE_MAX) return refuse(refusal, 414, "uri_too_long", "the request line is too long");
+    if (first && (whole ? n : length - begin) > GUARD_LINE_MAX) return refuse(refusal, 414, "uri_too_long", "the request line is too long");
     if (!whole) return false;
     enum version version = version_of(line, n);
-    if (before == 0 && !is_request_line(line, n)) return refuse(refusal, 400, "bad_request_line", "the request line is not METHOD TARGET HTTP/1.1");
-    if (before == 0 && version == VERSION_OTHER)
-        return refuse(refusal, 505, "http_version_not_supported", "the versions spoken are HTTP/1.0 and HTTP/1.1");
-    if (version != VERSION_1_0 && version != VERSION_1_1) return false;
+    if (first && !is_request_line(line, n)) return refuse(refusal, 400, "bad_request_line", "the request line is not METHOD TARGET HTTP/1.1");
+    if (first && version == VERSION_OTHER) return refuse(refusal, 505, "http_version_not_supported", "the versions spoken are HTTP/1.0 and HTTP/1.1");
+    if (version == VERSION_NONE || version == VERSION_OTHER) return false;
     return refuse_fields(bytes + begin, length - begin, at - begin, version, refusal);
+}
+
+size_t guard_head(const char *bytes, size_t length) {
+    const char *line;
+    size_t at = empty_lines(bytes, length), n;
+    while (next_line(bytes, length, &at, &line, &n))
+        if (n == 0) return at;
+    return 0;
 }
 
 bool guard_cut_short(const char *bytes, size_t length) {

@@ -18,26 +18,39 @@ void guard_field(struct guard *guard, const char *name, size_t name_length, cons
 /* After all fields: NULL, or why the request must be refused and the connection closed. */
 const char *guard_verdict(const struct guard *guard, bool http_1_1);
 
-/* ---- bytes as they lie in the socket, before libmicrohttpd reads them: what it refuses by itself it answers in HTML, some of it with two heads; a NUL or an empty name it lets pass. On a connection that was just taken it reads right after the look: what comes in between is its own to answer, as is
- * a chunked body that comes later than its head ---- */
+/* ---- bytes as they lie in the socket, before libmicrohttpd reads them: what it refuses by itself it answers in HTML, some of it with two heads; a NUL or an empty name it lets pass. What comes
+ * between the look and its reading is its own to answer ---- */
 
 /* Less than what fits into the memory that libmicrohttpd has for a connection, so that it never has to say so. */
 #define GUARD_LINE_MAX 8192u  /* bytes of a request line */
 #define GUARD_HEAD_MAX 16384u /* of a request line and its fields */
 #define GUARD_FIELDS_MAX 128u
 
-#define GUARD_UNKNOWN UINT64_MAX
-
 struct guard_refusal {
     int status;
     const char *code, *problem; /* static */
 };
 
-/* What is certainly wrong with the request that begins or goes on here: its line, the size of its head, its fields, the framing of a chunked body as far as that lies behind the head.
- * `before`: bytes of the connection that libmicrohttpd has taken and made no request of yet; 0: these are the first. GUARD_UNKNOWN after the first request, as bytes may have come with
- * the one before: then only what begins with a whole request line is looked at.
+#define GUARD_UNKNOWN UINT64_MAX
+
+/* What is certainly wrong with a request: its line, the size of its head, its fields, the framing of a chunked body, as far as all that is here.
+ * `before`: bytes of it that are not shown. 0: it begins here. Else, and where GUARD_UNKNOWN, only what begins with a whole request line is looked at, or is too much.
  * false: nothing wrong, or too little is there to say so (then libmicrohttpd and the guard over the parsed fields decide). */
 bool guard_bytes(const char *bytes, size_t length, uint64_t before, struct guard_refusal *refusal);
+/* Where the head of a request that begins here ends, empty lines in front of it counted; 0: it is not all here. */
+size_t guard_head(const char *bytes, size_t length);
+
+/* A chunked body (RFC 9112 7.1) in pieces. All zero: before its first byte. */
+struct guard_chunks {
+    uint64_t size; /* of the chunk: read so far, or left */
+    uint8_t state;
+    bool digits; /* there were some; of a trailer field: its colon */
+    bool empty;  /* the line that ends now has nothing in it */
+};
+enum guard_chunked { GUARD_CHUNKS_GO_ON, GUARD_CHUNKS_END, GUARD_CHUNKS_BROKEN /* and why */ };
+/* *used: bytes that are of the body. Not to be called again after anything but GO_ON. */
+enum guard_chunked guard_chunks(struct guard_chunks *chunks, const char *bytes, size_t length, size_t *used, struct guard_refusal *refusal);
+
 /* These are all bytes that come, from the first of a request on: they begin one and do not end it. False where that cannot be told. */
 bool guard_cut_short(const char *bytes, size_t length);
 

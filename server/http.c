@@ -89,8 +89,13 @@ static void on_socket(uv_poll_t *watcher, int status, int events) {
     struct connection *connection = watcher->data;
     struct http *http = connection->http;
     http_pump(http);
-    if (status >= 0 && !(events & UV_DISCONNECT)) { /* bytes, and no request yet: the first look at them is ours */
-        if (!connection->exchange && !connection->gone) (void)wire_look(connection);
+    if (status >= 0 && !(events & UV_DISCONNECT)) { /* bytes: the first look at them is ours */
+        if (!connection->exchange && !connection->gone)
+            (void)wire_look(connection);
+        else if (wire_wants_body(connection) && wire_body(connection))
+            cut(connection);
+        else
+            connection_watch(connection);
         return;
     }
     (void)uv_poll_stop(watcher); /* level-triggered */
@@ -105,10 +110,11 @@ static void on_socket(uv_poll_t *watcher, int status, int events) {
     cut(connection);
 }
 
-/* New bytes are looked at between requests only; the peer's leaving always. */
+/* New bytes are looked at between requests and in a body; the peer's leaving always. */
 void connection_watch(struct connection *connection) {
     if (connection->half_closed) return;
-    (void)uv_poll_start(&connection->watcher, connection->exchange ? UV_DISCONNECT : UV_DISCONNECT | UV_READABLE, on_socket);
+    bool look = connection->exchange ? wire_wants_body(connection) : !connection->gone;
+    (void)uv_poll_start(&connection->watcher, look ? UV_DISCONNECT | UV_READABLE : UV_DISCONNECT, on_socket);
 }
 
 static void watcher_closed(uv_handle_t *handle) { free(handle->data); }
@@ -143,6 +149,7 @@ static void connection_closed(struct connection *connection) {
     if (connection->next) connection->next->previous = connection->previous;
     http->n_connections--;
     http->closed_one = true;
+    buffer_done(&connection->ahead);
     (void)uv_poll_stop(&connection->watcher);
     uv_close((uv_handle_t *)&connection->watcher, watcher_closed);
 }

@@ -4,6 +4,7 @@
 #include <microhttpd.h>
 
 #include "server/api_error.h"
+#include "server/guard.h"
 #include "server/http.h"
 
 #define HTTP_TICK_MS 250
@@ -11,6 +12,7 @@
 #define HTTP_BODIES_MAX 32 /* memory of all bodies together: so many times max_body */
 #define EXCHANGE_HEADERS_MAX 6
 #define HTTP_LOOK_BYTES 32768
+#define PLACE_UNKNOWN UINT64_MAX
 #define HTTP_LINGER_S 1       /* between a refusal on the wire and the cut: a reset would take the answer away */
 #define HTTP_SEND_BYTES 65536 /* of a socket's buffer */
 
@@ -23,7 +25,12 @@ struct connection {
     uint64_t deadline_ns; /* 0: none */
     uint64_t acked;       /* bytes that the peer had taken when a deadline of an answer last passed */
     uv_poll_t watcher;
-    bool asked;       /* a request began: what libmicrohttpd has read since may be of the next */
+    /* What came and was looked at before libmicrohttpd read it. Places in the stream of the connection's bytes, or PLACE_UNKNOWN. */
+    uint64_t next_at;    /* where the next request begins, or one that is no exchange yet */
+    uint64_t seen_at;    /* how far was looked, without a gap; PLACE_UNKNOWN: libmicrohttpd was faster in this request */
+    struct buffer ahead; /* bytes from next_at to seen_at, where there are any */
+    struct guard_chunks chunks;
+    bool in_chunks;   /* next_at moves on with seen_at until the last one has come */
     bool half_closed; /* the peer has sent its last byte */
     bool gone;        /* the peer left, or a deadline passed */
     bool begun;       /* bytes of a request came, and it is not yet an exchange */
@@ -44,6 +51,7 @@ struct exchange {
     struct connection *connection;
     enum exchange_state state;
     bool suspended, streaming, discard, head, close, counted, finished_body, aborted;
+    bool last; /* no request may follow it on its connection */
     char method[24], path[256], id[REQUEST_ID_MAX + 1], notes[320];
     struct buffer body, out;
     size_t body_seen, body_charged, out_at;
@@ -83,6 +91,12 @@ struct http {
 /* wire.c: what is said on a socket behind libmicrohttpd's back, while it has nothing to say there itself. */
 /* Looks at the bytes of a request that begins. true: refused, and the connection is cut. */
 bool wire_look(struct connection *connection);
+/* A request became an exchange, with a body of so many bytes or in chunks: where the next one begins. */
+void wire_began(struct connection *connection, bool chunked, uint64_t length);
+/* Looks at the bytes of a body that came, and of what may be behind it. true: refused, and the connection is to be cut. */
+bool wire_body(struct connection *connection);
+/* There may be more of that to look at. */
+bool wire_wants_body(const struct connection *connection);
 /* The peer has sent its last byte, be it seen yet or not. */
 bool wire_ended(const struct connection *connection);
 /* A whole error answer, and the end of our side. What the peer still sends is libmicrohttpd's to read and drop. */
@@ -96,6 +110,8 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
 void exchange_gone(struct exchange *exchange);
 /* The body is not in and the deadline passed. false: an answer was made already. */
 bool exchange_late(struct exchange *exchange);
+/* The framing of its body is broken: said on the wire, whatever the answer would have been. The connection is to be cut. */
+void exchange_broken(struct exchange *exchange, const struct guard_refusal *refusal);
 /* The peer has sent its last byte while the body is read. true: bytes of it are missing, which is said. */
 bool exchange_truncated(struct exchange *exchange);
 /* http.c */

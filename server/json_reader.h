@@ -1,6 +1,6 @@
 /* JSON text from outside (RFC 8259, strict) -> a flat tree that points into the text. One allocation that grows to `max_nodes`, no recursion, so neither depth nor size of a
  * body can take more than max_nodes * 16 bytes or a fixed stack. Refused: invalid UTF-8, anything behind the value, bare control characters, NaN and Infinity, numbers such as
- * 01 or 1., lone surrogates, the same key twice in the outermost object (what would it mean?).
+ * 01 or 1., lone surrogates, the same key twice in the outermost object (what would it mean?), as it is written: two spellings of one ("a", "\u0061") are the caller's to refuse.
  * (cJSON 1.7 accepts all of these and takes 40 bytes of memory a byte of `[1,1,..`; it is the oracle in the tests instead.)
  * Any thread; a document belongs to one. */
 #pragma once

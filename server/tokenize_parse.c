@@ -57,11 +57,13 @@ bool detokenize_parse(struct tokenize_request *request, const char *body, size_t
     for (uint32_t key = 1; good && key < document->n_nodes; key = document->nodes[key + 1].next) {
         if (!json_string_equals(document, key, "tokens")) continue;
         const struct json_node *value = &document->nodes[key + 1];
-        found = true;
-        if (value->type != JSON_ARRAY)
+        if (found) /* in two spellings */
+            good = field_fail(&fields, "tokens", "tokens stands twice.");
+        else if (value->type != JSON_ARRAY)
             good = field_fail(&fields, "tokens", "tokens must be an array of token ids, not %s.", field_type_name(value));
         else
             good = field_tokens(&fields, "tokens", key + 1, tokenizer_vocabulary(limits->tokenizer), &request->tokens);
+        found = true;
     }
     if (good && !found) good = field_fail(&fields, "tokens", "tokens is needed.");
     fields_done(&fields);

@@ -197,11 +197,10 @@ static float *partial_of(const struct cpu *cpu, uint32_t tile, uint32_t split, u
     return cpu->partials + (((size_t)tile * cpu->n_splits + split) * ATTEND_QUERIES + q) * (cpu->kv.dims + 2);
 }
 
-/* The first keys of a unit to come, while the one before it computes: within a unit the kernels fetch ahead themselves. */
-static void fetch_first_keys(const struct cpu *cpu, const struct tile *tile) {
-    const uint32_t *blocks = table_of(cpu, tile->sequence, tile->lane);
-    for (uint32_t b = 0; b < 2 && b * BLOCK_TOKENS < tile->n_slots; b++)
-        for (size_t at = 0; at < cpu->kv.v_offset; at += 64) __builtin_prefetch(cpu->pool + blocks[b] * cpu->kv.bytes + at, 0, 2);
+/* Behind a unit's lane the kernels fetch the first keys of the next one's. */
+static void look_ahead(const struct cpu *cpu, const struct tile *next, struct attend *attend) {
+    attend->next_blocks = table_of(cpu, next->sequence, next->lane);
+    attend->n_next_blocks = (next->n_slots + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
 }
 
 void stage_attend(void *context, const struct stage *stage, uint32_t first, uint32_t end, uint32_t worker) {
@@ -213,10 +212,6 @@ void stage_attend(void *context, const struct stage *stage, uint32_t first, uint
         struct tile tile = tile_of(cpu, layer, unit / pieces);
         uint32_t split = unit % pieces, n_splits = splits_of(tile.n_slots);
         struct attend attend, part;
-        if (!cpu->n_splits && unit + 1 < end) {
-            struct tile next = tile_of(cpu, layer, unit + 1);
-            fetch_first_keys(cpu, &next);
-        }
         if (cpu->fused_append) {
             for (uint32_t i = 0; i < tile.sequence->n_rows; i++) append_row(cpu, layer, tile.sequence, i, tile.head, own);
             if (cpu->kv.raw_bytes) close_rows(cpu, layer, tile.sequence, tile.head);
@@ -232,6 +227,10 @@ void stage_attend(void *context, const struct stage *stage, uint32_t first, uint
             }
         } else {
             load_queries(cpu, layer, &tile, true, own, &attend);
+            if (unit + 1 < end) {
+                struct tile next = tile_of(cpu, layer, unit + 1);
+                look_ahead(cpu, &next, &attend);
+            }
             clear_states(own->states, tile.n, stride);
             for (uint32_t q = 0, part_end; q < tile.n; q = part_end) {
                 part_end = part_of(cpu, &tile, &attend, q, &part);

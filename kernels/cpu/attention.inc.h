@@ -9,13 +9,16 @@
 #include "kernels/kivi.h"
 
 #define NO_SCORE (-__builtin_inff())
-#define Q8_QUERIES 4 /* of a tile over q8 keys or values */
+#define Q8_QUERIES 4  /* of a tile over q8 keys or values */
+#define FEW_QUERIES 6 /* fewer wait for memory */
 #define Q8_VECTORS (LANES == 16 ? 4 : 2)
 
 struct split {
     const struct attend *a;
     uint32_t first_block, n_blocks; /* of the lane */
     uint32_t n_queries;
+    uint32_t n_ahead;     /* blocks from first_block to the end of what the last query sees */
+    bool by_turns;        /* keys are fetched while values are summed */
     float *scores;        /* [n_queries][SPLIT_SLOTS] */
     float *out;           /* [n_queries][2 + dims]: a state each, whose first two are filled in last */
     uint16_t *pairs;      /* [n_queries][SPLIT_SLOTS] bf16 weights */
@@ -27,12 +30,45 @@ INLINE const uint8_t *split_block(const struct split *s, uint32_t i) {
     return s->a->pool + (size_t)s->a->blocks[s->first_block + i] * s->a->shape->bytes;
 }
 
-/* While the keys of block i are read: the keys of the block after the next, and its own values, which are wanted once the split's weights are known. */
-INLINE void prefetch_ahead(const struct split *s, uint32_t i) {
-    const size_t half = s->a->shape->v_offset, rest = s->a->shape->bytes - half;
-    const uint8_t *values = split_block(s, i) + half, *keys = i + 2 < s->n_blocks ? split_block(s, i + 2) : NULL;
-    for (size_t at = 0; !s->a->sums_only && at < rest; at += 64) __builtin_prefetch(values + at, 0, 2);
-    for (size_t at = 0; keys && at < half; at += 64) __builtin_prefetch(keys + at, 0, 2);
+/* What is fetched while a block is computed with: a few lines at a time between the products. All at once they fill the queue of misses, and loads wait behind.
+ *
+ * Many queries, or values that must be widened, compute longer than memory takes: with the scores of a block come its values and the keys of the block after the
+ * next. Else memory must never be idle: with the scores come the values, and with the values the keys of the next split. Behind the lane comes the next lane. */
+struct fetch {
+    const uint8_t *at, *end, *then, *then_end;
+};
+
+/* Block i of the split, or of what comes behind it: more of the lane, then the next one. NULL: nothing that is known. */
+INLINE const uint8_t *block_ahead(const struct split *s, uint32_t i) {
+    if (i < s->n_ahead) return split_block(s, i);
+    i -= s->n_ahead;
+    return i < s->a->n_next_blocks ? s->a->pool + (size_t)s->a->next_blocks[i] * s->a->shape->bytes : NULL;
+}
+
+INLINE struct fetch fetch_with_scores(const struct split *s, uint32_t i) {
+    const size_t half = s->a->shape->v_offset;
+    const uint8_t *block = split_block(s, i), *keys = s->by_turns && s->first_block > 0 ? NULL : block_ahead(s, i + 2);
+    struct fetch fetch = {.at = block + half, .end = block + s->a->shape->bytes, .then = keys, .then_end = keys ? keys + half : NULL};
+    if (s->a->sums_only) fetch.at = fetch.end;
+    return fetch;
+}
+
+/* The part of those keys that goes with n_dims of the values, from `dim` on. */
+INLINE struct fetch fetch_with_values(const struct split *s, uint32_t i, uint32_t dim, const uint32_t n_dims) {
+    const uint8_t *keys = s->by_turns ? block_ahead(s, s->n_blocks + i) : NULL;
+    if (!keys) return (struct fetch){0};
+    const size_t bytes = s->a->shape->v_offset / s->a->shape->dims;
+    return (struct fetch){.at = keys + dim * bytes, .end = keys + (dim + n_dims) * bytes};
+}
+
+INLINE void fetch_lines(struct fetch *fetch, const uint32_t n) {
+    if (fetch->at >= fetch->end) {
+        fetch->at = fetch->then, fetch->end = fetch->then_end, fetch->then = fetch->then_end;
+        if (fetch->at >= fetch->end) return;
+    }
+#pragma GCC unroll 8
+    for (uint32_t i = 0; i < n; i++) __builtin_prefetch(fetch->at + i * 64, 0, 2);
+    fetch->at += n * 64;
 }
 
 INLINE float *split_out(const struct split *s, uint32_t q) { return s->out + (size_t)q * (s->a->shape->dims + 2) + 2; }
@@ -45,13 +81,15 @@ INLINE vf load_element(enum kv_dtype dtype, const uint8_t *base, size_t at) {
 
 /* Scores of n queries over 16 slots: even dims gather in even lanes, odd ones in odd lanes, joined at the end. */
 #define HALF_VECTORS (32 / LANES)
-INLINE void widen_scores_tile(enum kv_dtype dtype, const struct split *s, const uint8_t *k, uint32_t slot, uint32_t first, const uint32_t n) {
+INLINE void widen_scores_tile(enum kv_dtype dtype, const struct split *s, const uint8_t *k, uint32_t slot, uint32_t first, const uint32_t n,
+                              struct fetch *fetch) {
     vf sum[WIDEN_QUERIES][HALF_VECTORS];
 #pragma GCC unroll 4
     for (uint32_t q = 0; q < n; q++)
 #pragma GCC unroll 8
         for (int v = 0; v < HALF_VECTORS; v++) sum[q][v] = vf_zero();
     for (uint32_t pair = 0; pair < s->a->shape->dims / 2; pair++) {
+        fetch_lines(fetch, 2);
         size_t at = (size_t)pair * 64 + slot % BLOCK_TOKENS * 2;
 #pragma GCC unroll 8
         for (int v = 0; v < HALF_VECTORS; v++) {
@@ -67,19 +105,16 @@ INLINE void widen_scores_tile(enum kv_dtype dtype, const struct split *s, const 
             vf_store(s->scores + (size_t)(first + q) * SPLIT_SLOTS + slot + (uint32_t)(v * LANES / 2), vf_add_pairs(sum[q][v], sum[q][v + 1]));
 }
 
-INLINE void widen_scores_block(enum kv_dtype dtype, const struct split *s, const uint8_t *k, uint32_t b) {
+INLINE void widen_scores_block(enum kv_dtype dtype, const struct split *s, const uint8_t *k, uint32_t b, struct fetch fetch) {
     for (uint32_t slot = b * BLOCK_TOKENS; slot < (b + 1) * BLOCK_TOKENS; slot += 16) {
         uint32_t q = 0;
-        for (; q + WIDEN_QUERIES <= s->n_queries; q += WIDEN_QUERIES) widen_scores_tile(dtype, s, k, slot, q, WIDEN_QUERIES);
-        for (; q < s->n_queries; q++) widen_scores_tile(dtype, s, k, slot, q, 1);
+        for (; q + WIDEN_QUERIES <= s->n_queries; q += WIDEN_QUERIES) widen_scores_tile(dtype, s, k, slot, q, WIDEN_QUERIES, &fetch);
+        for (; q < s->n_queries; q++) widen_scores_tile(dtype, s, k, slot, q, 1, &fetch);
     }
 }
 
 INLINE void widen_scores(enum kv_dtype dtype, const struct split *s) {
-    for (uint32_t b = 0; b < s->n_blocks; b++) {
-        prefetch_ahead(s, b);
-        widen_scores_block(dtype, s, split_block(s, b), b);
-    }
+    for (uint32_t b = 0; b < s->n_blocks; b++) widen_scores_block(dtype, s, split_block(s, b), b, fetch_with_scores(s, b));
 }
 
 /* 16 dims of n queries: even slots gather in even lanes, odd ones in odd lanes. */
@@ -152,7 +187,8 @@ static void q8_query(const struct split *s, uint32_t q, struct q8_query *out) {
 }
 
 /* n queries from `first` on over the 32 slots of block b: keys are loaded once for all of them. Planes join as floats: of 1024 dims, a plane's product alone is below 2^24. */
-INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries, const uint8_t *k, uint32_t b, uint32_t first, const uint32_t n) {
+INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries, const uint8_t *k, uint32_t b, uint32_t first, const uint32_t n,
+                           struct fetch *fetch) {
     const uint32_t dims = s->a->shape->dims;
     const float *scales = (const float *)(const void *)(k + s->a->shape->scale_offset);
     for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += LANES) {
@@ -160,6 +196,7 @@ INLINE void q8_scores_tile(const struct split *s, const struct q8_query *queries
 #pragma GCC unroll 4
         for (uint32_t q = 0; q < n; q++) dot[q][0] = dot[q][1] = vi_zero();
         for (uint32_t dim = 0; dim < dims; dim += 16) {
+            fetch_lines(fetch, LANES == 16 ? 9 : 5);
             vb quads[4];
 #pragma GCC unroll 4
             for (uint32_t i = 0; i < 4; i++) quads[i] = vb_load(k + (size_t)(dim / 4 + i) * 128 + slot * 4);
@@ -188,12 +225,13 @@ static void q8_scores(const struct split *s) {
         for (uint32_t q = 0; q < n; q++) q8_query(s, first + q, &queries[q]);
         for (uint32_t b = 0; b < s->n_blocks; b++) {
             const uint8_t *k = split_block(s, b);
-            if (first == 0) prefetch_ahead(s, b);
+            struct fetch fetch = {0};
+            if (first == 0) fetch = fetch_with_scores(s, b);
             switch (n) {
-            case 1: q8_scores_tile(s, queries, k, b, first, 1); break;
-            case 2: q8_scores_tile(s, queries, k, b, first, 2); break;
-            case 3: q8_scores_tile(s, queries, k, b, first, 3); break;
-            default: q8_scores_tile(s, queries, k, b, first, Q8_QUERIES);
+            case 1: q8_scores_tile(s, queries, k, b, first, 1, &fetch); break;
+            case 2: q8_scores_tile(s, queries, k, b, first, 2, &fetch); break;
+            case 3: q8_scores_tile(s, queries, k, b, first, 3, &fetch); break;
+            default: q8_scores_tile(s, queries, k, b, first, Q8_QUERIES, &fetch);
             }
         }
     }
@@ -210,7 +248,9 @@ INLINE void q8_values_tile(const struct split *s, uint32_t dim, const uint32_t n
     for (uint32_t b = 0; b < s->n_blocks; b++) {
         const int8_t *values = (const int8_t *)split_block(s, b) + s->a->shape->v_offset + dim;
         const float *weights = s->scores + (size_t)first * SPLIT_SLOTS + b * BLOCK_TOKENS;
+        struct fetch fetch = first == 0 ? fetch_with_values(s, b, dim, n_vectors * LANES) : (struct fetch){0};
         for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot++) {
+            fetch_lines(&fetch, 1);
             vf value[Q8_VECTORS];
 #pragma GCC unroll 4
             for (uint32_t v = 0; v < n_vectors; v++) value[v] = vf_load_s8(values + (size_t)slot * dims + v * LANES);
@@ -255,7 +295,7 @@ static void q8_values(const struct split *s) {
 static void kivi_scores(const struct split *s) {
     for (uint32_t b = 0; b < s->n_blocks; b++) {
         kivi_keys(s->a->shape, &s->a->residual, s->a->pool, s->a->blocks, s->first_block + b, s->keys);
-        widen_scores_block(KV_F32, s, (const uint8_t *)s->keys, b);
+        widen_scores_block(KV_F32, s, (const uint8_t *)s->keys, b, (struct fetch){0});
     }
 }
 
@@ -398,6 +438,8 @@ static struct split split_of(const struct attend *a, uint32_t split) {
         s.keys = (float *)(void *)(a->scratch + attend_scratch_queries(a->shape->dims));
         s.values = s.keys + (size_t)BLOCK_TOKENS * a->shape->dims;
     }
+    s.n_ahead = (a->visible[n - 1] + BLOCK_TOKENS - 1) / BLOCK_TOKENS - s.first_block;
+    s.by_turns = n < FEW_QUERIES && !a->sums_only && (a->shape->dtype == KV_Q8 || takes_pairs(a));
     s.n_blocks = (split_count(a, n - 1, slot) + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     return s;
 }

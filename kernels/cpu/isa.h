@@ -19,7 +19,9 @@ typedef void product_function(const uint8_t *strip, uint32_t n_blocks, const voi
 struct attend {
     const struct kv_shape *shape;
     const uint8_t *pool;
-    const uint32_t *blocks;             /* the lane's table */
+    const uint32_t *blocks;      /* the lane's table */
+    const uint32_t *next_blocks; /* of the lane that this worker comes to next: fetched ahead */
+    uint32_t n_next_blocks;
     struct residual residual;           /* KIVI: the same for all queries of the call */
     uint32_t n_queries;                 /* <= ATTEND_QUERIES */
     const float *query[ATTEND_QUERIES]; /* [dims], scaled; transformed as keys are (layout.h) */

@@ -94,12 +94,7 @@ static const float *block_keys(const struct lane_view *lane, uint32_t b) {
 
 /* Products of the 32 slots with n query vectors: s->scores [n][SPLIT_SLOTS]. */
 static void block_products(const struct split *s, const float *keys) {
-    for (uint32_t slot = 0; slot < BLOCK_TOKENS; slot += 16) {
-        uint32_t q = 0;
-        for (; q + WIDEN_QUERIES <= s->n_queries; q += WIDEN_QUERIES)
-            widen_scores_tile(KV_F32, s, (const uint8_t *)(const void *)keys, slot, q, WIDEN_QUERIES);
-        for (; q < s->n_queries; q++) widen_scores_tile(KV_F32, s, (const uint8_t *)(const void *)keys, slot, q, 1);
-    }
+    widen_scores_block(KV_F32, s, (const uint8_t *)(const void *)keys, 0, (struct fetch){0});
 }
 
 /* In place; n >= 1. The last vector is filled up with what counts for nothing. */

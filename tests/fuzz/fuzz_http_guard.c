@@ -60,7 +60,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         /* An empty line right behind the request line leaves no fields to look at. */
         if (request && first + 1 < bytes + end) check_accepted(bytes, end);
     }
-    CHECK(!problem || (first && (end || refusal.status == 431))); /* nothing is said of what is not there yet, but that it is too much */
+    /* Nothing is said of what is not there yet, but that it is too much, or that a whole field is wrong. */
+    CHECK(!problem || (first && (end || refusal.status == 431 || memchr(first + 1, '\n', size - (size_t)(first + 1 - bytes)))));
     /* At the beginning of a connection no less is refused. */
     struct guard_refusal more;
     if (problem) CHECK(guard_bytes(bytes, size, 0, &more));

@@ -1,5 +1,6 @@
 /* Attention on a device against a plain loop in double, and against itself: a row's result is the same bits whichever kernel, tile, cut and neighbours it had.
  *   attention [--check] [--bench] [--stages N]     without either: both
+ * --check-few: small heads alone, for a device that is slow (tests/host_device).
  * --stages: pieces of the decode kernel's ring in --bench, in place of what attention_open chose.
  * Exit status 1 if a result is wrong. Needs nothing but kernels/cuda/attention*.cu, close.h and base/. */
 #include "tests/gpu/attention_bench.cuh"
@@ -7,6 +8,7 @@
 #include "tests/gpu/attention_world.cuh"
 
 static unsigned failures;
+static bool few;
 
 enum { LAYERS = 2, LAYER = 1, HEADS = 2 };
 
@@ -438,6 +440,7 @@ static void check_all(void) {
     static const enum kv_dtype dtypes[] = {KV_F16, KV_BF16, KV_Q8, KV_KIVI4, KV_KIVI2};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         for (size_t j = 0; j < sizeof dtypes / sizeof *dtypes; j++) {
+            if (few && (sizes[i].d > 20 || sizes[i].d % 8 != j * 2)) continue;
             struct geometry geometry = {};
             geometry.dtype = dtypes[j];
             geometry.d = sizes[i].d;
@@ -454,12 +457,14 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--check") == 0)
             check = true;
+        else if (strcmp(argv[i], "--check-few") == 0)
+            check = few = true;
         else if (strcmp(argv[i], "--bench") == 0)
             bench = true;
         else if (strcmp(argv[i], "--stages") == 0 && i + 1 < argc && atoi(argv[i + 1]) >= 2 && atoi(argv[i + 1]) <= 4)
             stages = (uint32_t)atoi(argv[++i]);
         else {
-            fprintf(stderr, "usage: %s [--check] [--bench] [--stages 2..4]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--check | --check-few] [--bench] [--stages 2..4]\n", argv[0]);
             return 2;
         }
     }

@@ -187,11 +187,25 @@ void host_access_atomic(const void *at, size_t bytes) { look_in_kernel(at, bytes
 
 /* ---- what the compiler calls ---- */
 
+/* Most accesses are to the thread's own stack. */
+static inline bool is_own(const void *at) {
+    const struct host_thread *t = host_running.thread;
+    return t && (uintptr_t)at - (uintptr_t)t->fiber.stack < t->fiber.bytes;
+}
+
 #define HOOKS(bytes)                                                                                                                                 \
-    void __tsan_read##bytes(void *at) { look_aligned(at, bytes, false, __builtin_return_address(0)); }                                               \
-    void __tsan_write##bytes(void *at) { look_aligned(at, bytes, true, __builtin_return_address(0)); }                                               \
-    void __tsan_unaligned_read##bytes(void *at) { look(at, bytes, false, __builtin_return_address(0)); }                                             \
-    void __tsan_unaligned_write##bytes(void *at) { look(at, bytes, true, __builtin_return_address(0)); }
+    void __tsan_read##bytes(void *at) {                                                                                                              \
+        if (!is_own(at)) look_aligned(at, bytes, false, __builtin_return_address(0));                                                                \
+    }                                                                                                                                                \
+    void __tsan_write##bytes(void *at) {                                                                                                             \
+        if (!is_own(at)) look_aligned(at, bytes, true, __builtin_return_address(0));                                                                 \
+    }                                                                                                                                                \
+    void __tsan_unaligned_read##bytes(void *at) {                                                                                                    \
+        if (!is_own(at)) look(at, bytes, false, __builtin_return_address(0));                                                                        \
+    }                                                                                                                                                \
+    void __tsan_unaligned_write##bytes(void *at) {                                                                                                   \
+        if (!is_own(at)) look(at, bytes, true, __builtin_return_address(0));                                                                         \
+    }
 
 extern "C" {
 HOOKS(1)

@@ -39,30 +39,8 @@ static void *first_context(uint8_t *top, void (*main)(void)) {
     return at;
 }
 
-#elif defined(__aarch64__)
-
-extern "C" void fiber_change(void **save, void *load);
-asm(".text\n.globl fiber_change\n.type fiber_change, %function\nfiber_change:\n"
-    "sub sp, sp, #160\n"
-    "stp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, #48]\nstp x27, x28, [sp, #64]\nstp x29, x30, [sp, "
-    "#80]\n"
-    "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, #144]\n"
-    "mov x9, sp\nstr x9, [x0]\nmov sp, x1\n"
-    "ldp x19, x20, [sp]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\nldp x25, x26, [sp, #48]\nldp x27, x28, [sp, #64]\nldp x29, x30, [sp, "
-    "#80]\n"
-    "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\nldp d14, d15, [sp, #144]\n"
-    "add sp, sp, #160\nret\n"
-    ".size fiber_change, .-fiber_change\n");
-
-static void *first_context(uint8_t *top, void (*main)(void)) {
-    void **at = (void **)((uintptr_t)top & ~(uintptr_t)15) - 20;
-    for (int i = 0; i < 20; i++) at[i] = NULL;
-    at[11] = (void *)main; /* x30 */
-    return at;
-}
-
 #else
-#error "fiber.cpp: a switch for this architecture is missing"
+#error "fiber.cpp: the switch of another architecture is missing"
 #endif
 
 void fiber_start(struct fiber *fiber, uint8_t *stack, size_t bytes, size_t offset, void (*main)(void)) {

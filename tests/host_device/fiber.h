@@ -1,5 +1,5 @@
-/* Fibers: stacks that one OS thread changes between. Switching takes some nanoseconds, where swapcontext() makes a system call; hence the few lines of assembly (x86-64 and aarch64; elsewhere
- * swapcontext()). AddressSanitizer is told of each switch. */
+/* Fibers: stacks that one OS thread changes between. Switching takes some nanoseconds, where swapcontext() makes a system call; hence the few lines of assembly, of x86-64
+ * alone. AddressSanitizer is told of each switch. */
 #pragma once
 
 #include <stddef.h>

@@ -110,6 +110,14 @@ class Bodies(harness.DaemonCase):
                     count += 1
         self.assertGreater(count, 300)
 
+    def test_two_spellings_of_a_field(self):
+        """The same name once more, escaped: twice all the same."""
+        for field, value in (("prompt", '["a","b"]'), ("stop", '["a","b","c","d"]'), ("stop_token_ids", json.dumps([1] * 100)), ("logit_bias", '{"1":1,"2":1}'), ("max_tokens", "1"), ("kv", "{}")):
+            body = self.body(field, value)[:-1] + b',"\\u%04x%s":%s}' % (ord(field[0]), field[1:].encode(), value.encode())
+            self.assertError(self.post(body), 400, field)
+            self.works()
+        self.assertError(self.post(b'{"tokens":[1],"token\\u0073":[1,2,3,4,5,6,7,8]}', "/detokenize"), 400, "tokens")
+
     def test_numbers_that_are_none(self):
         for field, value in itertools.product(NUMBERS, NOT_JSON_NUMBERS):
             with self.subTest(field=field, value=value):
@@ -336,6 +344,16 @@ class Routes(harness.DaemonCase):
                 self.assertIn(response.status, (400, 403), (host, path, response))
                 self.assertIn("error", response.json())
         self.assertError(self.daemon.get("/v1/models", {"Host": "example.com"}), 403, kind="permission_error")
+
+    def test_targets_with_a_host(self):
+        """The absolute form: a host in the target counts as one in Host does, and both must be ours."""
+        for target, host, status in (("http://localhost/health", "localhost", 200), ("HTTP://127.0.0.1:80/v1/models?limit=1", "localhost", 200), ("http://localhost", "localhost", 404),
+                                     ("http://localhost/nowhere", "localhost", 404), ("http://evil.example/health", "localhost", 403), ("http://localhost/health", "evil.example", 403),
+                                     ("http:///health", "localhost", 403), ("http://localhost@evil.example/health", "localhost", 403), ("http://" + "a" * 400 + "/health", "localhost", 403),
+                                     ("https://localhost/health", "localhost", 404)):
+            with self.subTest(target=target[:40]):
+                response = self.daemon.get(target, {"Host": host})
+                self.assertEqual(response.status, status, response)
 
     def test_other_sites_pages(self):
         body = {"model": self.daemon.model, "prompt": "a", "max_tokens": 1}

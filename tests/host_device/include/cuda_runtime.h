@@ -1,4 +1,4 @@
-/* Stands in for the CUDA runtime's header where the kernels run on the host (tests/host_device/README in CONTRIBUTING.md): as much of it as kernels/cuda and tests/gpu use, under the
+/* Stands in for the CUDA runtime's header where the kernels run on the host (CONTRIBUTING.md, "A CUDA kernel with no GPU"): as much of it as kernels/cuda and tests/gpu use, under the
  * toolkit's names. Streams, events, graphs and memory are runtime.cpp's and memory.cpp's; what a kernel may call is execution.h's. No device, no part of the program. */
 #pragma once
 

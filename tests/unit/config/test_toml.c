@@ -97,6 +97,10 @@ static void test_broken_documents(void **state) {
         {"a\n", 1, "="},
         {"a = 99999999999999999999\n", 1, "integer"},
         {"a = [1, 2\n", 1, "array"},
+        {"x = 1\nengin\xef\xb1\xbfs = 1\n", 2, "='"},
+        {"a = \"\"\"\xc3\xa9\n\\\"\"\"\"\"\"\xc3\xa9\n", 2, "whitespace"},
+        {"a = \xc2\xa0 1\n", 1, "value"},
+        {"a = 19'e\xd2\x99\n", 1, "saw"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct record record;
@@ -107,6 +111,16 @@ static void test_broken_documents(void **state) {
         assert_null(strchr(failure.text, '\n'));
         assert_int_equal(record.used, 0);
     }
+}
+
+static void test_strings_and_comments_hold_any_letter(void **state) {
+    (void)state;
+    struct record record;
+    struct toml_failure failure = {.text = ""};
+    static const char text[] = "\xef\xbb\xbf# \xc3\xa9\n\"\xc3\xa9\" = '\xc3\xa9' # '\xc3\xa9\nb = \"\\\"\xc3\xa9\"\n"
+                               "c = \"\"\"\\\"\n\"\"\xc3\xa9\"\"\"\"\"\nf = \"\"\"\\\n\xef\xb6\xbf \xe3\x80\x80\"\"\"\nd = '''\n''\xc3\xa9'''''\n";
+    assert_int_equal(walk(text, &record, &failure), TOML_READ);
+    assert_string_equal(failure.text, "");
 }
 
 static void test_hostile_sizes_are_refused_not_survived_by_luck(void **state) {
@@ -131,9 +145,13 @@ static void test_hostile_sizes_are_refused_not_survived_by_luck(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_values_in_order),           cmocka_unit_test(test_quoted_keys_cannot_pass_for_dotted_ones),
-        cmocka_unit_test(test_strings_keep_their_length), cmocka_unit_test(test_the_visitor_can_stop),
-        cmocka_unit_test(test_broken_documents),          cmocka_unit_test(test_hostile_sizes_are_refused_not_survived_by_luck),
+        cmocka_unit_test(test_values_in_order),
+        cmocka_unit_test(test_quoted_keys_cannot_pass_for_dotted_ones),
+        cmocka_unit_test(test_strings_keep_their_length),
+        cmocka_unit_test(test_the_visitor_can_stop),
+        cmocka_unit_test(test_broken_documents),
+        cmocka_unit_test(test_strings_and_comments_hold_any_letter),
+        cmocka_unit_test(test_hostile_sizes_are_refused_not_survived_by_luck),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -195,18 +195,19 @@ static bool in_turn(const struct phase_case *c, const struct program *program, e
 /* `reference` has one thread, and its rows share nothing but the widening of weights: one KV dtype a case, in turn, keeps it from taking most of the time. */
 static void check_row_contract(const struct phase_case *c, const struct program *program, struct variant *variant, enum kv_dtype dtype,
                                const struct phase_world *expected) {
-    bool slow = variant->ops == &backend_reference, other = (c - phase_cases) % 2 == (variant->weights == WEIGHTS_NATIVE);
-    if ((slow && !in_turn(c, program, dtype)) || (variant->has_device && is_short && other)) return;
+    bool slow = variant->ops == &backend_reference, quick = variant->has_device && is_short,
+         other = (c - phase_cases) % 2 == (variant->weights == WEIGHTS_NATIVE);
+    if ((slow && !in_turn(c, program, dtype)) || (quick && other)) return;
     variant->contracts++;
-    struct phase_world *world = new_world(c, program, variant, dtype, 1, slow || is_short ? 31 : 1);
+    struct phase_world *world = new_world(c, program, variant, dtype, 1, quick ? 0 : slow ? 31 : 1);
     run_one_at_a_time(c, world);
     assert_same_bits(c, variant, dtype, "one at a time", expected, world);
     phase_world_free(world);
-    world = new_world(c, program, variant, dtype, slow ? 1 : 2, 13);
+    world = new_world(c, program, variant, dtype, slow ? 1 : 2, quick ? 50 : 13);
     run_random(c, world, 1 + (uint64_t)dtype);
     assert_same_bits(c, variant, dtype, "in random batches", expected, world);
     phase_world_free(world);
-    if (slow || (variant->has_device && is_short)) return;
+    if (slow || quick) return;
     world = new_world(c, program, variant, dtype, 2, 0);
     phase_world_run(world);
     assert_same_bits(c, variant, dtype, "on two threads", expected, world);
@@ -290,7 +291,8 @@ static void test_every_number_of_rows(void **state) {
     const struct tiny_shape shape = phase_case_shape(c);
     struct program *program = tiny_program_new(&shape);
     for (struct variant *variant = variants; variant < variants + n_variants; variant++) {
-        if (!computes(variant) || !keeps_contract(variant)) continue; /* the mock's slots are written once */
+        if (!computes(variant) || !keeps_contract(variant) || (is_short && variant->weights == WEIGHTS_F16))
+            continue; /* the mock's slots are written once */
         for (int d = 0; d < KV_DTYPES; d++) {
             if (!has_dtype(variant, program, (enum kv_dtype)d)) continue;
             struct phase_world *expected = new_world(c, program, variant, (enum kv_dtype)d, 1, 0);

@@ -169,12 +169,16 @@ static char loop_state(const struct daemon *daemon) {
 }
 
 /* A connection that the server has taken and found empty, and now it sleeps: what is sent then wakes it, and its guard looks first. While it is awake libmicrohttpd may. */
-static int dial_seen(const struct daemon *daemon) {
-    int fd = dial(daemon->port);
+static void let_sleep(const struct daemon *daemon) {
     uint64_t end = clock_now_ns() + CLIENT_WAIT_MS * 1000000ull;
     expect(daemon->port, "GET", "/health", NULL, NULL, 200, NULL); /* came later */
     while (loop_state(daemon) != 'S')
         if (clock_now_ns() > end) fail_msg("the server never sleeps");
+}
+
+static int dial_seen(const struct daemon *daemon) {
+    int fd = dial(daemon->port);
+    let_sleep(daemon);
     return fd;
 }
 
@@ -190,6 +194,37 @@ static void expect_refused(const struct daemon *daemon, const char *bytes, const
         fail_msg("not one JSON answer:\n%.200s\n%s", bytes, got.bytes);
     buffer_done(&got);
     (void)close(fd);
+}
+
+/* The same behind a good request, which is answered: in one write with it (part 0), or after its answer in two parts, of which the server has read the first. false: libmicrohttpd was faster
+ * than the guard, as it may be while the server is awake, and has answered in its own words or not at all. */
+static bool second_refused(const struct daemon *daemon, const char *bytes, size_t part) {
+    static const char good[] = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    int fd = dial_seen(daemon);
+    send_text(fd, good);
+    if (part > 0) {
+        let_sleep(daemon);
+        CHECK(send(fd, bytes, part, MSG_NOSIGNAL) == (ssize_t)part);
+        let_sleep(daemon);
+    }
+    (void)send(fd, bytes + part, strlen(bytes) - part, MSG_NOSIGNAL);
+    struct buffer got = receive(fd, NULL);
+    const char *second = strstr(got.bytes + 1, "HTTP/1.1 ");
+    if (strncmp(got.bytes, "HTTP/1.1 200", 12) != 0 || (second && strncmp(second, "HTTP/1.1 200", 12) == 0))
+        fail_msg("not one good answer and no other, after %zu bytes of:\n%.200s\n%s", part, bytes, got.bytes);
+    bool refused = second && !strstr(second + 1, "HTTP/1.1 ") && strstr(second, "{\"error\":{\"message\":") && !strstr(got.bytes, "<html");
+    buffer_done(&got);
+    (void)close(fd);
+    return refused;
+}
+
+static void expect_second_refused(const struct daemon *daemon, const char *bytes) {
+    size_t length = strlen(bytes);
+    for (size_t part = 0; part <= length; part += part == 0 ? 1 : (length + 4) / 5) {
+        int tries = 0;
+        while (tries < 5 && !second_refused(daemon, bytes, part)) tries++;
+        if (tries == 5) fail_msg("five times in a row no JSON error behind a good answer, after %zu bytes of:\n%.200s", part, bytes);
+    }
 }
 
 /* Two requests in one write: what the parser may not take for one, two or half of one. */
@@ -216,7 +251,14 @@ static void test_framing(void **state) {
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}}\r\n0\r\n\r\n",
     };
     struct daemon *daemon = daemon_ready(NULL);
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) expect_refused(daemon, bad[i], "HTTP/1.1 400");
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        expect_refused(daemon, bad[i], "HTTP/1.1 400");
+        expect_second_refused(daemon, bad[i]);
+    }
+    expect_second_refused(daemon, "nonsense\r\n");
+    expect_second_refused(daemon, "GET / HTTP/3.0\r\n\r\n");
+    expect_second_refused(daemon,
+                          "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nnonsense\r\n\r\n");
     expect(daemon->port, "GET", "/health", NULL, NULL, 200, NULL);
     /* Pipelining itself is fine */
     int fd = dial(daemon->port);

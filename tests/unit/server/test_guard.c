@@ -70,6 +70,11 @@ static void test_heads(void **state) {
         "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
         "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n",
         "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\t\r\n\r\n", /* libmicrohttpd takes none with a blank behind it */
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1 \r\n\r\n",
+        "GET / HTTP/1.2\r\nHost: a\r\nX y: z\r\n\r\n", /* read as 1.1 */
+        "GET / HTTP/1.1\r\nnonsense\r\n",              /* not complete, and wrong already */
+        "GET / HTTP/1.1\r\nHost: a\r\n folded: x\r\nY",
     };
     struct guard_refusal refusal;
     for (size_t i = 0; i < sizeof good / sizeof *good; i++)
@@ -178,7 +183,7 @@ static void test_chunks(void **state) {
         const char *body;
     } cases[] = {
         {0, "5\r\nabcde\r\n0\r\n\r\n"},
-        {0, "5;a=\"b\"\r\nabcde\r\nA \r\n0123456789\r\n00\r\nTrailer: x\r\n\r\nGET"},
+        {0, "5;a=\"b\"\r\nabcde\r\nA;\r\n0123456789\r\n00\r\nTrailer: x\r\n\r\nGET"},
         {0, "00000000000000000000000005\nabcde\n0\n\n"},
         {0, "ffffffffff\r\nabc"},
         {400, "zz\r\nabc"},
@@ -191,6 +196,12 @@ static void test_chunks(void **state) {
         {400, "5\r\nabcdeXX0\r\n\r\n"},
         {400, "5\r\nabcde\rX0\r\n\r\n"},
         {400, "5\r\nabcde\r\n\r\n0\r\n\r\n"},
+        {400, "5 \r\nabcde\r\n0\r\n\r\n"},
+        {400, "5;a\rb\nabcde\r\n0\r\n\r\n"},
+        {400, "0\r\nno colon\r\n\r\n"},
+        {400, "0\r\n folded: x\r\n\r\n"},
+        {400, "0\r\nX: a\rb\r\n\r\n"},
+        {400, "0\r\nX: y\r\n\rGET"},
         {413, "ffffffffffffffff\r\nabc"},
         {413, "10000000000000000000\r\nabc"},
         {413, "7fffffffffffffff\r\nabc"},
@@ -206,6 +217,38 @@ static void test_chunks(void **state) {
         (void)snprintf(request, sizeof request, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n%s", cases[i].body);
         assert_int_equal(guarded(request, strlen(request), 0), 0);
     }
+}
+
+/* In any pieces it is the same body, and its end is found to the byte. */
+static void test_chunks_in_pieces(void **state) {
+    (void)state;
+    static const char body[] = "5;a=\"b\"\r\nab\r\n0\r\nA\n0123456789\r\n00\r\nTrailer: x\r\nY:\n\r\n", behind[] = "GET / HTTP/1.1\r\n";
+    char bytes[sizeof body + sizeof behind];
+    (void)snprintf(bytes, sizeof bytes, "%s%s", body, behind);
+    for (size_t cut = 0; cut < sizeof body - 1; cut++) {
+        for (size_t step = 1; step < 8; step++) {
+            struct guard_chunks chunks = {0};
+            struct guard_refusal refusal;
+            size_t at = 0, used;
+            assert_int_equal(guard_chunks(&chunks, bytes, cut, &used, &refusal), GUARD_CHUNKS_GO_ON);
+            assert_int_equal(used, cut);
+            enum guard_chunked outcome = GUARD_CHUNKS_GO_ON;
+            for (at = cut; outcome == GUARD_CHUNKS_GO_ON; at += used) {
+                assert_true(at < sizeof body - 1);
+                size_t left = strlen(bytes) - at;
+                outcome = guard_chunks(&chunks, bytes + at, step < left ? step : left, &used, &refusal);
+            }
+            assert_int_equal(outcome, GUARD_CHUNKS_END);
+            assert_int_equal(at, sizeof body - 1);
+        }
+    }
+}
+
+static void test_ends_of_heads(void **state) {
+    (void)state;
+    static const char head[] = "\n\r\nGET / HTTP/1.1\r\nHost: a\n\r\n{}";
+    for (size_t length = 0; length < sizeof head; length++)
+        assert_int_equal(guard_head(head, length), length < sizeof head - 3 ? 0 : sizeof head - 3);
 }
 
 static void test_cut_short(void **state) {
@@ -234,8 +277,14 @@ static void test_cut_short(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_cut_short),     cmocka_unit_test(test_hosts),          cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_request_lines), cmocka_unit_test(test_sizes_of_heads), cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_chunks_in_pieces),
+        cmocka_unit_test(test_ends_of_heads),
+        cmocka_unit_test(test_cut_short),
+        cmocka_unit_test(test_hosts),
+        cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_request_lines),
+        cmocka_unit_test(test_sizes_of_heads),
+        cmocka_unit_test(test_chunks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

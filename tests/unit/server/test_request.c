@@ -273,6 +273,32 @@ static void test_bad_values(void **state) {
     }
 }
 
+/* A field under its name and once more with a letter of it escaped: one of the two would be forgotten, and what both append to has room for one. */
+static void test_two_spellings(void **state) {
+    (void)state;
+    static const char *const fields[][2] = {{"prompt", "[[1,2],[3]]"},
+                                            {"stop", "[\"a\",\"b\",\"c\",\"d\"]"},
+                                            {"stop_token_ids", "[1,2,3]"},
+                                            {"logit_bias", "{\"1\":1}"},
+                                            {"max_tokens", "1"},
+                                            {"stream", "false"},
+                                            {"kv", "{}"},
+                                            {"cache_salt", "\"a\""}};
+    char body[400];
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        const char *name = fields[i][0], *value = fields[i][1];
+        (void)snprintf(body, sizeof body, "{%s\"%s\":%s,\"\\u%04x%s\":%s}", i ? "\"prompt\":\"a\"," : "", name, value, (unsigned)name[0], name + 1,
+                       value);
+        expect_bad(body, name, NULL, 400);
+    }
+    struct tokenize_request request;
+    struct api_error error = {0};
+    static const char tokens[] = "{\"tokens\":[1],\"toke\\u006es\":[1,2,3,4,5,6,7,8,9]}";
+    assert_false(detokenize_parse(&request, tokens, sizeof tokens - 1, &limits, &error));
+    assert_string_equal(error.param, "tokens");
+    tokenize_request_done(&request);
+}
+
 /* ---- good ---- */
 
 static struct completion good(const char *body) {
@@ -507,8 +533,10 @@ static void test_json_bounds(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_bad),     cmocka_unit_test(test_bad_values),  cmocka_unit_test(test_defaults),           cmocka_unit_test(test_values),
-        cmocka_unit_test(test_context), cmocka_unit_test(test_json_bounds), cmocka_unit_test(test_json_against_cjson),
+        cmocka_unit_test(test_bad),           cmocka_unit_test(test_bad_values),
+        cmocka_unit_test(test_two_spellings), cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_values),        cmocka_unit_test(test_context),
+        cmocka_unit_test(test_json_bounds),   cmocka_unit_test(test_json_against_cjson),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
