@@ -90,7 +90,7 @@ const struct option_info options[] = {
     {.key = "engine.kv_memory", .type = OPTION_SIZE, FIELD(kv_memory), .initial = "auto", .min = 0, .max = 1024 * TEBIBYTE, .zero = "auto", .argument = "SIZE", .commands = PLAN,
      .help = "memory of the KV cache; auto: from what is free on the device, or here within the cgroup's limit"},
     {.key = "engine.kv_dtype", .type = OPTION_ENUM, FIELD(kv_dtype), .initial = "auto", .choices = "auto, f32, f16, bf16, q8, kivi4, kivi2", .argument = "TYPE", .commands = EVERY,
-     .help = "how cached keys and values are stored; auto: bf16 where the CPU computes with it, else f16; kivi4, kivi2: 4 or 2 bits, on the CPU alone; cuda has no f32 either"},
+     .help = "how cached keys and values are stored; auto: bf16 where the CPU computes with it, else f16; kivi4, kivi2: 4 or 2 bits; cuda has no f32"},
     {.key = "engine.prefix_cache", .type = OPTION_BOOL, FIELD(prefix_cache), .initial = "true", .commands = SERVE,
      .help = "keep the KV blocks of finished prompts for requests that begin alike"},
     {.key = "engine.step_ms", .type = OPTION_FLOAT, FIELD(step_ms), .initial = "25", .min = 0.1, .max = 60000, .argument = "MS", .commands = SERVE,

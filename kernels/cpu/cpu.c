@@ -210,7 +210,7 @@ static void lay_out_residual(struct cpu *cpu, struct arena *arena) {
     if (cpu->kv.raw_bytes == 0) return;
     cpu->raw_shape = kv_shape_of(p, KV_F16);
     cpu->raw_shared = raw_shared_needed(&cpu->limits);
-    raw->n_places = raw_places_needed(p, &cpu->limits);
+    raw->n_places = (uint32_t)raw_places_needed(p, &cpu->limits);
     raw->n_tables = cpu->limits.n_tables ? cpu->limits.n_tables : cpu->limits.max_sequences;
     raw->n_lanes = program_lanes(p);
     raw->block = take(arena, raw->n_places, sizeof *raw->block);

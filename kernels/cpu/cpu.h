@@ -3,7 +3,7 @@
 
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/pack.h"
-#include "kernels/cpu/raw.h"
+#include "kernels/raw.h"
 #include "kernels/cpu/workers.h"
 
 enum {
@@ -128,8 +128,6 @@ void cpu_read_positions(struct backend *backend, uint32_t count, const uint32_t 
 void cpu_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cpu_shift_sinks(struct backend *backend, const struct shift_request *request);
 /* residual.c: KIVI */
-uint32_t raw_places_needed(const struct program *program, const struct backend_limits *limits);
-uint32_t raw_shared_needed(const struct backend_limits *limits); /* a KV head */
 /* Blocks of the lane that a row at `position`, with `before` slots of the lane before its own, reads as codes: the first ones. */
 uint32_t count_codes(const struct cpu *cpu, const uint32_t *blocks, uint32_t before, int32_t position);
 struct residual residual_of(const struct cpu *cpu, const uint32_t *blocks, uint32_t before, int32_t position); /* zeros: no KIVI dtype */

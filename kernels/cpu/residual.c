@@ -151,12 +151,3 @@ void residual_end(struct cpu *cpu) {
         }
     }
 }
-
-uint32_t raw_places_needed(const struct program *program, const struct backend_limits *limits) {
-    /* Three a lane of each table; while a step runs, as many that several rows of a sequence open beside the ones that the first of them still reads; and between steps, as many for each
-     * sequence that is compacted, until its next step lets go of the old ones. */
-    uint32_t tables = limits->n_tables ? limits->n_tables : limits->max_sequences;
-    return program_lanes(program) * KIVI_RAW_BLOCKS * (tables + limits->max_sequences);
-}
-
-uint32_t raw_shared_needed(const struct backend_limits *limits) { return limits->max_rows / BLOCK_TOKENS + limits->max_sequences + 1; }

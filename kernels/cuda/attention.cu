@@ -27,6 +27,10 @@ struct plan_args {
     uint32_t *costs;
     struct attention_cut *cuts;
     uint32_t max_lanes, n_kv_heads, n_lanes, group, ctas, partial_queries;
+    /* KIVI */
+    const int32_t *positions, *row_positions; /* the pool's, and the rows' */
+    const uint32_t *tables;
+    uint32_t lane_blocks;
 };
 
 /* The sum of the values of the threads before this one; *total: of all. sums: [33] shared. */
@@ -81,7 +85,15 @@ ATTENTION_INLINE struct part_partials partials_of(const struct attention_lane *l
     return n;
 }
 
-static __global__ void __launch_bounds__(PLAN_THREADS) plan(const __grid_constant__ struct plan_args args) {
+/* What the first and the last row of a lane read as codes. Blocks that the step itself fills are not among that: up to TILE_QUERIES rows are too near to one another. */
+ATTENTION_INLINE void plan_codes(const struct plan_args &args, struct attention_lane *lane, uint32_t kv_lane) {
+    static_assert(TILE_QUERIES <= KIVI_RESIDUAL, "no row of a tile reads as codes what another of it fills");
+    const uint32_t *blocks = args.tables + ((size_t)lane->table * args.n_lanes + kv_lane) * args.lane_blocks;
+    lane->codes_first = codes_before(args.positions, blocks, lane->before, args.row_positions[lane->first_row]);
+    lane->codes_last = codes_before(args.positions, blocks, lane->before, args.row_positions[lane->first_row + lane->n_rows - 1]);
+}
+
+template <bool CODES> static __global__ void __launch_bounds__(PLAN_THREADS) plan(const __grid_constant__ struct plan_args args) {
     __shared__ uint64_t sums[33];
     __shared__ uint2 cuts[CTAS_MAX + 1];
     uint32_t layer = blockIdx.x, n = args.header->n_decode * args.n_kv_heads, me = threadIdx.x;
@@ -96,7 +108,9 @@ static __global__ void __launch_bounds__(PLAN_THREADS) plan(const __grid_constan
             uint32_t index = args.decode[at / args.n_kv_heads];
             const struct step_sequence sequence = args.sequences[index];
             uint32_t before = args.lane_tokens[(size_t)index * args.n_lanes + layer * args.n_kv_heads + at % args.n_kv_heads];
-            struct attention_lane lane = {sequence.table, before, sequence.first_row, sequence.n_rows, 0, 0, {0, 0}};
+            struct attention_lane lane = {sequence.table, before, sequence.first_row, sequence.n_rows, 0, 0, 0, 0};
+            if constexpr (CODES)
+                if (lane.n_rows) plan_codes(args, &lane, layer * args.n_kv_heads + at % args.n_kv_heads);
             lanes[at] = lane;
             uint32_t of_lane = planned_splits(&lane), blocks = of_lane ? (before + sequence.n_rows + BLOCK_TOKENS - 1) / BLOCK_TOKENS : 0;
             value = (uint64_t)of_lane << 32 | (blocks + of_lane * SPLIT_OVERHEAD);
@@ -236,8 +250,12 @@ void attention_plan(struct cuda *cuda, const struct step_shape *shape) {
         .group = cuda->group,
         .ctas = device->ctas,
         .partial_queries = device->partial_queries,
+        .positions = cuda->pool.positions,
+        .row_positions = cuda->dev.positions,
+        .tables = cuda->tables,
+        .lane_blocks = cuda->lane_blocks,
     };
-    launch(plan, cuda->program->n_layers, PLAN_THREADS, 0, cuda->stream, args);
+    launch(cuda->pool.bits ? plan<true> : plan<false>, cuda->program->n_layers, PLAN_THREADS, 0, cuda->stream, args);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -274,6 +292,11 @@ static struct attention_args arguments(const struct cuda *cuda, uint32_t layer) 
         .n_lanes = cuda->n_lanes,
         .lane_blocks = cuda->lane_blocks,
         .stages = device->stages,
+        .raw = cuda->pool.raw,
+        .place = cuda->pool.place,
+        .positions = cuda->pool.positions,
+        .row_positions = cuda->dev.positions,
+        .raw_bytes = cuda->pool.raw_bytes,
     };
 }
 

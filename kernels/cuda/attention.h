@@ -9,6 +9,8 @@
  *     q8: o takes p * (the slot's V scale * Q8_V_ONE), rounded, by the integers; l takes the rounded p
  *   splits merge in ascending order, from the identity: fold(). The result is o / l.
  *
+ *   KIVI: s and p . v of numbers that codes are widened to, in f16; which blocks are codes is a function of the row's position (kernels/kivi.h)
+ *
  * What is not in there does not matter: which queries share a tile, which warp computes which columns, who merges. It rests on two properties of the matrix units, which tests/gpu/attention.cu
  * checks: an element of a product depends on its row and column alone, and a product with zeros leaves an accumulator as it is (pieces and slots that a query does not see). */
 #pragma once
@@ -24,7 +26,7 @@ struct attention_lane {
     uint32_t table, before; /* slots filled before the step */
     uint32_t first_row, n_rows;
     uint32_t partial, n_head; /* of a lane cut between CTAs: its first partial, and how many splits are folded in that */
-    uint32_t unused[2];
+    uint32_t codes_first, codes_last; /* KIVI: blocks that its first row reads as codes, its last */
 };
 /* Where a CTA's part begins; it ends where the next one's does. */
 struct attention_cut {
@@ -54,6 +56,11 @@ struct attention_args {
     float scale_log2; /* attention_scale * log2(e) */
     uint32_t layer, d, row_bytes, n_kv_heads, n_heads, group, n_q, n_lanes, lane_blocks;
     uint32_t stages; /* pieces of the decode kernel's ring */
+    /* KIVI (struct device_pool); positions: the pool's, and the rows' */
+    const uint8_t *raw;
+    const uint32_t *place;
+    const int32_t *positions, *row_positions;
+    size_t raw_bytes;
 };
 
 typedef void (*attention_kernel)(struct attention_args);
@@ -197,6 +204,8 @@ template <int KV, class F> ATTENTION_INLINE void each_pair(const float first[4],
     }
 }
 
+#include "kernels/cuda/attention_codes.h"
+
 /* ---- loading a piece ---- */
 
 ATTENTION_INLINE const uint32_t *lane_blocks_of(const struct attention_args &args, uint32_t table, uint32_t head) {
@@ -243,7 +252,13 @@ template <int KV, int DIMS> ATTENTION_INLINE void copy_scales(const struct atten
     copy_16(to + (v * PIECE_SLOTS + in_piece) * sizeof(float), from, take);
 }
 
-template <int KV, int DIMS> ATTENTION_INLINE void copy_piece(const struct attention_args &args, uint32_t to, uint2 ids, uint32_t visible) {
+template <int KV, int DIMS> ATTENTION_INLINE void copy_piece(const struct attention_args &args, uint32_t to, const struct piece_source &source, uint32_t visible) {
+    if constexpr (code_bits<KV> > 0) {
+        copy_block<KV, DIMS>(args, to, source, 0, visible, true);
+        copy_block<KV, DIMS>(args, to, source, 1, visible, true);
+        return;
+    }
+    const uint2 ids = source.ids;
     copy_rows<KV, DIMS>(args, to, ids, 0, visible);
     copy_rows<KV, DIMS>(args, to + piece<KV, DIMS>::k_bytes, ids, (size_t)BLOCK_TOKENS * args.row_bytes, visible);
     copy_scales<KV, DIMS>(args, to + piece<KV, DIMS>::scales, ids, visible);

@@ -35,10 +35,26 @@ struct piece_sums {
     uint64_t of[PIECE_TILES][2]; /* by the thread's columns */
 };
 
-/* The queries [16 tile, 16 tile + 16) of the sequence. slot: the piece's first. */
+/* A piece in one of its views. */
+struct accumulated_piece {
+    uint32_t slot; /* its first */
+    uint32_t view, coded;
+    bool views; /* there are others */
+};
+
+/* Does query `query` of the sequence see the piece in this view? */
+template <int KV>
+ATTENTION_INLINE bool has_view(const struct attention_args &args, const struct step_sequence &sequence, uint32_t before, uint32_t head, const struct accumulated_piece &at, uint32_t query) {
+    if constexpr (code_bits<KV> == 0) return true;
+    if (!at.views) return true;
+    const uint32_t row = query / args.group;
+    return view_of<KV>(codes_before(args.positions, lane_blocks_of(args, sequence.table, head), before + row, args.row_positions[sequence.first_row + row]), at.slot) == at.view;
+}
+
+/* The queries [16 tile, 16 tile + 16) of the sequence. */
 template <int KV, int DIMS>
 ATTENTION_INLINE void add_tile(const struct attention_args &args, struct piece_sums *sums, const uint8_t *shared,
-                               const struct step_sequence &sequence, uint32_t before, uint32_t head, uint32_t slot, uint32_t tile) {
+                               const struct step_sequence &sequence, uint32_t before, uint32_t head, const struct accumulated_piece &piece_at, uint32_t tile) {
     using places = accumulate_shared<KV, DIMS>;
     uint32_t lane = threadIdx.x % 32, n_queries = sequence.n_rows * args.group;
     const uint16_t *queries[2];
@@ -53,8 +69,9 @@ ATTENTION_INLINE void add_tile(const struct attention_args &args, struct piece_s
         queries[half] = args.q + (size_t)row * args.n_q + at_head * args.d;
         m[half] = args.row_max[(size_t)row * args.n_heads + at_head];
         factor[half] = __frcp_rn(args.row_sum[(size_t)row * args.n_heads + at_head]);
-        seen[half] = before + query / args.group + 1;
+        seen[half] = has_view<KV>(args, sequence, before, head, piece_at, query) ? before + query / args.group + 1 : 0;
     }
+    const struct coded_piece from = {shared + places::k, piece_at.coded, codes_dims(args.d)};
     uint32_t q[DIMS / 16][4];
     load_queries<KV, DIMS>(q, queries[0], queries[1], args.d, lane);
     float s[PIECE_TILES][4] = {};
@@ -64,7 +81,7 @@ ATTENTION_INLINE void add_tile(const struct attention_args &args, struct piece_s
 #pragma unroll
         for (int pair = 0; pair < PIECE_TILES / 2; pair++) {
             uint32_t b[4];
-            load_k<KV>(b, k_at + pair * 16 * piece<KV, DIMS>::pitch + k * dims_step<KV>);
+            k_operand<KV, DIMS>(b, k_at + pair * 16 * piece<KV, DIMS>::pitch + k * dims_step<KV>, from, pair, k, lane);
             multiply<KV>(s[2 * pair], q[k], b[0], b[1]);
             multiply<KV>(s[2 * pair + 1], q[k], b[2], b[3]);
         }
@@ -77,7 +94,7 @@ ATTENTION_INLINE void add_tile(const struct attention_args &args, struct piece_s
         float x = s[i / 4][i % 4];
         if constexpr (KV == KV_Q8) x = __fmul_rn(x, scales[in_piece]);
         float p = __fmul_rn(weight_of(x, args.scale_log2, m[half]), factor[half]);
-        if (slot + in_piece < seen[half]) sums->of[i / 4][i % 2] += __float2ull_rn(p * (float)SCORE_ACCUMULATED_ONE);
+        if (piece_at.slot + in_piece < seen[half]) sums->of[i / 4][i % 2] += __float2ull_rn(p * (float)SCORE_ACCUMULATED_ONE);
     }
 }
 
@@ -92,6 +109,19 @@ ATTENTION_INLINE void gather_sums(const struct piece_sums *sums, unsigned long l
     }
 }
 
+/* The piece's keys to shared memory; waits for nothing. */
+template <int KV, int DIMS> ATTENTION_INLINE void copy_keys(const struct attention_args &args, uint8_t *shared, const struct piece_source &source, uint32_t visible) {
+    using places = accumulate_shared<KV, DIMS>;
+    if constexpr (code_bits<KV> > 0) {
+        copy_block<KV, DIMS>(args, shared_address(shared + places::k), source, 0, visible, false);
+        copy_block<KV, DIMS>(args, shared_address(shared + places::k), source, 1, visible, false);
+    } else {
+        copy_rows<KV, DIMS>(args, shared_address(shared + places::k), source.ids, 0, visible);
+        copy_scales<KV, DIMS>(args, shared_address(shared + places::scales), source.ids, visible);
+    }
+    copies_commit();
+}
+
 template <int KV, int DIMS>
 ATTENTION_INLINE void accumulate_piece(const struct attention_args &args, uint8_t *shared, const struct step_sequence &sequence, uint32_t before,
                                        uint32_t head, uint32_t slot) {
@@ -100,17 +130,24 @@ ATTENTION_INLINE void accumulate_piece(const struct attention_args &args, uint8_
     const uint32_t *blocks = lane_blocks_of(args, sequence.table, head);
     uint2 ids = piece_blocks(blocks, slot, length);
     unsigned long long *shared_sums = (unsigned long long *)(void *)(shared + places::sums);
-    __syncthreads(); /* the piece before is done */
-    copy_rows<KV, DIMS>(args, shared_address(shared + places::k), ids, 0, visible);
-    copy_scales<KV, DIMS>(args, shared_address(shared + places::scales), ids, visible);
-    copies_commit();
-    if (threadIdx.x < PIECE_SLOTS) shared_sums[threadIdx.x] = 0;
-    copies_wait<0>();
-    __syncthreads();
-    struct piece_sums sums = {};
     uint32_t first_row = slot > before ? slot - before : 0, tiles = (sequence.n_rows * args.group + TILE_QUERIES - 1) / TILE_QUERIES;
-    for (uint32_t tile = first_row * args.group / TILE_QUERIES + threadIdx.x / 32; tile < tiles; tile += ATTENTION_WARPS)
-        add_tile<KV, DIMS>(args, &sums, shared, sequence, before, head, slot, tile);
+    uint32_t view = 0, views = 0; /* the first row's and the last's */
+    if constexpr (code_bits<KV> > 0) {
+        view = view_of<KV>(codes_before(args.positions, blocks, before + first_row, args.row_positions[sequence.first_row + first_row]), slot);
+        views = view_of<KV>(codes_before(args.positions, blocks, length - 1, args.row_positions[sequence.first_row + sequence.n_rows - 1]), slot);
+    }
+    struct piece_sums sums = {};
+    for (const uint32_t first_view = view; view <= views; view++) {
+        const struct piece_source source = source_of<KV>(args, ids, slot, length, view);
+        __syncthreads(); /* the piece before is done */
+        copy_keys<KV, DIMS>(args, shared, source, visible);
+        if (threadIdx.x < PIECE_SLOTS && view == first_view) shared_sums[threadIdx.x] = 0;
+        copies_wait<0>();
+        __syncthreads();
+        const struct accumulated_piece piece_at = {slot, view, source.coded, first_view < views};
+        for (uint32_t tile = first_row * args.group / TILE_QUERIES + threadIdx.x / 32; tile < tiles; tile += ATTENTION_WARPS)
+            add_tile<KV, DIMS>(args, &sums, shared, sequence, before, head, piece_at, tile);
+    }
     gather_sums(&sums, shared_sums);
     __syncthreads();
     if (threadIdx.x >= PIECE_SLOTS || threadIdx.x >= visible) return;
@@ -152,6 +189,8 @@ attention_kernel attention_accumulate_kernel(enum kv_dtype dtype, uint32_t dims)
     CHECK(dims == 64 || dims == 128);
     if (dtype == KV_F16) return dims == 64 ? accumulate<KV_F16, 64> : accumulate<KV_F16, 128>;
     if (dtype == KV_BF16) return dims == 64 ? accumulate<KV_BF16, 64> : accumulate<KV_BF16, 128>;
+    if (dtype == KV_KIVI4) return dims == 64 ? accumulate<KV_KIVI4, 64> : accumulate<KV_KIVI4, 128>;
+    if (dtype == KV_KIVI2) return dims == 64 ? accumulate<KV_KIVI2, 64> : accumulate<KV_KIVI2, 128>;
     CHECK(dtype == KV_Q8);
     return dims == 64 ? accumulate<KV_Q8, 64> : accumulate<KV_Q8, 128>;
 }

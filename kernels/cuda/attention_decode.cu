@@ -21,20 +21,21 @@ template <int KV, int DIMS> struct decode_shared {
 struct cursor {
     uint32_t lane, slot, end, length; /* of the lane: where the part ends, its slots */
     const uint32_t *blocks;
-    uint2 ids; /* of the piece at `slot` */
+    uint32_t codes_first, codes_last, view; /* KIVI: of the lane; of the piece at `slot` */
+    struct piece_source source;             /* of the piece at `slot` */
 };
 
 ATTENTION_INLINE struct attention_lane read_lane(const struct attention_args &args, uint32_t lane) {
     const uint4 *at = (const uint4 *)(const void *)&args.lanes[lane];
     uint4 first = __ldg(at), second = __ldg(at + 1);
-    struct attention_lane read = {first.x, first.y, first.z, first.w, second.x, second.y, {0, 0}};
+    struct attention_lane read = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
     return read;
 }
 
 ATTENTION_INLINE uint32_t lane_slots(const struct attention_lane &lane) { return lane.n_rows ? lane.before + lane.n_rows : 0; }
 
 /* From `slot` of `lane` to the next piece there is before `stop`; without one, lane is stop's and slot >= end. */
-ATTENTION_INLINE void cursor_settle(const struct attention_args &args, struct cursor *c, const struct attention_cut &stop) {
+template <int KV> ATTENTION_INLINE void cursor_settle(const struct attention_args &args, struct cursor *c, const struct attention_cut &stop) {
     while (c->slot >= c->end) {
         if (c->lane >= stop.lane) return;
         c->lane++;
@@ -44,8 +45,22 @@ ATTENTION_INLINE void cursor_settle(const struct attention_args &args, struct cu
         c->length = lane_slots(lane);
         c->end = c->lane == stop.lane ? min(c->length, stop.split * SPLIT_SLOTS) : c->length;
         c->blocks = lane_blocks_of(args, lane.table, c->lane % args.n_kv_heads);
+        c->codes_first = lane.codes_first;
+        c->codes_last = lane.codes_last;
     }
-    c->ids = piece_blocks(c->blocks, c->slot, c->length);
+    c->view = view_of<KV>(c->codes_first, c->slot);
+    c->source = source_of<KV>(args, piece_blocks(c->blocks, c->slot, c->length), c->slot, c->length, c->view);
+}
+
+/* To the next view of the piece, or the next piece. */
+template <int KV> ATTENTION_INLINE void cursor_step(const struct attention_args &args, struct cursor *c, const struct attention_cut &stop) {
+    if (c->view < view_of<KV>(c->codes_last, c->slot)) {
+        c->view++;
+        c->source = source_of<KV>(args, c->source.ids, c->slot, c->length, c->view);
+        return;
+    }
+    c->slot += PIECE_SLOTS;
+    cursor_settle<KV>(args, c, stop);
 }
 
 ATTENTION_INLINE void wait_for_piece(uint32_t stages) {
@@ -80,19 +95,20 @@ template <int TILES> ATTENTION_INLINE void softmax_fold(struct softmax<TILES> *t
     }
 }
 
-/* One piece, which begins at `slot`. seen: how many slots of the lane the thread's two queries see. */
+/* One piece, which begins at `slot`, in one view. seen: how many slots of the lane the thread's two queries see. coded: which of its blocks are codes, of `dims` dims. */
 template <int KV, int DIMS, int TILES>
 ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t q[DIMS / 16][4], uint8_t *shared, uint32_t piece_at, uint32_t slot,
-                                   const uint32_t seen[2], float scale_log2) {
+                                   const uint32_t seen[2], float scale_log2, uint32_t coded, uint32_t dims) {
     using layout = piece<KV, DIMS>;
     using places = decode_shared<KV, DIMS>;
     uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const struct coded_piece from = {shared + piece_at, coded, dims};
     float s[2][4] = {};
     uint32_t k_at = shared_address(shared) + piece_at + k_offset<KV, DIMS>(lane) + warp * 16 * layout::pitch;
 #pragma unroll
     for (int k = 0; k < DIMS / 16; k++) {
         uint32_t b[4];
-        load_k<KV>(b, k_at + k * dims_step<KV>);
+        k_operand<KV, DIMS>(b, k_at + k * dims_step<KV>, from, warp, k, lane);
         multiply<KV>(s[0], q[k], b[0], b[1]);
         multiply<KV>(s[1], q[k], b[2], b[3]);
     }
@@ -155,7 +171,7 @@ ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t 
 #pragma unroll
         for (int pair = 0; pair < TILES / 2; pair++) {
             uint32_t b[4];
-            load_v<KV>(b, v_at + k * 16 * layout::pitch + pair * dims_step<KV>);
+            v_operand<KV, DIMS>(b, v_at + k * 16 * layout::pitch + pair * dims_step<KV>, from, k, warp * (TILES / 2) + pair, lane);
             multiply<KV>(split->o[2 * pair], p, b[0], b[1]);
             multiply<KV>(split->o[2 * pair + 1], p, b[2], b[3]);
         }
@@ -285,15 +301,15 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
     struct attention_lane work = read_lane(args, start.lane);
     struct cursor ahead = {
         start.lane, start.split * SPLIT_SLOTS, lane_slots(work), lane_slots(work), lane_blocks_of(args, work.table, start.lane % args.n_kv_heads),
-        {0, 0}};
+        work.codes_first, work.codes_last, 0, {}};
     if (start.lane == stop.lane) ahead.end = min(ahead.end, stop.split * SPLIT_SLOTS);
-    cursor_settle(args, &ahead, stop);
-    uint32_t stage_to = 0, stage = 0;
+    cursor_settle<KV>(args, &ahead, stop);
+    uint32_t stage_to = 0, stage = 0, coded = 0; /* coded: two bits a stage, which of its blocks are codes */
     auto copy_next = [&]() {
         if (ahead.slot < ahead.end) {
-            copy_piece<KV, DIMS>(args, pieces + stage_to * layout::bytes, ahead.ids, ahead.length - ahead.slot);
-            ahead.slot += PIECE_SLOTS;
-            cursor_settle(args, &ahead, stop);
+            copy_piece<KV, DIMS>(args, pieces + stage_to * layout::bytes, ahead.source, ahead.length - ahead.slot);
+            if constexpr (code_bits<KV> > 0) coded = (coded & ~(3u << 2 * stage_to)) | ahead.source.coded << 2 * stage_to;
+            cursor_step<KV>(args, &ahead, stop);
         }
         copies_commit();
         stage_to = stage_to + 1 == args.stages ? 0 : stage_to + 1;
@@ -316,6 +332,11 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
                 query < n_queries ? args.q + (size_t)query_row(args, work, query) * args.n_q + query_head(args, head, query) * args.d : NULL;
             seen[half] = work.before + within / args.group + 1;
         }
+        uint32_t codes[2] = {work.codes_first, work.codes_first};
+        if constexpr (code_bits<KV> > 0) {
+            for (int half = 0; half < 2 && work.codes_first < work.codes_last; half++)
+                codes[half] = codes_before(args.positions, lane_blocks_of(args, work.table, head), seen[half] - 1, args.row_positions[work.first_row + seen[half] - 1 - work.before]);
+        }
         uint32_t q[DIMS / 16][4];
         load_queries<KV, DIMS>(q, queries[0], queries[1], args.d, lane);
 
@@ -323,11 +344,18 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
         softmax_reset(&total);
         softmax_reset(&split);
         for (uint32_t slot = first; slot < end; slot += PIECE_SLOTS) {
-            wait_for_piece(args.stages);
-            __syncthreads(); /* everybody's copies are there, and the piece before was read */
-            copy_next();
-            decode_piece<KV, DIMS, TILES>(&split, q, shared, places::pieces + stage * layout::bytes, slot, seen, args.scale_log2);
-            stage = stage + 1 == args.stages ? 0 : stage + 1;
+            const uint32_t views = view_of<KV>(work.codes_last, slot);
+            for (uint32_t view = view_of<KV>(work.codes_first, slot); view <= views; view++) {
+                wait_for_piece(args.stages);
+                __syncthreads(); /* everybody's copies are there, and the piece before was read */
+                const uint32_t here = coded >> 2 * stage & 3;
+                copy_next();
+                uint32_t seen_here[2];
+#pragma unroll
+                for (int half = 0; half < 2; half++) seen_here[half] = view_of<KV>(codes[half], slot) == view ? seen[half] : 0;
+                decode_piece<KV, DIMS, TILES>(&split, q, shared, places::pieces + stage * layout::bytes, slot, seen_here, args.scale_log2, here, codes_dims(args.d));
+                stage = stage + 1 == args.stages ? 0 : stage + 1;
+            }
             if ((slot + PIECE_SLOTS) % SPLIT_SLOTS != 0 && slot + PIECE_SLOTS < end) continue;
             if (first == 0) {
                 softmax_fold(&total, &split);
@@ -354,6 +382,8 @@ attention_kernel attention_decode_kernel(enum kv_dtype dtype, uint32_t dims) {
     CHECK(dims == 64 || dims == 128);
     if (dtype == KV_F16) return dims == 64 ? decode<KV_F16, 64> : decode<KV_F16, 128>;
     if (dtype == KV_BF16) return dims == 64 ? decode<KV_BF16, 64> : decode<KV_BF16, 128>;
+    if (dtype == KV_KIVI4) return dims == 64 ? decode<KV_KIVI4, 64> : decode<KV_KIVI4, 128>;
+    if (dtype == KV_KIVI2) return dims == 64 ? decode<KV_KIVI2, 64> : decode<KV_KIVI2, 128>;
     CHECK(dtype == KV_Q8);
     return dims == 64 ? decode<KV_Q8, 64> : decode<KV_Q8, 128>;
 }

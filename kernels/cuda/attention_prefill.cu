@@ -30,12 +30,13 @@ template <int DIMS> ATTENTION_INLINE void part_fold(struct part<DIMS> *total, co
     }
 }
 
-/* One piece. seen: as many of its slots the thread's two queries see; all_seen: every query of the warp sees all of them. */
+/* One piece, in one view. seen: as many of its slots the thread's two queries see; all_seen: every query of the warp sees all of them. coded: which of its blocks are codes, of `dims` dims. */
 template <int KV, int DIMS>
 ATTENTION_INLINE void prefill_piece(struct part<DIMS> *split, const uint32_t q[DIMS / 16][4], const uint8_t *at, const int32_t seen[2], bool all_seen,
-                                    float scale_log2) {
+                                    float scale_log2, uint32_t coded, uint32_t dims) {
     using layout = piece<KV, DIMS>;
     uint32_t lane = threadIdx.x % 32;
+    const struct coded_piece from = {at, coded, dims};
     float s[PIECE_TILES][4] = {};
     uint32_t k_at = shared_address(at) + k_offset<KV, DIMS>(lane), v_at = shared_address(at) + layout::k_bytes + v_offset<KV, DIMS>(lane);
 #pragma unroll
@@ -43,7 +44,7 @@ ATTENTION_INLINE void prefill_piece(struct part<DIMS> *split, const uint32_t q[D
 #pragma unroll
         for (int pair = 0; pair < PIECE_TILES / 2; pair++) {
             uint32_t b[4];
-            load_k<KV>(b, k_at + pair * 16 * layout::pitch + k * dims_step<KV>);
+            k_operand<KV, DIMS>(b, k_at + pair * 16 * layout::pitch + k * dims_step<KV>, from, pair, k, lane);
             multiply<KV>(s[2 * pair], q[k], b[0], b[1]);
             multiply<KV>(s[2 * pair + 1], q[k], b[2], b[3]);
         }
@@ -101,13 +102,26 @@ ATTENTION_INLINE void prefill_piece(struct part<DIMS> *split, const uint32_t q[D
 #pragma unroll
         for (int pair = 0; pair < DIMS / 16; pair++) {
             uint32_t b[4];
-            load_v<KV>(b, v_at + k * 16 * layout::pitch + pair * dims_step<KV>);
+            v_operand<KV, DIMS>(b, v_at + k * 16 * layout::pitch + pair * dims_step<KV>, from, k, pair, lane);
             multiply<KV>(split->o[2 * pair], p, b[0], b[1]);
             multiply<KV>(split->o[2 * pair + 1], p, b[2], b[3]);
         }
     }
     split->l[0] = l[0];
     split->l[1] = l[2];
+}
+
+/* A piece and a view of it. */
+struct piece_walk {
+    uint32_t slot, view;
+};
+template <int KV> ATTENTION_INLINE void walk_on(struct piece_walk *walk, uint32_t codes_first, uint32_t codes_last) {
+    if (walk->view < view_of<KV>(codes_last, walk->slot)) {
+        walk->view++;
+        return;
+    }
+    walk->slot += PIECE_SLOTS;
+    walk->view = view_of<KV>(codes_first, walk->slot);
 }
 
 template <int KV, int DIMS>
@@ -135,32 +149,54 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, DIMS == 64 ? 3 : 2) prefill
     }
     uint32_t warp_seen_least = before + min(warp_first, n_queries - 1) / args.group + 1;
     uint32_t warp_seen_most = before + min(warp_first + TILE_QUERIES - 1, n_queries - 1) / args.group + 1;
+    uint32_t codes[2] = {}, codes_first = 0, codes_last = 0; /* of the thread's queries, and of all */
+    if constexpr (code_bits<KV> > 0) {
+        auto codes_of = [&](uint32_t slots) { return codes_before(args.positions, blocks, slots - 1, args.row_positions[sequence.first_row + slots - 1 - before]); };
+        codes_first = codes_of(before + tile.first_query / args.group + 1);
+        codes_last = codes_of(end);
+        for (int half = 0; half < 2; half++) codes[half] = codes_of(seen[half]);
+    }
 
     if (args.d < DIMS) clear_shared(shared, PREFILL_STAGES * layout::bytes);
     __syncthreads();
-    copy_piece<KV, DIMS>(args, shared_address(shared), piece_blocks(blocks, 0, end), end);
+    struct piece_source source = source_of<KV>(args, piece_blocks(blocks, 0, end), 0, end, view_of<KV>(codes_first, 0));
+    copy_piece<KV, DIMS>(args, shared_address(shared), source, end);
     copies_commit();
-    uint2 ids = piece_blocks(blocks, PIECE_SLOTS, end);
+    struct piece_walk walk = {0, view_of<KV>(codes_first, 0)}, ahead = walk;
+    uint32_t coded = source.coded;
+    walk_on<KV>(&ahead, codes_first, codes_last);
+    source = source_of<KV>(args, piece_blocks(blocks, ahead.slot, end), ahead.slot, end, ahead.view);
     uint32_t q[DIMS / 16][4];
     load_queries<KV, DIMS>(q, queries[0], queries[1], args.d, lane);
 
     struct part<DIMS> total, split;
     part_reset(&total);
     part_reset(&split);
-    for (uint32_t slot = 0, stage = 0; slot < end; slot += PIECE_SLOTS, stage ^= 1) {
+    for (uint32_t stage = 0; walk.slot < end; stage ^= 1) {
         copies_wait<0>();
         __syncthreads(); /* everybody's copies are there, and the piece before was read */
-        uint32_t next = slot + PIECE_SLOTS;
-        if (next < end) {
-            copy_piece<KV, DIMS>(args, shared_address(shared) + (stage ^ 1) * layout::bytes, ids, end - next);
+        const uint32_t slot = walk.slot, view = walk.view, here = coded;
+        walk = ahead;
+        if (walk.slot < end) {
+            copy_piece<KV, DIMS>(args, shared_address(shared) + (stage ^ 1) * layout::bytes, source, end - walk.slot);
             copies_commit();
-            ids = piece_blocks(blocks, next + PIECE_SLOTS, end);
+            coded = source.coded;
+            walk_on<KV>(&ahead, codes_first, codes_last);
+            source = source_of<KV>(args, piece_blocks(blocks, ahead.slot, end), ahead.slot, end, ahead.view);
         }
         if (slot < warp_seen_most) {
-            int32_t seen_here[2] = {(int32_t)(seen[0] - slot), (int32_t)(seen[1] - slot)};
-            prefill_piece<KV, DIMS>(&split, q, shared + stage * layout::bytes, seen_here, next <= warp_seen_least, args.scale_log2);
+            int32_t seen_here[2];
+            bool mine = true; /* this view, of both queries */
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const bool same = view_of<KV>(codes[half], slot) == view;
+                seen_here[half] = same ? (int32_t)(seen[half] - slot) : 0;
+                mine = mine && same;
+            }
+            if constexpr (code_bits<KV> > 0) mine = __all_sync(0xffffffffu, mine);
+            prefill_piece<KV, DIMS>(&split, q, shared + stage * layout::bytes, seen_here, mine && slot + PIECE_SLOTS <= warp_seen_least, args.scale_log2, here, codes_dims(args.d));
         }
-        if (next % SPLIT_SLOTS == 0 || next >= end) {
+        if (walk.slot != slot && (walk.slot % SPLIT_SLOTS == 0 || walk.slot >= end)) {
             part_fold(&total, &split);
             part_reset(&split);
         }
@@ -189,6 +225,8 @@ attention_kernel attention_prefill_kernel(enum kv_dtype dtype, uint32_t dims) {
     CHECK(dims == 64 || dims == 128);
     if (dtype == KV_F16) return dims == 64 ? prefill<KV_F16, 64> : prefill<KV_F16, 128>;
     if (dtype == KV_BF16) return dims == 64 ? prefill<KV_BF16, 64> : prefill<KV_BF16, 128>;
+    if (dtype == KV_KIVI4) return dims == 64 ? prefill<KV_KIVI4, 64> : prefill<KV_KIVI4, 128>;
+    if (dtype == KV_KIVI2) return dims == 64 ? prefill<KV_KIVI2, 64> : prefill<KV_KIVI2, 128>;
     CHECK(dtype == KV_Q8);
     return dims == 64 ? prefill<KV_Q8, 64> : prefill<KV_Q8, 128>;
 }

@@ -1,6 +1,6 @@
 /* The CUDA backend's life: sizes, the memory plan, what is opened and closed in which order. One stream carries everything. Owns the four pieces of device memory that the other files lay
  * out; nothing is allocated after prepare but captured graphs. The engine's thread. Steps are step.cu's. */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/codes.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,10 +38,14 @@ void cuda_check(cudaError_t result, const char *what, const char *file, int line
 
 /* ---- sizes ---- */
 
-static size_t kv_bytes(uint32_t d, enum kv_dtype dtype) { return 2 * (size_t)BLOCK_TOKENS * d * (dtype == KV_Q8 ? 1 : dtype == KV_F32 ? 4 : 2); }
+static size_t kv_bytes(uint32_t d, enum kv_dtype dtype) {
+    if (kivi_bits(dtype)) return codes_block_bytes(kivi_bits(dtype), d);
+    return 2 * (size_t)BLOCK_TOKENS * d * (dtype == KV_Q8 ? 1 : dtype == KV_F32 ? 4 : 2);
+}
 
 static size_t cuda_block_bytes(const struct program *program, enum kv_dtype dtype) {
-    if (dtype != KV_F16 && dtype != KV_BF16 && dtype != KV_Q8) return 0;
+    if (dtype == KV_F32 || dtype >= KV_DTYPES) return 0;
+    if (kivi_bits(dtype)) return kv_bytes(program->head_dim, dtype) + BLOCK_TOKENS * sizeof(int32_t) + sizeof(uint32_t) + sizeof(uint8_t); /* place and closed */
     const size_t scales = dtype == KV_Q8 ? 2 * BLOCK_TOKENS * sizeof(float) : 0;
     return kv_bytes(program->head_dim, dtype) + scales + BLOCK_TOKENS * (sizeof(int32_t) + sizeof(uint64_t));
 }
@@ -98,6 +102,10 @@ static void lay_out_pool(struct cuda *cuda, struct device_arena *arena) {
     cuda->pool.scales = cuda->pool.dtype == KV_Q8 ? (float *)device_take(arena, 2 * slots, sizeof(float)) : NULL;
     cuda->pool.positions = (int32_t *)device_take(arena, slots, sizeof(int32_t));
     cuda->pool.accumulated = cuda->limits.accumulators ? (uint64_t *)device_take(arena, slots, sizeof(uint64_t)) : NULL;
+    if (kivi_bits(cuda->pool.dtype) == 0) return;
+    cuda->pool.place = (uint32_t *)device_take(arena, cuda->limits.n_blocks, sizeof(uint32_t));
+    cuda->pool.closed = (uint8_t *)device_take(arena, cuda->limits.n_blocks, sizeof(uint8_t));
+    residual_lay_out(cuda, arena);
 }
 
 static void lay_out_rings(struct cuda *cuda, struct device_arena *arena) {
@@ -143,17 +151,19 @@ static void begin_count(struct cuda *cuda, const struct program *program, const 
 
 static uint32_t cuda_memory_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
     struct cuda_private *counted = (struct cuda_private *)check_calloc(1, sizeof *counted);
-    struct device_arena weights = {}, rings = {}, scratch = {};
+    struct device_arena weights = {}, rings = {}, scratch = {}, residual = {};
     begin_count(&counted->cuda, program, limits);
     weights_lay_out(&counted->cuda, &weights);
     lay_out_rings(&counted->cuda, &rings);
     lay_out_scratch(&counted->cuda, &scratch);
-    const size_t pinned = counted->cuda.staging_bytes + tables_pinned_bytes() + services_pinned_bytes(&counted->cuda) + sampling_pinned_bytes(&counted->cuda);
-    const struct memory_line all[] = {{"weights", 1, weights.used}, {"scratch", 1, scratch.used}, {"query rings", 1, rings.used}, {"pinned", 1, pinned, true}};
+    residual_lay_out(&counted->cuda, &residual);
+    const size_t pinned = counted->cuda.staging_bytes + tables_pinned_bytes() + services_pinned_bytes(&counted->cuda) + sampling_pinned_bytes(&counted->cuda) + residual_pinned_bytes(&counted->cuda);
+    const struct memory_line all[] = {{"weights", 1, weights.used}, {"scratch", 1, scratch.used}, {"query rings", 1, rings.used}, {"pinned", 1, pinned, true}, {"KV residual", 1, residual.used}};
     free(counted->cuda.layers);
     free(counted);
+    const uint32_t n_lines = residual.used > 0 ? 5 : 4;
     uint32_t n = 0;
-    for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
+    for (; n < n_lines && n < max; n++) lines[n] = all[n];
     return n;
 }
 
@@ -178,6 +188,7 @@ static void cuda_close(struct backend *backend) {
     step_close(cuda);
     sampling_close(cuda);
     services_close(cuda);
+    residual_close(cuda);
     attention_close(cuda);
     products_close(cuda);
     struct device_arena *arenas[] = {&own->weights, &own->pool, &own->rings, &own->scratch};
@@ -245,6 +256,7 @@ static enum status open_all(struct cuda *cuda, struct error *error) {
     if (status == STATUS_OK) status = attention_open(cuda, error);
     if (status == STATUS_OK) status = services_open(cuda, error);
     if (status == STATUS_OK) status = sampling_open(cuda, error);
+    if (status == STATUS_OK) status = residual_open(cuda, error);
     if (status == STATUS_OK) status = step_open(cuda, error);
     if (status == STATUS_OK) status = weights_load(cuda, error);
     if (status != STATUS_OK) return status;
@@ -257,6 +269,7 @@ static enum status cuda_prepare(const struct program *program, const struct back
     struct cuda *cuda = &own->cuda;
     begin(cuda, program, limits);
     cuda->backend.ops = &backend_cuda;
+    cuda->backend.joins_blocks = kivi_bits(limits->kv_dtype) > 0;
     const enum status status = open_all(cuda, error);
     if (status != STATUS_OK) {
         cuda_close(&cuda->backend);
@@ -281,7 +294,7 @@ extern "C" const struct backend_ops backend_cuda = {
     .submit = cuda_submit,
     .sync = cuda_sync,
     .copy_blocks = cuda_copy_blocks,
-    .resumes = backend_resumes_always,
+    .resumes = residual_resumes,
     .compact = cuda_compact,
     .read_f32 = cuda_read_f32,
     .score = cuda_score,

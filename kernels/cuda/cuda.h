@@ -6,8 +6,9 @@
  *   supported.cu  what is refused
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
+ *   codes.h       KIVI: how codes lie; close.cu  filled blocks become codes; residual.cu  which blocks are kept in f16 as well
  *   attention.cu  attention over per-lane tables, accumulated attention
- *   services.cu   copies, compaction, reading, sinks; score.cu, score_window.cu  scores of cached slots; rank.cu  which of them stay
+ *   services.cu   copies, reading; compact.cu  compaction; sinks.cu  shifted sinks; score.cu, score_window.cu  scores of cached slots; rank.cu  which of them stay
  *   sample.cu     from logits to tokens
  *   ptx.h         what is no C++: instructions and launches
  *
@@ -19,6 +20,7 @@ extern "C" {
 #include "base/check.h"
 #include "base/error.h"
 #include "kernels/backend.h"
+#include "kernels/raw.h"
 }
 
 #include <cuda_bf16.h>
@@ -62,15 +64,22 @@ struct device_layer {
     float *q_norm, *k_norm;           /* [d]; NULL: none */
 };
 
-/* The KV pool: block b is K [BLOCK_TOKENS][d], then V the same, at kv + b * block_bytes. 16-bit elements, or int8 with a scale for each slot's K and V. */
+/* The KV pool: block b is K [BLOCK_TOKENS][d], then V the same, at kv + b * block_bytes. 16-bit elements, or int8 with a scale for each slot's K and V. Of KIVI dtypes kv holds codes
+ * (codes.h), and the f16 blocks of the residual lie apart. */
 struct device_pool {
-    enum kv_dtype dtype; /* KV_F16, KV_BF16 or KV_Q8 */
+    enum kv_dtype dtype; /* all but KV_F32 */
     uint32_t d, n_blocks;
     size_t block_bytes;    /* K and V */
     uint8_t *kv;
     float *scales;         /* q8: [n_blocks][2][BLOCK_TOKENS], K's then V's; else NULL */
     int32_t *positions;    /* [n_blocks][BLOCK_TOKENS] */
     uint64_t *accumulated; /* [n_blocks][BLOCK_TOKENS] fixed point (kernels/score.h); NULL unless limits.accumulators */
+    /* KIVI dtypes; else NULL and 0 */
+    uint32_t bits;     /* of a code */
+    uint8_t *raw;      /* [places] blocks as those of KV_F16, of raw_bytes each */
+    size_t raw_bytes;
+    uint32_t *place;   /* [n_blocks] the block's f16 block, or RAW_NONE (kernels/raw.h) */
+    uint8_t *closed;   /* [n_blocks] bool: the codes are those of all its slots */
 };
 
 /* ---- one step, as kernels read it: one buffer, filled in pinned memory and copied to the device in one go ---- */
@@ -117,6 +126,7 @@ struct sampling_device; /* sample.cu */
 struct score_device;    /* services.h */
 struct product_device;  /* products.cu */
 struct attention_device; /* attention.cu */
+struct residual_host;    /* residual.cu */
 
 struct cuda {
     struct backend backend;
@@ -173,6 +183,7 @@ struct cuda {
     struct score_device *score;
     struct product_device *products;
     struct attention_device *attention;
+    struct residual_host *residual; /* NULL: no KIVI dtype */
 
     float *tap;
     const struct batch *batch; /* between submit and sync */
@@ -280,7 +291,30 @@ void attention_close(struct cuda *cuda);
 void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the staging copy: cuts the work of all layers */
 void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);  /* q, pool -> a (and row_max, row_sum, accumulators) */
 
-/* ---- services.cu, score.cu, rank.cu: struct backend_ops entries ---- */
+/* ---- close.cu: KIVI ---- */
+/* Codes for the blocks that the step fills: of one layer's lanes, or of all (layer UINT32_MAX). */
+void close_step(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);
+/* A block's f16 block, which has its place, from its codes. */
+void open_block(struct cuda *cuda, uint32_t block);
+
+/* ---- residual.cu: KIVI; of other dtypes nothing happens ---- */
+void residual_lay_out(struct cuda *cuda, struct device_arena *arena);
+size_t residual_pinned_bytes(const struct cuda *cuda);
+enum status residual_open(struct cuda *cuda, struct error *error);
+void residual_close(struct cuda *cuda);
+/* Around a step's launches: every f16 block that a row reads or fills has its place, there too; then, those that the next row will read are held. */
+void residual_begin(struct cuda *cuda, const struct batch *batch);
+void residual_end(struct cuda *cuda, const struct batch *batch);
+/* Nothing is known to be held as it should be: after a step that failed. */
+void residual_forget(struct cuda *cuda);
+struct raw_places *residual_places(struct cuda *cuda); /* for compaction, which sends what it changed: */
+void residual_send(struct cuda *cuda);                 /* what has changed of the places, on the stream */
+/* Places for copies of blocks that have one, there too; at most residual_pass of `most` pairs, which are then copied side by side. */
+uint32_t residual_pass(const struct cuda *cuda, uint32_t most);
+void residual_copy(struct cuda *cuda, uint32_t count, const uint32_t *source, const uint32_t *destination);
+bool residual_resumes(struct backend *backend, uint32_t count, const uint32_t *blocks); /* backend_ops.resumes */
+
+/* ---- services.cu, compact.cu, sinks.cu, score.cu, rank.cu: struct backend_ops entries ---- */
 void services_lay_out(struct cuda *cuda, struct device_arena *arena);
 size_t services_pinned_bytes(const struct cuda *cuda);
 enum status services_open(struct cuda *cuda, struct error *error);

@@ -24,6 +24,8 @@ struct fold_pass {
     float *scores;
     uint32_t *keys;
     uint32_t *n_protected; /* [n_lanes] */
+    uint32_t *n_joined;    /* [n_lanes] KIVI: slots in blocks that the row at next reads as codes, which stay or go together; else NULL */
+    int32_t next;
 };
 
 /* Slot i of n: in the order of the oracle's sums. */
@@ -124,6 +126,15 @@ static __global__ void __launch_bounds__(THREADS) layer_mean_kernel(const struct
     }
 }
 
+/* Slots of a block that is codes get one key, the highest among them (select_join); a warp has a block. */
+static __device__ uint32_t joined_key(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot, uint32_t key) {
+    const uint32_t end = slot / BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS;
+    if (end > job.n_slots || !kivi_reads_codes(position_of(pass.jobs, job, end - 1), pass.next)) return key;
+    for (int other = WARP / 2; other > 0; other /= 2) key = max(key, __shfl_xor_sync(0xffffffffu, key, other));
+    if (slot % BLOCK_TOKENS == 0) atomicAdd(pass.n_joined + job.lane, (uint32_t)BLOCK_TOKENS);
+    return key;
+}
+
 /* Grid: splits; a thread a slot. */
 static __global__ void __launch_bounds__(THREADS) key_kernel(const struct fold_pass pass) {
     const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
@@ -133,7 +144,10 @@ static __global__ void __launch_bounds__(THREADS) key_kernel(const struct fold_p
         const int32_t position = position_of(pass.jobs, job, slot);
         stays = position < pass.protect_below || position > pass.protect_above;
         const float score = pass.scores[job.slots_before + slot];
-        pass.keys[job.slots_before + slot] = stays ? RANK_PROTECTED : select_key(score);
+        uint32_t key = stays ? RANK_PROTECTED : select_key(score);
+        if (pass.n_joined) key = joined_key(pass, job, slot, key);
+        pass.keys[job.slots_before + slot] = key;
+        stays = key == RANK_PROTECTED;
     }
     const int count = __syncthreads_count(stays);
     if (threadIdx.x == 0 && count > 0) atomicAdd(pass.n_protected + job.lane, (uint32_t)count);
@@ -156,6 +170,8 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
     pass.scores = (float *)(void *)(score->keys + score->lane_at[first]);
     pass.keys = score->keys + score->lane_at[first];
     pass.n_protected = score->n_protected;
+    pass.n_joined = score->n_joined;
+    pass.next = request->score.last_position + 1;
     if (scored) {
         score_pass(cuda, &request->score, &jobs, score->numbers);
         if (request->value_power > 0) {
@@ -188,6 +204,7 @@ void cuda_rank(struct backend *backend, const struct rank_request *request, uint
         n_slots += request->score.lane_tokens[lane];
     }
     CUDA_CHECK(cudaMemsetAsync(score->n_protected, 0, cuda->n_lanes * sizeof *score->n_protected, cuda->stream));
+    if (score->n_joined) CUDA_CHECK(cudaMemsetAsync(score->n_joined, 0, cuda->n_lanes * sizeof *score->n_joined, cuda->stream));
     const uint32_t each = request->layer_mean ? cuda->program->n_kv_heads : 1;
     for (uint32_t first = 0; first < cuda->n_lanes;) {
         const struct pass_plan plan = plan_pass(cuda, request->score.lane_tokens, first, cuda->n_lanes, each, per_slot, need);
@@ -316,6 +333,7 @@ void cuda_cut(struct backend *backend, const struct cut_request *request, struct
 
 struct keep_pass {
     const uint32_t *keys, *n_protected, *evict;
+    const uint32_t *n_joined; /* NULL: none */
     const uint2 *lanes;
     uint32_t *kept;
     struct kept_lane *out; /* [n_lanes] pinned memory of the host */
@@ -341,6 +359,16 @@ static __device__ uint32_t key_of_rank(const struct ranked_lane &lane, uint32_t 
     return prefix;
 }
 
+/* KIVI: of the slots at the threshold the first equal_kept stay, and of those in joined blocks whole blocks: if one cannot, nothing behind it stays either (select_keep_joined). */
+static __device__ uint32_t whole_blocks_kept(const struct ranked_lane &lane, uint32_t threshold, uint32_t equal_kept, uint32_t joined) {
+    uint32_t n = 0; /* such slots in joined blocks */
+    for (uint32_t begin = 0; begin < joined; begin += THREADS) {
+        const uint32_t slot = begin + threadIdx.x;
+        n += (uint32_t)__syncthreads_count(slot < joined && lane.keys[slot] == threshold);
+    }
+    return equal_kept < n ? equal_kept / BLOCK_TOKENS * BLOCK_TOKENS : equal_kept;
+}
+
 /* Grid: lanes. */
 static __global__ void __launch_bounds__(THREADS) keep_kernel(const struct keep_pass pass) {
     __shared__ struct byte_counts shared;
@@ -354,6 +382,7 @@ static __global__ void __launch_bounds__(THREADS) keep_kernel(const struct keep_
         uint32_t below, equal;
         threshold = key_of_rank(ranked, evict - 1, &below, &equal, &shared);
         equal_kept = equal - (evict - below); /* the older ones */
+        if (pass.n_joined) equal_kept = whole_blocks_kept(ranked, threshold, equal_kept, pass.n_joined[lane]);
     }
     __syncthreads();
     for (uint32_t begin = 0; begin < n; begin += THREADS) {
@@ -386,6 +415,7 @@ void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane 
     stage_send(cuda, host, bytes);
     pass.keys = score->keys, pass.n_protected = score->n_protected, pass.evict = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
     pass.kept = score->kept;
+    pass.n_joined = score->n_joined;
     pass.out = (struct kept_lane *)(void *)score->back_host;
     launch(keep_kernel, cuda->n_lanes, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());

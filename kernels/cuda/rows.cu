@@ -1,6 +1,6 @@
 /* What is done row by row between the products: norms, rotation, appending to the pool, activation. Sums go over the threads of a block in a fixed order, so a row's bits depend on
  * that row alone. */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/codes.h"
 
 #include <math.h>
 
@@ -90,7 +90,7 @@ static __device__ void place(const struct append &p, const struct step_sequence 
 /* One warp, one head's vector in shared memory: into the pool, rounded to its type. which: 0 K, 1 V. */
 static __device__ void store_slot(const struct device_pool &pool, uint32_t block, uint32_t slot, int which, const float *x, uint32_t lane) {
     const size_t element = pool.dtype == KV_Q8 ? 1 : 2;
-    uint8_t *to = pool.kv + block * pool.block_bytes + ((size_t)which * BLOCK_TOKENS + slot) * pool.d * element;
+    uint8_t *to = (pool.bits ? raw_of(pool, block) : pool.kv + block * pool.block_bytes) + ((size_t)which * BLOCK_TOKENS + slot) * pool.d * element;
     if (pool.dtype != KV_Q8) {
         for (uint32_t i = lane; i < pool.d; i += 32) ((uint16_t *)to)[i] = narrow(x[i], pool.dtype == KV_BF16);
         return;
@@ -152,6 +152,7 @@ static __global__ void __launch_bounds__(32 * HEADS_A_BLOCK) append_kernel(const
     store_slot(p.pool, block, slot, is_k ? 0 : 1, x, lane);
     if (!is_k || lane > 0) return;
     p.pool.positions[(size_t)block * BLOCK_TOKENS + slot] = p.positions[row];
+    if (p.pool.bits) p.pool.closed[block] = false; /* until the step's end */
     if (p.pool.accumulated) p.pool.accumulated[(size_t)block * BLOCK_TOKENS + slot] = 0;
 }
 

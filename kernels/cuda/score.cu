@@ -11,12 +11,13 @@ static __device__ inline float reduce_warp(float x) {
 }
 
 /* A row of K or V, element lane + 32 i in x[i]; returns the sum of squares. */
-static __device__ inline float load_row(const struct device_pool &pool, uint32_t block, int which, uint32_t slot, uint32_t lane,
+template <bool CODES>
+static __device__ inline float load_row(const struct device_pool &pool, const struct block_numbers &from, int which, uint32_t slot, uint32_t lane,
                                         float x[ROW_ELEMENTS]) {
     float sum = 0;
 #pragma unroll
     for (uint32_t i = 0; i < ROW_ELEMENTS; i++) {
-        x[i] = lane + i * WARP < pool.d ? pool_element(pool, block, which, slot, lane + i * WARP) : 0;
+        x[i] = lane + i * WARP < pool.d ? pool_element<CODES>(pool, from, which, slot, lane + i * WARP) : 0;
         sum = fmaf(x[i], x[i], sum);
     }
     return reduce_warp(sum);
@@ -30,7 +31,7 @@ struct plain_pass {
 };
 
 /* Grid: splits. */
-static __global__ void __launch_bounds__(THREADS) unit_keys_kernel(const struct plain_pass pass) {
+template <bool CODES> static __global__ void __launch_bounds__(THREADS) unit_keys_kernel(const struct plain_pass pass) {
     __shared__ float sums[WARPS][HEAD_DIM_MAX];
     const struct device_pool &pool = pass.jobs.pool;
     const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
@@ -38,12 +39,12 @@ static __global__ void __launch_bounds__(THREADS) unit_keys_kernel(const struct 
     const uint32_t first = index * BLOCK_TOKENS, n = first >= job.n_slots                 ? 0
                                                      : job.n_slots - first < BLOCK_TOKENS ? job.n_slots - first
                                                                                           : BLOCK_TOKENS;
-    const uint32_t block = n ? pass.jobs.ids[job.first_id + index] : 0;
+    const struct block_numbers from = n ? numbers_of_job(pass.jobs, job, index) : (struct block_numbers){};
     float sum[ROW_ELEMENTS] = {};
 #pragma unroll 4
     for (uint32_t slot = 0; slot < n; slot++) {
         float x[ROW_ELEMENTS];
-        const float length = sqrtf(load_row(pool, block, WHICH_K, slot, lane, x));
+        const float length = sqrtf(load_row<CODES>(pool, from, WHICH_K, slot, lane, x));
         for (uint32_t i = 0; i < ROW_ELEMENTS; i++) sum[i] += length > 0 ? x[i] / length : 0;
     }
     for (uint32_t i = 0; i < ROW_ELEMENTS; i++) sums[warp][lane + i * WARP] = sum[i];
@@ -74,7 +75,7 @@ static __global__ void __launch_bounds__(HEAD_DIM_MAX) mean_key_kernel(const str
 }
 
 /* Grid: splits; a warp a block. */
-static __global__ void __launch_bounds__(THREADS) plain_kernel(const struct plain_pass pass, enum score_kind kind) {
+template <bool CODES> static __global__ void __launch_bounds__(THREADS) plain_kernel(const struct plain_pass pass, enum score_kind kind) {
     const struct device_pool &pool = pass.jobs.pool;
     const uint32_t job_index = job_of(pass.jobs, blockIdx.x);
     const struct lane_job job = pass.jobs.job[job_index];
@@ -87,6 +88,7 @@ static __global__ void __launch_bounds__(THREADS) plain_kernel(const struct plai
         if (lane < n) out[lane] = (float)((double)pool.accumulated[(size_t)block * BLOCK_TOKENS + lane] / SCORE_ACCUMULATED_ONE);
         return;
     }
+    const struct block_numbers from = numbers_of_job(pass.jobs, job, index);
     const float *mean = pass.means + (size_t)job_index * (pool.d + 4);
     float m[ROW_ELEMENTS] = {}, mean_length = 0;
     if (kind == SCORE_KEYDIFF) {
@@ -95,7 +97,7 @@ static __global__ void __launch_bounds__(THREADS) plain_kernel(const struct plai
     }
 #pragma unroll 4
     for (uint32_t slot = 0; slot < n; slot++) {
-        float x[ROW_ELEMENTS], dot = 0, length = sqrtf(load_row(pool, block, kind == SCORE_KEYDIFF ? WHICH_K : WHICH_V, slot, lane, x));
+        float x[ROW_ELEMENTS], dot = 0, length = sqrtf(load_row<CODES>(pool, from, kind == SCORE_KEYDIFF ? WHICH_K : WHICH_V, slot, lane, x));
         if (kind == SCORE_KEYDIFF) {
             for (uint32_t i = 0; i < ROW_ELEMENTS; i++) dot = fmaf(x[i], m[i], dot);
             dot = reduce_warp(dot);
@@ -133,11 +135,12 @@ static void plain_score(struct cuda *cuda, const struct score_request *request, 
     pass.numbers = numbers;
     pass.means = (float *)(void *)cuda->score->work;
     pass.partials = (float *)(void *)(cuda->score->work + jobs->n_jobs * need.per_job);
+    const bool codes = cuda->pool.bits > 0;
     if (request->kind == SCORE_KEYDIFF) {
-        launch(unit_keys_kernel, jobs->n_splits, THREADS, 0, cuda->stream, pass);
+        launch(codes ? unit_keys_kernel<true> : unit_keys_kernel<false>, jobs->n_splits, THREADS, 0, cuda->stream, pass);
         launch(mean_key_kernel, jobs->n_jobs, HEAD_DIM_MAX, 0, cuda->stream, pass);
     }
-    launch(plain_kernel, jobs->n_splits, THREADS, 0, cuda->stream, pass, request->kind);
+    launch(codes ? plain_kernel<true> : plain_kernel<false>, jobs->n_splits, THREADS, 0, cuda->stream, pass, request->kind);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -180,7 +183,8 @@ struct lane_jobs stage_pass(struct cuda *cuda, const struct score_request *reque
                              .job = device,
                              .ids = (const uint32_t *)(const void *)(device + plan->n_jobs),
                              .n_jobs = plan->n_jobs,
-                             .n_splits = plan->n_splits};
+                             .n_splits = plan->n_splits,
+                             .last_position = request->last_position};
     size_t n_slots = 0;
     for (uint32_t lane = first; lane < plan->end; lane++) {
         const uint32_t n = request->lane_tokens[lane];

@@ -51,9 +51,9 @@ static __device__ inline uint32_t halves_of_bytes(uint32_t biased, uint32_t sele
 /* The warp's block of keys as B fragments. A product does not care for the order of its dims, as long as both sides have the same: thread c of a quad takes eight dims in a row, chunk
  * 4 j + c, which are the pairs (2 c, 2 c + 1), (2 c + 8, 2 c + 9) of two steps. */
 template <int TYPE, int GROUPS>
-static __device__ inline void load_keys(const struct device_pool &pool, bool present, uint32_t block, uint32_t lane,
+static __device__ inline void load_keys(const struct device_pool &pool, bool present, const struct block_numbers &from, uint32_t lane,
                                         uint32_t k[SLOT_TILES][GROUPS][4]) {
-    const uint8_t *base = pool.kv + (present ? block * pool.block_bytes : 0);
+    const uint8_t *base = from.at;
 #pragma unroll
     for (int n = 0; n < SLOT_TILES; n++)
 #pragma unroll
@@ -61,7 +61,9 @@ static __device__ inline void load_keys(const struct device_pool &pool, bool pre
             const uint32_t slot = (uint32_t)n * 8 + lane / 4, dim = ((uint32_t)j * 4 + lane % 4) * 8;
             uint4 chunk = make_uint4(0, 0, 0, 0);
             if (present && dim < pool.d) {
-                if constexpr (TYPE == KV_Q8) {
+                if (TYPE == KV_KIVI4 && from.coded) {
+                    chunk = code_key_chunk(pool.bits, codes_dims(pool.d), base, slot, dim / 8);
+                } else if constexpr (TYPE == KV_Q8) {
                     uint2 codes = *(const uint2 *)(base + slot * pool.d + dim);
                     codes.x ^= 0x80808080u, codes.y ^= 0x80808080u;
                     chunk = make_uint4(halves_of_bytes(codes.x, 0x4140), halves_of_bytes(codes.x, 0x4342), halves_of_bytes(codes.y, 0x4140),
@@ -173,7 +175,8 @@ template <int TYPE, int GROUPS, int MODE> static __global__ void __launch_bounds
     uint32_t keys[SLOT_TILES][GROUPS][4];
     int32_t position[SLOT_TILES][2];
     float scale[SLOT_TILES][2], received[SLOT_TILES][2] = {};
-    load_keys<TYPE, GROUPS>(pool, present, block, lane, keys);
+    const struct block_numbers from = present ? numbers_of_job(pass.jobs, job, block_index) : numbers_of(pool, 0, true);
+    load_keys<TYPE, GROUPS>(pool, present, from, lane, keys);
 #pragma unroll
     for (int n = 0; n < SLOT_TILES; n++)
 #pragma unroll
@@ -394,6 +397,8 @@ template <int MODE> static void run_window(struct cuda *cuda, const struct windo
     case KV_F16: launch_window<MODE, KV_F16>(cuda, pass); return;
     case KV_BF16: launch_window<MODE, KV_BF16>(cuda, pass); return;
     case KV_Q8: launch_window<MODE, KV_Q8>(cuda, pass); return;
+    case KV_KIVI4:
+    case KV_KIVI2: launch_window<MODE, KV_KIVI4>(cuda, pass); return;
     default: CHECK(!"a dtype of the device's pool");
     }
 }

@@ -1,4 +1,4 @@
-/* What the cuda backend does to cached slots between steps: copies, compaction, reading, shifted sinks; scores are in score.cu. Called by the engine's thread, runs on cuda->stream.
+/* What the cuda backend does to cached slots between steps: copies and reading; compaction, sinks and scores are in compact.cu, sinks.cu and score.cu. Called by the engine's thread, runs on cuda->stream.
  * Owns the staging of lists and results and the scratch of scores, all sized when the backend opens. Waits for the device only where a result is asked for, or where the lists of earlier
  * calls fill the staging. Does not choose anything. */
 #include <stdlib.h>
@@ -7,8 +7,6 @@
 #include "kernels/cuda/services.h"
 
 enum {
-    SLICE_UNITS = 8,   /* of a row, to one block of threads */
-    THREAD_PIECES = 4, /* in flight a thread */
     STAGE_BYTES = 4 << 20,
     BACK_BYTES = 4 << 20,
     NUMBERS_BYTES = 32 << 20,
@@ -44,6 +42,7 @@ static void lay_out_ranking(const struct cuda *cuda, struct device_arena *arena,
     score->keys = (uint32_t *)device_take(arena, slots, sizeof *score->keys);
     score->kept = (uint32_t *)device_take(arena, slots, sizeof *score->kept);
     score->n_protected = (uint32_t *)device_take(arena, lanes, sizeof *score->n_protected);
+    if (kivi_bits(cuda->limits.kv_dtype)) score->n_joined = (uint32_t *)device_take(arena, lanes, sizeof *score->n_joined);
     score->cut_below = (uint32_t *)device_take(arena, lanes, sizeof *score->cut_below);
     score->cut_counted = (uint32_t *)device_take(arena, lanes * 256, sizeof *score->cut_counted);
     score->cut_freed = (uint32_t *)device_take(arena, lanes * 4 * 256, sizeof *score->cut_freed);
@@ -142,6 +141,15 @@ void read_back(struct cuda *cuda, void *host, const void *device, size_t bytes) 
 
 /* ---- copies of whole blocks ---- */
 
+/* KIVI: the f16 blocks, and whether the codes are made. */
+static __device__ void copy_raw(const struct device_pool &pool, uint32_t from, uint32_t to) {
+    if (threadIdx.x == 0) pool.closed[to] = pool.closed[from];
+    if (is_lost(pool, to)) return; /* it has none because the other has none */
+    const uint4 *in = (const uint4 *)(const void *)raw_of(pool, from);
+    uint4 *out = (uint4 *)(void *)raw_of(pool, to);
+    for (uint32_t i = threadIdx.x; i < pool.raw_bytes / sizeof(uint4); i += THREADS) out[i] = in[i];
+}
+
 /* One pair a block of threads. */
 static __global__ void __launch_bounds__(THREADS) copy_kernel(struct device_pool pool, const uint2 *pairs) {
     const size_t from = pairs[blockIdx.x].x, to = pairs[blockIdx.x].y;
@@ -149,6 +157,7 @@ static __global__ void __launch_bounds__(THREADS) copy_kernel(struct device_pool
     const uint4 *in = (const uint4 *)(pool.kv + from * pool.block_bytes);
     uint4 *out = (uint4 *)(pool.kv + to * pool.block_bytes);
     for (uint32_t i = threadIdx.x; i < units; i += THREADS) out[i] = in[i];
+    if (pool.bits) copy_raw(pool, pairs[blockIdx.x].x, pairs[blockIdx.x].y);
     const uint32_t i = threadIdx.x;
     if (i < 2 * BLOCK_TOKENS && pool.scales) pool.scales[to * 2 * BLOCK_TOKENS + i] = pool.scales[from * 2 * BLOCK_TOKENS + i];
     if (i < BLOCK_TOKENS) pool.positions[to * BLOCK_TOKENS + i] = pool.positions[from * BLOCK_TOKENS + i];
@@ -158,9 +167,10 @@ static __global__ void __launch_bounds__(THREADS) copy_kernel(struct device_pool
 void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination) {
     struct cuda *cuda = cuda_of(backend);
     services_pool_changes(cuda);
-    const uint32_t pass_max = (uint32_t)(cuda->score->stage_bytes / sizeof(uint2));
+    const uint32_t pass_max = residual_pass(cuda, (uint32_t)(cuda->score->stage_bytes / sizeof(uint2)));
     for (uint32_t first = 0; first < count; first += pass_max) {
         uint32_t n = count - first < pass_max ? count - first : pass_max, used = 0;
+        residual_copy(cuda, n, source + first, destination + first);
         uint2 *device, *pairs = (uint2 *)stage_take(cuda, n * sizeof *pairs, &device);
         for (uint32_t i = first; i < first + n; i++) {
             CHECK(source[i] < cuda->pool.n_blocks && destination[i] < cuda->pool.n_blocks);
@@ -173,159 +183,15 @@ void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *s
     }
 }
 
-/* ---- compaction ---- */
-
-struct move_item {
-    const uint32_t *source, *keep, *destination; /* on the device */
-    uint32_t n_keep;
-};
-struct move_pass {
-    struct device_pool pool;
-    const struct move_item *items;
-    uint32_t row_bytes, slices; /* slices: of a row, up to SLICE_UNITS each */
-};
-
-/* Kept slots move forward in order, so a lane may be rewritten as it is read: slot i comes from slot keep[i] >= i. A block of threads takes the slots in tiles; of a tile it reads all,
- * waits for all its threads, writes all. What is written lies before the next tile, what is still to be read in it or after. A slice of the row is a stream of its own, for nothing that
- * one writes is read by another. */
-template <typename UNIT>
-static __device__ void move_rows(const struct move_pass &pass, const struct move_item &item, uint32_t which, uint32_t slice) {
-    const uint32_t *source = item.source, *keep = item.keep, *destination = item.destination;
-    const uint32_t first = slice * SLICE_UNITS, left = (uint32_t)(pass.row_bytes / sizeof(UNIT)) - first,
-                   width = left < SLICE_UNITS ? left : (uint32_t)SLICE_UNITS;
-    const uint32_t tile = THREADS * THREAD_PIECES / width;
-    uint8_t *base = pass.pool.kv + (size_t)which * BLOCK_TOKENS * pass.row_bytes + (size_t)first * sizeof(UNIT);
-    for (uint32_t begin = 0; begin < item.n_keep; begin += tile) {
-        uint8_t *to[THREAD_PIECES];
-        UNIT piece[THREAD_PIECES];
-#pragma unroll
-        for (int i = 0; i < THREAD_PIECES; i++) {
-            const uint32_t p = threadIdx.x + (uint32_t)i * THREADS, row = p / width, slot = begin + row,
-                           offset = (p - row * width) * (uint32_t)sizeof(UNIT);
-            to[i] = NULL;
-            if (row >= tile || slot >= item.n_keep) continue;
-            const uint32_t old = keep[slot];
-            const uint8_t *from = base + source[old / BLOCK_TOKENS] * pass.pool.block_bytes + (old % BLOCK_TOKENS) * pass.row_bytes + offset;
-            to[i] = base + destination[slot / BLOCK_TOKENS] * pass.pool.block_bytes + (slot % BLOCK_TOKENS) * pass.row_bytes + offset;
-            if (from == to[i])
-                to[i] = NULL; /* stays where it is */
-            else
-                piece[i] = __ldcg((const UNIT *)from);
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < THREAD_PIECES; i++)
-            if (to[i]) *(UNIT *)to[i] = piece[i];
-    }
-}
-
-static __device__ void move_metadata(const struct move_pass &pass, const struct move_item &item) {
-    const uint32_t *source = item.source, *keep = item.keep, *destination = item.destination;
-    const struct device_pool &pool = pass.pool;
-    for (uint32_t begin = 0; begin < item.n_keep; begin += THREADS) {
-        const uint32_t slot = begin + threadIdx.x;
-        const bool mine = slot < item.n_keep;
-        size_t from_block = 0, to_block = 0, from = 0, to = 0;
-        int32_t position = 0;
-        uint64_t accumulated = 0;
-        float k_scale = 0, v_scale = 0;
-        if (mine) {
-            const uint32_t old = keep[slot];
-            from_block = source[old / BLOCK_TOKENS], to_block = destination[slot / BLOCK_TOKENS];
-            from = old % BLOCK_TOKENS, to = slot % BLOCK_TOKENS;
-            position = __ldcg(pool.positions + from_block * BLOCK_TOKENS + from);
-            if (pool.accumulated) accumulated = __ldcg((const unsigned long long *)pool.accumulated + from_block * BLOCK_TOKENS + from);
-            if (pool.scales) {
-                k_scale = __ldcg(pool.scales + from_block * 2 * BLOCK_TOKENS + from);
-                v_scale = __ldcg(pool.scales + from_block * 2 * BLOCK_TOKENS + BLOCK_TOKENS + from);
-            }
-        }
-        __syncthreads();
-        if (mine) {
-            pool.positions[to_block * BLOCK_TOKENS + to] = position;
-            if (pool.accumulated) pool.accumulated[to_block * BLOCK_TOKENS + to] = accumulated;
-            if (pool.scales) {
-                pool.scales[to_block * 2 * BLOCK_TOKENS + to] = k_scale;
-                pool.scales[to_block * 2 * BLOCK_TOKENS + BLOCK_TOKENS + to] = v_scale;
-            }
-        }
-    }
-}
-
-/* Grid: items x (K's slices, V's slices, metadata). */
-template <typename UNIT> static __global__ void __launch_bounds__(THREADS) compact_kernel(const struct move_pass pass) {
-    const struct move_item item = pass.items[blockIdx.x];
-    if (blockIdx.y == 2 * pass.slices)
-        move_metadata(pass, item);
-    else
-        move_rows<UNIT>(pass, item, blockIdx.y / pass.slices, blockIdx.y % pass.slices);
-}
-
-static uint32_t item_words(const struct compaction *item) {
-    return blocks_of(item->n_slots) + (item->keep ? item->n_keep : 0) + blocks_of(item->n_keep);
-}
-
-/* Lists to `words`, which lie at `device` there; returns how many. */
-static uint32_t put_item(const struct cuda *cuda, const struct compaction *item, struct move_item *out, uint32_t *words, const uint32_t *device) {
-    const struct score_device *score = cuda->score;
-    const uint32_t n_source = blocks_of(item->n_slots), n_destination = blocks_of(item->n_keep);
-    *out = (struct move_item){device, NULL, device + n_source, item->n_keep};
-    stage_ids(cuda, item->source, n_source, words);
-    stage_ids(cuda, item->destination, n_destination, words + n_source);
-    if (!item->keep) { /* as cuda_keep left it */
-        CHECK(score->rank_slots > 0 && item->lane < cuda->n_lanes && item->n_slots == score->lane_slots_ranked[item->lane] &&
-              item->n_keep == score->n_kept[item->lane]);
-        out->keep = score->kept + score->lane_at[item->lane];
-        return n_source + n_destination;
-    }
-    uint32_t *keep = words + n_source + n_destination;
-    out->keep = device + n_source + n_destination;
-    for (uint32_t i = 0; i < item->n_keep; i++) {
-        CHECK(item->keep[i] < item->n_slots && (i == 0 || item->keep[i] > item->keep[i - 1]));
-        keep[i] = item->keep[i];
-    }
-    return n_source + n_destination + item->n_keep;
-}
-
-void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
-    struct cuda *cuda = cuda_of(backend);
-    services_pool_changes(cuda);
-    struct move_pass pass = {};
-    pass.pool = cuda->pool;
-    pass.row_bytes = cuda->pool.d * element_bytes(cuda->pool.dtype);
-    const uint32_t unit = pass.row_bytes % sizeof(uint4) ? sizeof(uint2) : sizeof(uint4);
-    pass.slices = div_up(pass.row_bytes / unit, SLICE_UNITS);
-    for (uint32_t first = 0, end; first < count; first = end) {
-        size_t bytes = 0;
-        for (end = first; end < count; end++) { /* as many as the staging takes */
-            size_t more = sizeof(struct move_item) + item_words(&items[end]) * sizeof(uint32_t);
-            if (end > first && bytes + more > cuda->score->stage_bytes) break;
-            bytes += more;
-        }
-        const uint32_t n = end - first;
-        struct move_item *device, *out = (struct move_item *)stage_take(cuda, bytes, &device);
-        uint32_t *words = (uint32_t *)(void *)(out + n), used = 0;
-        for (uint32_t i = 0; i < n; i++)
-            used += put_item(cuda, &items[first + i], &out[i], words + used, (const uint32_t *)(const void *)(device + n) + used);
-        stage_send(cuda, out, bytes);
-        pass.items = device;
-        const dim3 grid(n, 2 * pass.slices + 1);
-        if (unit == sizeof(uint4))
-            launch(compact_kernel<uint4>, grid, THREADS, 0, cuda->stream, pass);
-        else
-            launch(compact_kernel<uint2>, grid, THREADS, 0, cuda->stream, pass);
-        CUDA_CHECK(cudaGetLastError());
-    }
-}
-
 /* ---- reading ---- */
 
 /* K [BLOCK_TOKENS][d], V the same, positions behind them as they are. */
 static __global__ void read_block_kernel(struct device_pool pool, uint32_t block, float *out) {
     const uint32_t slot = blockIdx.x, i = threadIdx.x;
+    const struct block_numbers from = numbers_of(pool, block, pool.bits && (pool.closed[block] || is_lost(pool, block)));
     if (i < pool.d) {
-        out[slot * pool.d + i] = pool_element(pool, block, WHICH_K, slot, i);
-        out[(BLOCK_TOKENS + slot) * pool.d + i] = pool_element(pool, block, WHICH_V, slot, i);
+        out[slot * pool.d + i] = pool_element(pool, from, WHICH_K, slot, i);
+        out[(BLOCK_TOKENS + slot) * pool.d + i] = pool_element(pool, from, WHICH_V, slot, i);
     }
     if (i == 0) out[2 * BLOCK_TOKENS * pool.d + slot] = __int_as_float(pool.positions[(size_t)block * BLOCK_TOKENS + slot]);
 }
@@ -370,100 +236,4 @@ void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t
         stage_wait(cuda);
         memcpy(positions + (size_t)first * BLOCK_TOKENS, score->back_host, (size_t)n * BLOCK_TOKENS * sizeof *positions);
     }
-}
-
-/* ---- shifted sinks ---- */
-
-struct turn {
-    const double *frequency;
-    uint32_t rope_dims;
-    bool halves;
-};
-
-/* Element i of x after the rotation by `positions`; the rotation alone: what rope_magnitude did to the key when it was cached stays in it. x(j): element j. */
-template <typename X> static __device__ float turned(const struct turn &turn, double positions, uint32_t i, const X &x) {
-    if (i >= turn.rope_dims) return x(i);
-    const uint32_t half = turn.rope_dims / 2, pair = turn.halves ? i % half : i / 2;
-    const bool second = turn.halves ? i >= half : i % 2;
-    const uint32_t a = turn.halves ? pair : 2 * pair, b = turn.halves ? pair + half : 2 * pair + 1;
-    double s, c;
-    sincos(positions * turn.frequency[pair], &s, &c);
-    const double re = (double)x(a), im = (double)x(b);
-    return (float)(second ? re * s + im * c : re * c - im * s);
-}
-
-struct shift_pass {
-    struct device_pool pool;
-    struct turn turn;
-    float *plain;        /* [n_lanes][sink_slots][d] of the ring */
-    const uint32_t *ids; /* [n_lanes][blocks of n_slots] */
-    uint32_t n_lanes, sink_slots, n_slots, n_ids;
-    int32_t shift;
-    bool first;
-};
-
-/* Rounds a key to the pool's dtype; the warp holds element lane + 32 i in x[i]. */
-static __device__ void write_key(const struct device_pool &pool, uint32_t block, uint32_t slot, uint32_t lane, const float x[ROW_ELEMENTS]) {
-    uint8_t *row = pool.kv + block * pool.block_bytes + (size_t)slot * pool.d * (pool.dtype == KV_Q8 ? 1 : 2);
-    float scale = 0;
-    if (pool.dtype == KV_Q8) {
-        float largest = 0;
-        for (uint32_t i = 0; i < ROW_ELEMENTS; i++) largest = lane + i * WARP < pool.d && fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-        for (int other = WARP / 2; other > 0; other /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
-        scale = __fdiv_rn(largest, 127);
-        if (lane == 0) pool.scales[(size_t)block * 2 * BLOCK_TOKENS + slot] = scale;
-    }
-    for (uint32_t i = 0; i < ROW_ELEMENTS; i++) {
-        const uint32_t at = lane + i * WARP;
-        if (at >= pool.d) continue;
-        if (pool.dtype == KV_F16) ((__half *)row)[at] = __float2half_rn(x[i]);
-        if (pool.dtype == KV_BF16) ((__nv_bfloat16 *)row)[at] = __float2bfloat16_rn(x[i]);
-        if (pool.dtype == KV_Q8) {
-            float code = scale > 0 && isfinite(scale) && isfinite(x[i]) ? rintf(__fdiv_rn(x[i], scale)) : 0;
-            ((int8_t *)row)[at] = (int8_t)fminf(fmaxf(code, -127), 127);
-        }
-    }
-}
-
-/* A warp a sink. */
-static __global__ void __launch_bounds__(THREADS) shift_kernel(struct shift_pass pass) {
-    const uint32_t row = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP, d = pass.pool.d;
-    if (row >= pass.n_lanes * pass.n_slots) return;
-    const uint32_t kv_lane = row / pass.n_slots, i = row % pass.n_slots;
-    const uint32_t block = pass.ids[(size_t)kv_lane * pass.n_ids + i / BLOCK_TOKENS], slot = i % BLOCK_TOKENS;
-    const double position = pass.pool.positions[(size_t)block * BLOCK_TOKENS + slot];
-    float *plain = pass.plain + ((size_t)kv_lane * pass.sink_slots + i) * d;
-    if (pass.first)
-        for (uint32_t at = lane; at < d; at += WARP)
-            plain[at] = turned(pass.turn, -position, at, [&](uint32_t j) { return pool_element(pass.pool, block, WHICH_K, slot, j); });
-    __syncwarp(); /* the copy is whole, the cached key read */
-    float key[ROW_ELEMENTS];
-    for (uint32_t e = 0; e < ROW_ELEMENTS; e++)
-        key[e] = lane + e * WARP < d ? turned(pass.turn, position + pass.shift, lane + e * WARP, [&](uint32_t j) { return plain[j]; }) : 0;
-    write_key(pass.pool, block, slot, lane, key);
-}
-
-void cuda_shift_sinks(struct backend *backend, const struct shift_request *request) {
-    struct cuda *cuda = cuda_of(backend);
-    services_pool_changes(cuda);
-    const struct program *program = cuda->program;
-    CHECK(request->ring >= 1 && request->ring <= cuda->limits.n_rings && request->n_slots <= cuda->limits.sink_slots);
-    if (request->n_slots == 0) return;
-    struct shift_pass pass = {};
-    pass.pool = cuda->pool;
-    pass.turn = (struct turn){cuda->rope_frequency, program->rope_dims, program->rope_pairs == ROPE_PAIRS_HALVES};
-    pass.plain = cuda->ring_sinks + (size_t)(request->ring - 1) * cuda->n_lanes * cuda->limits.sink_slots * cuda->pool.d;
-    pass.n_lanes = cuda->n_lanes;
-    pass.sink_slots = cuda->limits.sink_slots;
-    pass.n_slots = request->n_slots;
-    pass.n_ids = blocks_of(request->n_slots);
-    pass.shift = request->shift;
-    pass.first = request->first;
-    const size_t bytes = (size_t)pass.n_lanes * pass.n_ids * sizeof(uint32_t);
-    uint32_t *ids = (uint32_t *)stage_take(cuda, bytes, &pass.ids);
-    for (uint32_t lane = 0; lane < pass.n_lanes; lane++)
-        stage_ids(cuda, request->block_ids + request->lane_first[lane], pass.n_ids, ids + (size_t)lane * pass.n_ids);
-    stage_send(cuda, ids, bytes);
-    launch(shift_kernel, div_up(pass.n_lanes * pass.n_slots, THREADS / WARP), THREADS, 0, cuda->stream, pass);
-    CUDA_CHECK(cudaGetLastError());
 }

@@ -1,7 +1,7 @@
 /* What services.cu and score.cu share: room for lists on their way to the device and for results on their way back, scratch of scores, and how a cached element is read. */
 #pragma once
 
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/codes.h"
 
 #define BLOCK_NONE_READ UINT32_MAX
 
@@ -23,6 +23,7 @@ struct score_device {
     uint32_t rank_slots;
     uint32_t *keys, *kept;                /* on the device, [n_lanes * rank_slots]: keys and lists, lane after lane */
     uint32_t *n_protected;                /* on the device, [n_lanes] */
+    uint32_t *n_joined;                   /* KIVI: on the device, [n_lanes] slots in blocks that stay or go whole; else NULL */
     uint32_t *cut_below;                  /* on the device, [n_lanes] */
     uint32_t *cut_counted;                /* on the device, [n_lanes][256] */
     uint32_t *cut_freed;                  /* on the device, [n_lanes][4][256] */
@@ -58,6 +59,7 @@ struct lane_jobs {
     const struct lane_job *job; /* none is empty */
     const uint32_t *ids;
     uint32_t n_jobs, n_splits;
+    int32_t last_position; /* of the request */
 };
 
 /* Bytes of score->work that a pass takes; each a multiple of 16. */
@@ -93,7 +95,6 @@ enum {
     THREADS = WARPS * 32,
     ROW_ELEMENTS = HEAD_DIM_MAX / 32, /* of a row, to one thread of a warp: elements lane + 32 i */
 };
-enum { WHICH_K, WHICH_V };
 
 /* The job that split `split` of the pass belongs to. */
 static __device__ inline uint32_t job_of(const struct lane_jobs &jobs, uint32_t split) {
@@ -108,11 +109,36 @@ static __device__ inline uint32_t job_of(const struct lane_jobs &jobs, uint32_t 
     return low;
 }
 
-/* Element i of a slot's K or V, widened exactly. */
-static __device__ inline float pool_element(const struct device_pool &pool, uint32_t block, int which, uint32_t slot, uint32_t i) {
+/* Where a block's numbers are read from. */
+struct block_numbers {
+    uint32_t block;
+    const uint8_t *at;
+    bool coded;
+};
+/* coded: of KIVI dtypes, from its codes. */
+static __device__ inline struct block_numbers numbers_of(const struct device_pool &pool, uint32_t block, bool coded) {
+    return {block, pool.bits && !coded ? raw_of(pool, block) : pool.kv + block * pool.block_bytes, pool.bits && coded};
+}
+
+/* Of block `index` of a job's lane. KIVI: as the row after the newest token reads the lane, even if the rows that score are older. */
+static __device__ inline struct block_numbers numbers_of_job(const struct lane_jobs &jobs, const struct lane_job &job, uint32_t index) {
+    const uint32_t *ids = jobs.ids + job.first_id, block = ids[index];
+    if (jobs.pool.bits == 0) return numbers_of(jobs.pool, block, false);
+    const uint32_t last = job.n_slots - 1;
+    const int32_t newest = jobs.pool.positions[(size_t)ids[last / BLOCK_TOKENS] * BLOCK_TOKENS + last % BLOCK_TOKENS], next = max(newest, jobs.last_position) + 1;
+    const bool full = (index + 1) * BLOCK_TOKENS <= job.n_slots;
+    return numbers_of(jobs.pool, block, is_lost(jobs.pool, block) || (full && kivi_reads_codes(jobs.pool.positions[(size_t)block * BLOCK_TOKENS + BLOCK_TOKENS - 1], next)));
+}
+
+/* Element i of a slot's K or V, widened exactly. CODES false: the dtype is no KIVI one. */
+template <bool CODES = true>
+static __device__ inline float pool_element(const struct device_pool &pool, const struct block_numbers &from, int which, uint32_t slot, uint32_t i) {
     size_t at = (size_t)(which * BLOCK_TOKENS + slot) * pool.d + i;
-    const uint8_t *bytes = pool.kv + block * pool.block_bytes;
-    if (pool.dtype == KV_F16) return __half2float(((const __half *)bytes)[at]);
-    if (pool.dtype == KV_BF16) return __bfloat162float(((const __nv_bfloat16 *)bytes)[at]);
-    return pool.scales[(size_t)block * 2 * BLOCK_TOKENS + which * BLOCK_TOKENS + slot] * (float)((const int8_t *)bytes)[at];
+    if (CODES && from.coded) {
+        const uint32_t dims = codes_dims(pool.d);
+        return code_number(pool.bits, dims, from.at + (which == WHICH_K ? 0 : codes_side_bytes(pool.bits, dims)), which, slot, i);
+    }
+    if (pool.dtype == KV_BF16) return __bfloat162float(((const __nv_bfloat16 *)from.at)[at]);
+    if (pool.dtype != KV_Q8) return __half2float(((const __half *)from.at)[at]);
+    return pool.scales[(size_t)from.block * 2 * BLOCK_TOKENS + which * BLOCK_TOKENS + slot] * (float)((const int8_t *)from.at)[at];
 }

@@ -149,6 +149,7 @@ static void run_phase(struct cuda *cuda, const struct phase *phase, const struct
         break;
     case PHASE_ATTN:
         rows_append(cuda, phase->layer, shape);
+        if (shape->tiles > 0) close_step(cuda, phase->layer, shape); /* later rows of a chunk read as codes what earlier ones fill */
         attention_run(cuda, phase->layer, shape);
         break;
     case PHASE_ATTN_OUT: product(cuda, &layer->o, cuda->a, shape->rows, cuda->x, PRODUCT_ADD_F32); break;
@@ -173,6 +174,7 @@ static void run_step(struct cuda *cuda, const struct step_shape *shape) {
         run_phase(cuda, &cuda->program->phases[i], shape);
         mark(cuda, i + 1);
     }
+    if (shape->tiles == 0) close_step(cuda, UINT32_MAX, shape);
 }
 
 /* Few enough different sizes that graphs are used again, close enough that little is computed for nothing. */
@@ -254,6 +256,7 @@ static enum status end_failed(struct cuda *cuda, enum status status) {
     (void)cudaGetLastError();
     CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
     tables_forget(cuda);
+    residual_forget(cuda);
     cuda->batch = NULL;
     cuda->tap = NULL;
     return status;
@@ -268,7 +271,9 @@ enum status cuda_submit(struct backend *backend, const struct batch *batch, stru
     if (status == STATUS_OK) status = send_staging(cuda, error);
     if (status != STATUS_OK) return end_failed(cuda, status);
     sampling_stage(cuda, batch);
+    residual_begin(cuda, batch);
     status = launch(cuda, error);
+    residual_end(cuda, batch);
     if (status != STATUS_OK) return end_failed(cuda, status);
     cuda->batch = batch;
     return STATUS_OK;

@@ -1,7 +1,7 @@
 /* What this backend cannot do is said before anything is taken, and before it is laid out for good: from shapes and limits alone, no device is asked. Owns nothing; any thread.
  *
  * Everything behind it CHECKs what is refused here. */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/codes.h"
 
 enum {
     VECTOR = 8,           /* f16 of 16 bytes: what a thread reads of a row in one go */
@@ -31,6 +31,9 @@ static enum status check_limits(const struct cuda *cuda, struct error *error) {
                          cuda->n_tables, cuda->n_lanes, cuda->lane_blocks);
     if (lanes * limits->rank_slots > UINT32_MAX)
         return error_set(error, STATUS_UNSUPPORTED, "cuda backend: %u lanes of %u tokens are more than 2^32 slots of one sequence; engine.max_model_len must be lower", cuda->n_lanes, limits->rank_slots);
+    if (kivi_bits(limits->kv_dtype) && raw_places_needed(cuda->program, limits) > UINT32_MAX / 2)
+        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: the f16 blocks of %u lanes of %u sequences are more than can be counted; engine.max_sequences must be lower", cuda->n_lanes,
+                         limits->max_sequences);
     if (cuda->lane_blocks > UINT32_MAX / 2 / BLOCK_TOKENS || lists > UINT32_MAX / (SPLIT_SLOTS / BLOCK_TOKENS + 1))
         return error_set(error, STATUS_UNSUPPORTED, "cuda backend: attention cannot count %u sequences of %u blocks a lane; engine.max_model_len or engine.max_sequences must be lower", limits->max_sequences,
                          cuda->lane_blocks);
@@ -39,8 +42,8 @@ static enum status check_limits(const struct cuda *cuda, struct error *error) {
 
 enum status cuda_supported(const struct cuda *cuda, struct error *error) {
     const enum kv_dtype dtype = cuda->limits.kv_dtype;
-    if (dtype != KV_F16 && dtype != KV_BF16 && dtype != KV_Q8)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype %s; f16, bf16 and q8 are supported", kv_dtype_name(dtype));
+    if (dtype == KV_F32 || dtype >= KV_DTYPES)
+        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: KV dtype %s; f16, bf16, q8, kivi4 and kivi2 are supported", kv_dtype_name(dtype));
     const enum status status = check_shape(cuda->program, error);
     return status == STATUS_OK ? check_limits(cuda, error) : status;
 }

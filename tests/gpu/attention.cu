@@ -2,8 +2,9 @@
  *   attention [--check] [--bench] [--stages N]     without either: both
  * --check-few: small heads alone, for a device that is slow (tests/host_device).
  * --stages: pieces of the decode kernel's ring in --bench, in place of what attention_open chose.
- * Exit status 1 if a result is wrong. Needs nothing but kernels/cuda/attention*.cu and base/. */
+ * Exit status 1 if a result is wrong. Needs nothing but kernels/cuda/attention*.cu, close.h and base/. */
 #include "tests/gpu/attention_bench.cuh"
+#include "tests/gpu/attention_codes.cuh"
 #include "tests/gpu/attention_world.cuh"
 
 static unsigned failures;
@@ -18,6 +19,7 @@ struct check {
     uint32_t n, rows;
     uint8_t *kv;
     float *scales;
+    struct checked_codes codes;
     uint16_t *q;
     uint16_t *whole, *other; /* results: [rows][n_q] */
     char name[96];
@@ -44,8 +46,9 @@ static uint32_t block_of(const struct check *c, uint32_t table, uint32_t lane, u
     const struct cuda *cuda = &c->world.cuda;
     return c->world.tables[((size_t)table * cuda->n_lanes + lane) * cuda->lane_blocks + slot / BLOCK_TOKENS];
 }
+static size_t block_bytes_of(const struct check *c) { return c->world.cuda.pool.bits ? c->world.cuda.pool.raw_bytes : c->world.cuda.pool.block_bytes; } /* as c->kv has them */
 static size_t element_of(const struct check *c, uint32_t block, uint32_t v, uint32_t slot) {
-    return block * c->world.cuda.pool.block_bytes +
+    return block * block_bytes_of(c) +
            ((size_t)v * BLOCK_TOKENS + slot % BLOCK_TOKENS) * c->geometry.d * (c->geometry.dtype == KV_Q8 ? 1 : 2);
 }
 
@@ -68,7 +71,11 @@ static void write_slot(struct check *c, uint32_t table, uint32_t lane, uint32_t 
     }
 }
 
-static double kv_at(const struct check *c, uint32_t block, uint32_t v, uint32_t slot, uint32_t i) {
+/* As row `row` of a sequence reads it. */
+static double kv_at(const struct check *c, const struct entry *e, uint32_t row, uint32_t lane, uint32_t v, uint32_t slot, uint32_t i) {
+    const uint32_t *blocks = &c->world.tables[((size_t)e->table * c->world.cuda.n_lanes + lane) * c->world.cuda.lane_blocks], block = blocks[slot / BLOCK_TOKENS];
+    if (c->world.cuda.pool.bits && row_reads_codes(&c->codes, blocks, slot / BLOCK_TOKENS, e->before[lane], row))
+        return c->codes.numbers[(((size_t)block * 2 + v) * BLOCK_TOKENS + slot % BLOCK_TOKENS) * c->geometry.d + i];
     const uint8_t *at = c->kv + element_of(c, block, v, slot);
     if (c->geometry.dtype == KV_Q8) return (double)(int8_t)at[i] * (double)c->scales[((size_t)block * 2 + v) * BLOCK_TOKENS + slot % BLOCK_TOKENS];
     uint16_t half;
@@ -89,11 +96,17 @@ static void check_open(struct check *c, const struct geometry *geometry, struct 
     snprintf(c->name, sizeof c->name, "%s d %u group %u", kv_dtype_name(geometry->dtype), geometry->d, geometry->group);
     world_open(&c->world, &c->geometry, random);
     struct cuda *cuda = &c->world.cuda;
-    size_t kv_bytes = cuda->pool.n_blocks * cuda->pool.block_bytes, scales = (size_t)cuda->pool.n_blocks * 2 * BLOCK_TOKENS;
+    size_t kv_bytes = cuda->pool.n_blocks * block_bytes_of(c), scales = (size_t)cuda->pool.n_blocks * 2 * BLOCK_TOKENS;
     c->kv = (uint8_t *)check_calloc(kv_bytes, 1);
     memset(c->kv, 0xff, kv_bytes); /* NaN in both 16-bit types: what is not written must not matter */
     c->scales = (float *)check_calloc(scales, sizeof *c->scales);
     memset(c->scales, 0xff, scales * sizeof *c->scales);
+    if (cuda->pool.bits) {
+        c->codes.positions = (int32_t *)check_calloc((size_t)cuda->pool.n_blocks * BLOCK_TOKENS, sizeof(int32_t));
+        c->codes.numbers = (float *)check_calloc(kv_bytes / sizeof(uint16_t), sizeof(float));
+        c->codes.full = (uint32_t *)check_calloc(cuda->pool.n_blocks, sizeof(uint32_t));
+    }
+    int32_t *row_positions = (int32_t *)check_calloc(c->rows, sizeof *row_positions);
     c->entries = (struct entry *)check_calloc(N_CHECKED, sizeof *c->entries);
     c->n = N_CHECKED;
     for (uint32_t i = 0, row = 0; i < N_CHECKED; i++) {
@@ -101,9 +114,12 @@ static void check_open(struct check *c, const struct geometry *geometry, struct 
         for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
             before[lane] = sequences_to_check[i].before;
             if (sequences_to_check[i].ragged && lane % HEADS > 0) before[lane] = random_below(random, LANE_BLOCKS * BLOCK_TOKENS - n_rows);
-            if (lane / HEADS == LAYER)
-                for (uint32_t slot = 0; slot < before[lane] + n_rows; slot++) write_slot(c, i, lane, slot, random);
+            if (lane / HEADS != LAYER) continue;
+            for (uint32_t slot = 0; slot < before[lane] + n_rows; slot++) write_slot(c, i, lane, slot, random);
+            if (cuda->pool.bits)
+                place_lane(&c->codes, &c->world.tables[((size_t)i * cuda->n_lanes + lane) * cuda->lane_blocks], before[lane], before[lane] + n_rows, i % 2, random);
         }
+        for (uint32_t r = 0; r < n_rows; r++) row_positions[row + r] = NEXT_POSITION + (int32_t)r;
         c->entries[i] = {i, row, n_rows, before, n_rows * geometry->group > TILE_QUERIES, false};
         row += n_rows;
     }
@@ -113,7 +129,11 @@ static void check_open(struct check *c, const struct geometry *geometry, struct 
         float x = normal(random);
         c->q[i] = geometry->dtype == KV_BF16 ? bf16_from_float(x) : f16_from_float(x);
     }
-    CUDA_CHECK(cudaMemcpy(cuda->pool.kv, c->kv, kv_bytes, cudaMemcpyHostToDevice));
+    uint32_t wrong_codes = cuda->pool.bits ? make_codes(&c->world, &c->codes, c->kv) : 0;
+    if (wrong_codes > 0) printf("WRONG %s: %u of the codes of %u blocks\n", c->name, wrong_codes, c->codes.n_full), failures++;
+    if (cuda->pool.bits == 0) CUDA_CHECK(cudaMemcpy(cuda->pool.kv, c->kv, kv_bytes, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy(cuda->dev.positions, row_positions, c->rows * sizeof *row_positions, cudaMemcpyHostToDevice));
+    free(row_positions);
     if (cuda->pool.scales) CUDA_CHECK(cudaMemcpy(cuda->pool.scales, c->scales, scales * sizeof *c->scales, cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(cuda->q, c->q, n_q * sizeof *c->q, cudaMemcpyHostToDevice));
     c->whole = (uint16_t *)check_calloc(n_q, sizeof *c->whole);
@@ -126,6 +146,9 @@ static void check_close(struct check *c) {
     free(c->entries);
     free(c->kv);
     free(c->scales);
+    free(c->codes.positions);
+    free(c->codes.numbers);
+    free(c->codes.full);
     free(c->q);
     free(c->whole);
     free(c->other);
@@ -153,10 +176,9 @@ static uint32_t plain_softmax(const struct check *c, const struct entry *e, uint
     const uint16_t *q = c->q + ((size_t)e->row + row) * cuda->n_q + (size_t)head * d;
     double max = -INFINITY, sum = 0;
     for (uint32_t s = 0; s < visible; s++) {
-        uint32_t block = block_of(c, e->table, lane, s);
         double dot = 0;
         for (uint32_t i = 0; i < d; i++)
-            dot += (double)(c->geometry.dtype == KV_BF16 ? float_from_bf16(q[i]) : float_from_f16(q[i])) * kv_at(c, block, 0, s, i);
+            dot += (double)(c->geometry.dtype == KV_BF16 ? float_from_bf16(q[i]) : float_from_f16(q[i])) * kv_at(c, e, row, lane, 0, s, i);
         p[s] = dot * (double)cuda->program->attention_scale;
         max = p[s] > max ? p[s] : max;
     }
@@ -183,7 +205,7 @@ static double check_against_double(struct check *c) {
                 uint32_t lane = LAYER * HEADS + head / c->geometry.group, visible = plain_softmax(c, e, row, head, p);
                 for (uint32_t i = 0; i < d; i++) {
                     double expected = 0;
-                    for (uint32_t s = 0; s < visible; s++) expected += p[s] * kv_at(c, block_of(c, e->table, lane, s), 1, s, i);
+                    for (uint32_t s = 0; s < visible; s++) expected += p[s] * kv_at(c, e, row, lane, 1, s, i);
                     double got = float_from_f16(c->whole[((size_t)e->row + row) * c->world.cuda.n_q + (size_t)head * d + i]),
                            off = fabs(got - expected) / (1 + fabs(expected));
                     if (!(off <= tolerance(c))) { /* not: NaN */
@@ -415,7 +437,7 @@ static void check_all(void) {
     static const struct {
         uint32_t d, group;
     } sizes[] = {{128, 4}, {64, 3}, {128, 1}, {64, 8}, {16, 4}, {32, 2}, {80, 4}, {20, 1}, {96, 16}, {128, 20}};
-    static const enum kv_dtype dtypes[] = {KV_F16, KV_BF16, KV_Q8};
+    static const enum kv_dtype dtypes[] = {KV_F16, KV_BF16, KV_Q8, KV_KIVI4, KV_KIVI2};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         for (size_t j = 0; j < sizeof dtypes / sizeof *dtypes; j++) {
             if (few && (sizes[i].d > 20 || sizes[i].d % 8 != j * 2)) continue;
@@ -423,6 +445,7 @@ static void check_all(void) {
             geometry.dtype = dtypes[j];
             geometry.d = sizes[i].d;
             geometry.group = sizes[i].group;
+            if (kivi_bits(geometry.dtype) && geometry.d % 8 != 0) continue; /* supported.cu */
             check_one(&geometry, &random);
         }
     }

@@ -11,6 +11,7 @@ extern "C" {
 #include "base/random.h"
 }
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/close.h"
 
 /* The backend's own where this is linked with it. */
 __attribute__((weak)) enum status cuda_status(struct error *error, cudaError_t result, const char *what) {
@@ -22,7 +23,7 @@ __attribute__((weak)) void cuda_check(cudaError_t result, const char *what, cons
     exit(1);
 }
 extern "C" __attribute__((weak)) const char *kv_dtype_name(enum kv_dtype dtype) {
-    static const char *const names[KV_DTYPES] = {"f32", "f16", "bf16", "q8"};
+    static const char *const names[KV_DTYPES] = {"f32", "f16", "bf16", "q8", "kivi4", "kivi2"};
     return names[dtype];
 }
 
@@ -88,8 +89,16 @@ static void world_open(struct world *w, const struct geometry *g, struct random 
     pool->d = g->d;
     pool->n_blocks = cuda->limits.n_blocks;
     pool->block_bytes = (size_t)2 * BLOCK_TOKENS * g->d * (g->dtype == KV_Q8 ? 1 : 2);
+    pool->bits = kivi_bits(g->dtype);
+    if (pool->bits) pool->raw_bytes = pool->block_bytes, pool->block_bytes = codes_block_bytes(pool->bits, g->d);
     pool->kv = (uint8_t *)take(w, pool->n_blocks * pool->block_bytes);
     size_t slots = (size_t)pool->n_blocks * BLOCK_TOKENS;
+    if (pool->bits) {
+        pool->raw = (uint8_t *)take(w, pool->n_blocks * pool->raw_bytes);
+        pool->place = (uint32_t *)take(w, pool->n_blocks * sizeof *pool->place);
+        pool->closed = (uint8_t *)take(w, pool->n_blocks);
+    }
+    pool->positions = (int32_t *)take(w, slots * sizeof *pool->positions);
     if (g->dtype == KV_Q8) pool->scales = (float *)take(w, slots * 2 * sizeof(float));
     if (g->accumulators) pool->accumulated = (uint64_t *)take(w, slots * sizeof(uint64_t));
     cuda->tables = (uint32_t *)take(w, (size_t)pool->n_blocks * sizeof(uint32_t));
@@ -101,6 +110,7 @@ static void world_open(struct world *w, const struct geometry *g, struct random 
     dev->header = (struct step_header *)take(w, sizeof *dev->header);
     dev->sequences = (struct step_sequence *)take(w, g->max_sequences * sizeof *dev->sequences);
     dev->lane_tokens = (uint32_t *)take(w, (size_t)g->max_sequences * cuda->n_lanes * sizeof *dev->lane_tokens);
+    dev->positions = (int32_t *)take(w, g->max_rows * sizeof *dev->positions);
     dev->decode = (uint32_t *)take(w, g->max_sequences * sizeof *dev->decode);
     dev->tiles = (struct prefill_tile *)take(w, cuda->max_tiles * sizeof *dev->tiles);
     w->tables = (uint32_t *)check_calloc(pool->n_blocks, sizeof *w->tables);

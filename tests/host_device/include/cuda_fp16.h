@@ -35,7 +35,10 @@ static inline __half __hmul(__half a, __half b) { return {host_half_from((double
 static inline __half __hfma(__half a, __half b, __half c) {
     return {host_half_from(host_sum_to_odd((double)__half2float(a) * (double)__half2float(b), (double)__half2float(c)))};
 }
+/* A NaN gives way to a number. */
+static inline __half __hmin(__half a, __half b) { return __half2float(a) <= __half2float(b) || __half2float(b) != __half2float(b) ? a : b; }
 static inline __half2 __hadd2(__half2 a, __half2 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
 static inline __half2 __hsub2(__half2 a, __half2 b) { return {__hsub(a.x, b.x), __hsub(a.y, b.y)}; }
 static inline __half2 __hmul2(__half2 a, __half2 b) { return {__hmul(a.x, b.x), __hmul(a.y, b.y)}; }
+static inline __half2 __hmin2(__half2 a, __half2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }
 static inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }

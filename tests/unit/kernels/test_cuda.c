@@ -68,6 +68,8 @@ static void test_refused_limits(void **state) {
     refuses(program, &limits, "4 lanes of 1073741824 tokens");
     limits = small_limits(), limits.n_tables = 1, limits.table_blocks = 1 << 27;
     refuses(program, &limits, "sequences of 134217728 blocks a lane");
+    limits = small_limits(), limits.kv_dtype = KV_KIVI4, limits.n_tables = 1 << 28, limits.table_blocks = 1;
+    refuses(program, &limits, "the f16 blocks of 4 lanes");
     tiny_program_free(program);
 
     shape.n_heads = 64, shape.n_kv_heads = 1, shape.head_dim = 8; /* 64 query heads a KV head: as many tiles as rows */
@@ -90,6 +92,11 @@ static void test_plans_of_any_size(void **state) {
     assert_true(backend_find("cuda")->memory_plan(program, &limits, lines, 16) == 4 && strcmp(lines[0].what, "weights") == 0 && !lines[0].host);
     for (uint32_t i = 0; i < 4; i++) pinned += lines[i].host ? lines[i].count * lines[i].bytes_each : 0;
     assert_in_range(pinned, 1 << 20, 64 << 20); /* of the host's memory, and bounded */
+    limits.kv_dtype = KV_KIVI2;                 /* of which the newest blocks are kept in f16 as well */
+    const uint32_t n_kivi = backend_find("cuda")->memory_plan(program, &limits, lines, 16);
+    assert_true(n_kivi == 5 && strcmp(lines[4].what, "KV residual") == 0 && !lines[4].host);
+    assert_true(lines[4].bytes_each > (uint64_t)program_lanes(program) * 3 * limits.max_sequences * 2 * BLOCK_TOKENS * program->head_dim * sizeof(uint16_t));
+    limits.kv_dtype = KV_F16;
     program->n_layers = 1024;                   /* counted alone; its phases stay two layers' */
     program->n_kv_heads = program->n_heads = 1024;
     limits.table_blocks = 1 << 19, limits.rank_slots = 1 << 24, limits.n_tables = limits.max_sequences = 4096;

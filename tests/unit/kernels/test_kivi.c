@@ -12,7 +12,7 @@
 
 #include "base/check.h"
 #include "base/random.h"
-#include "kernels/cpu/raw.h"
+#include "kernels/raw.h"
 #include "kernels/kivi.h"
 #include "kernels/select.h"
 

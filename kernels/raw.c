@@ -1,5 +1,5 @@
 /* See raw.h. */
-#include "kernels/cpu/raw.h"
+#include "kernels/raw.h"
 
 #include "base/check.h"
 #include "kernels/kivi.h"
@@ -23,6 +23,13 @@ static void link_place(struct raw_places *raw, uint32_t place) {
     link_before(raw, place, raw->block[place] == RAW_NONE ? raw->newer[end] : end);
 }
 
+void raw_put(struct raw_places *raw, uint32_t block, uint32_t place) {
+    raw->of[block] = place;
+    if (!raw->changed || raw->is_changed[block]) return;
+    raw->is_changed[block] = true;
+    raw->changed[raw->n_changed++] = block;
+}
+
 void raw_init(struct raw_places *raw) {
     const uint32_t end = raw->n_places;
     raw->older[end] = raw->newer[end] = end;
@@ -41,9 +48,9 @@ uint32_t raw_take(struct raw_places *raw, uint32_t block) {
     if (place == RAW_NONE) {
         place = raw->newer[raw->n_places]; /* the oldest */
         CHECK(place != raw->n_places);
-        if (raw->block[place] != RAW_NONE) raw->of[raw->block[place]] = RAW_NONE;
+        if (raw->block[place] != RAW_NONE) raw_put(raw, raw->block[place], RAW_NONE);
         raw->block[place] = block;
-        raw->of[block] = place;
+        raw_put(raw, block, place);
     }
     CHECK(place < raw->n_places);
     if (raw->holds[place] == 0) {
@@ -56,7 +63,7 @@ uint32_t raw_take(struct raw_places *raw, uint32_t block) {
 void raw_forget(struct raw_places *raw, uint32_t block) {
     uint32_t place = raw->of[block];
     if (place == RAW_NONE) return;
-    raw->of[block] = RAW_NONE;
+    raw_put(raw, block, RAW_NONE);
     if (place >= raw->n_places) return;
     raw->block[place] = RAW_NONE;
     if (raw->holds[place] > 0) return;
@@ -83,12 +90,16 @@ static uint32_t *held_by(struct raw_places *raw, uint32_t table, uint32_t lane) 
     return raw->held + ((size_t)table * raw->n_lanes + lane) * KIVI_RAW_BLOCKS;
 }
 
-void raw_release_table(struct raw_places *raw, uint32_t table) {
-    uint32_t *held = held_by(raw, table, 0);
-    for (uint32_t i = 0; i < raw->n_lanes * KIVI_RAW_BLOCKS; i++) {
+void raw_release_lane(struct raw_places *raw, uint32_t table, uint32_t lane) {
+    uint32_t *held = held_by(raw, table, lane);
+    for (uint32_t i = 0; i < KIVI_RAW_BLOCKS; i++) {
         if (held[i] != RAW_NONE) raw_release(raw, held[i]);
         held[i] = RAW_NONE;
     }
+}
+
+void raw_release_table(struct raw_places *raw, uint32_t table) {
+    for (uint32_t lane = 0; lane < raw->n_lanes; lane++) raw_release_lane(raw, table, lane);
 }
 
 void raw_hold_lane(struct raw_places *raw, uint32_t table, uint32_t lane, const uint32_t *blocks, uint32_t n) {
@@ -99,3 +110,12 @@ void raw_hold_lane(struct raw_places *raw, uint32_t table, uint32_t lane, const 
         raw_hold(raw, held[i] = raw->of[blocks[i]]);
     }
 }
+
+uint64_t raw_places_needed(const struct program *program, const struct backend_limits *limits) {
+    /* Three a lane of each table; while a step runs, as many that several rows of a sequence open beside the ones that the first of them still reads; and between steps, as many for each
+     * sequence that is compacted, until its next step lets go of the old ones. */
+    const uint32_t tables = limits->n_tables ? limits->n_tables : limits->max_sequences;
+    return (uint64_t)program_lanes(program) * KIVI_RAW_BLOCKS * ((uint64_t)tables + limits->max_sequences);
+}
+
+uint32_t raw_shared_needed(const struct backend_limits *limits) { return limits->max_rows / BLOCK_TOKENS + limits->max_sequences + 1; }

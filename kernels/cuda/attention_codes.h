@@ -1,0 +1,125 @@
+/* KIVI in attention: which of a lane's pieces are codes for whom, their copies, and operands of products from codes. Included by attention.h. Device code alone; owns nothing.
+ *
+ * A piece is two blocks, of which a row reads none, the first, or both as codes: its view of the piece. Rows of a tile mostly agree. Where they do not the piece is gone through once a view,
+ * each row seeing the slots in its own and nothing in the others, which changes nothing for it: what a row gets does not depend on its tile. */
+#pragma once
+
+#include "kernels/cuda/codes.h"
+
+template <int KV> constexpr uint32_t code_bits = KV == KV_KIVI4 ? 4 : KV == KV_KIVI2 ? 2 : 0; /* 0: no KIVI dtype */
+
+/* Where the two blocks of a piece come from. */
+struct piece_source {
+    uint2 ids;
+    /* KIVI: the f16 blocks of those that are not codes; which are, a bit each */
+    uint2 places;
+    uint32_t coded;
+};
+
+/* The view that a row has of the piece at `slot` if it reads `codes` blocks of the lane as codes. */
+template <int KV> ATTENTION_INLINE uint32_t view_of(uint32_t codes, uint32_t slot) {
+    if constexpr (code_bits<KV> == 0) return 0;
+    const uint32_t first = slot / BLOCK_TOKENS;
+    return codes <= first ? 0 : min(codes - first, (uint32_t)(PIECE_SLOTS / BLOCK_TOKENS));
+}
+
+/* ids of blocks that begin at `end` or behind it may be anything valid. */
+template <int KV>
+ATTENTION_INLINE struct piece_source source_of(const struct attention_args &args, uint2 ids, uint32_t slot, uint32_t end, uint32_t view) {
+    struct piece_source source = {ids, {0, 0}, 0};
+    if constexpr (code_bits < KV >> 0) {
+        source.coded = (1u << view) - 1;
+        if (view < 1 && slot < end) source.places.x = args.place[ids.x];
+        if (view < 2 && slot + BLOCK_TOKENS < end) source.places.y = args.place[ids.y];
+        if (source.places.x == RAW_NONE) source.coded |= 1; /* codes.h, is_lost */
+        if (source.places.y == RAW_NONE) source.coded |= 2;
+    }
+    return source;
+}
+
+/* Copies of a block into its part of a piece: codes to where its rows of K would be, or f16 rows; of K alone, or of both. All columns are written, as codes were there before. */
+template <int KV, int DIMS>
+ATTENTION_INLINE void copy_block(const struct attention_args &args, uint32_t to, const struct piece_source &source, uint32_t b, uint32_t visible,
+                                 bool values) {
+    constexpr uint32_t pitch = piece<KV, DIMS>::pitch, columns = piece<KV, DIMS>::row / 16, rows = ATTENTION_THREADS / columns;
+    to += b * BLOCK_TOKENS * pitch;
+    if (source.coded >> b & 1) {
+        const uint8_t *from = args.kv + (b ? source.ids.y : source.ids.x) * args.block_bytes;
+        const uint32_t bytes = (uint32_t)args.block_bytes / (values ? 1 : 2);
+        for (uint32_t i = threadIdx.x * 16; i < bytes; i += ATTENTION_THREADS * 16) copy_16(to + i, from + i, 16);
+        return;
+    }
+    const uint8_t *from = args.raw + (b ? source.places.y : source.places.x) * args.raw_bytes;
+    const uint32_t row = threadIdx.x / columns, column = threadIdx.x % columns * 16, at = column < args.row_bytes ? row * args.row_bytes + column : 0;
+    const uint32_t seen = visible > b * BLOCK_TOKENS && column < args.row_bytes ? visible - b * BLOCK_TOKENS : 0;
+    to += row * pitch + column;
+#pragma unroll
+    for (uint32_t i = 0; i < BLOCK_TOKENS; i += rows) {
+        copy_16(to + i * pitch, from + at + i * args.row_bytes, row + i < seen ? 16 : 0);
+        if (values) copy_16(to + piece<KV, DIMS>::k_bytes + i * pitch, from + (BLOCK_TOKENS + i) * args.row_bytes + at, row + i < seen ? 16 : 0);
+    }
+}
+
+/* ---- operands ---- */
+
+/* A piece whose blocks may be codes. */
+struct coded_piece {
+    const uint8_t *at;    /* shared */
+    uint32_t coded, dims; /* dims as codes have them */
+};
+template <int KV, int DIMS> ATTENTION_INLINE const uint8_t *codes_at(const struct coded_piece &piece_of, uint32_t block) {
+    return piece_of.at + block * BLOCK_TOKENS * piece<KV, DIMS>::pitch;
+}
+
+ATTENTION_INLINE uint2 scales_at(const uint8_t *scales, uint32_t pair) { return ((const uint2 *)(const void *)scales)[pair]; }
+
+/* Words of 16 n, two tiles of 8, and 32 k: group g of 16 n. */
+template <int BITS> ATTENTION_INLINE uint2 code_words(const uint8_t *codes, uint32_t g, uint32_t lane) {
+    const uint32_t *words = (const uint32_t *)(const void *)codes;
+    if constexpr (BITS == 4) return make_uint2(words[2 * g * 32 + lane], words[(2 * g + 1) * 32 + lane]);
+    return make_uint2(words[g * 32 + lane], 0);
+}
+
+/* The operand of step `step` (16 k) of the words' two. scales: of their 32 k. */
+template <int BITS> ATTENTION_INLINE void code_operand(uint32_t b[4], uint2 words, uint32_t step, const uint8_t *scales, uint32_t lane) {
+    const uint2 first = scales_at(scales, 8 * step + lane % 4), second = scales_at(scales, 8 * step + 4 + lane % 4);
+    const uint32_t other = BITS == 4 ? words.y : words.x;
+    const int pair = (int)(2 * step), other_pair = BITS == 4 ? pair : 4 + pair;
+    b[0] = pair_numbers<BITS>(words.x, pair, first);
+    b[1] = pair_numbers<BITS>(words.x, pair + 1, second);
+    b[2] = pair_numbers<BITS>(other, other_pair, first);
+    b[3] = pair_numbers<BITS>(other, other_pair + 1, second);
+}
+
+/* As load_k: slots [16 slots, + 16) of the piece, dims [16 k, + 16); `at`: where they are in f16. */
+template <int KV, int DIMS>
+ATTENTION_INLINE void k_operand(uint32_t b[4], uint32_t at, const struct coded_piece &from, uint32_t slots, uint32_t k, uint32_t lane) {
+    if constexpr (code_bits < KV >> 0) {
+        if (from.coded >> slots / 2 & 1) {
+            constexpr uint32_t BITS = code_bits<KV>;
+            const uint8_t *side = codes_at<KV, DIMS>(from, slots / 2);
+            b[0] = b[1] = b[2] = b[3] = 0;
+            if (k * 16 < from.dims)
+                code_operand<BITS>(b, code_words<BITS>(side, k / 2 * 2 + slots % 2, lane), k % 2, side + codes_bytes(BITS, from.dims) + k / 2 * 128,
+                                   lane);
+            return;
+        }
+    }
+    load_k<KV>(b, at);
+}
+
+/* As load_v: slots [16 k, + 16) of the piece, dims [16 pair, + 16). */
+template <int KV, int DIMS>
+ATTENTION_INLINE void v_operand(uint32_t b[4], uint32_t at, const struct coded_piece &from, uint32_t k, uint32_t pair, uint32_t lane) {
+    if constexpr (code_bits < KV >> 0) {
+        if (from.coded >> k / 2 & 1) {
+            constexpr uint32_t BITS = code_bits<KV>;
+            const uint8_t *side = codes_at<KV, DIMS>(from, k / 2) + codes_side_bytes(BITS, from.dims);
+            b[0] = b[1] = b[2] = b[3] = 0;
+            if (pair * 16 < from.dims)
+                code_operand<BITS>(b, code_words<BITS>(side, pair, lane), k % 2, side + codes_bytes(BITS, from.dims) + pair / 2 * 128, lane);
+            return;
+        }
+    }
+    load_v<KV>(b, at);
+}
