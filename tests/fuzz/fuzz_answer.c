@@ -9,10 +9,10 @@
 #include "model/tokenizer_load.h"
 #include "server/completion_write.h"
 #include "server/json_reader.h"
+#include "tests/fuzz/completion_limits.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-#define VOCABULARY 300
 #define CONTEXT 400
 #define TOKENS_MAX 300
 
@@ -133,14 +133,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         tokenizer = tokenizer_byte_level(VOCABULARY);
         config_defaults(&config);
     }
-    const struct completion_limits limits = {.served_name = "m",
-                                             .tokenizer = tokenizer,
-                                             .max_model_len = CONTEXT,
-                                             .max_stream_tokens = CONTEXT,
-                                             .max_prompts = 8,
-                                             .max_choices = 16,
-                                             .max_logprobs = 20,
-                                             .compression = &config};
+    const struct completion_limits limits = small_completion_limits(tokenizer, CONTEXT, &config);
     size_t body = 0;
     while (body < size && data[body] != 0 && data[body] != 0xff) body++;
     size_t left = body < size ? size - body - 1 : 0;

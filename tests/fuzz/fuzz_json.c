@@ -7,12 +7,11 @@
 #include "base/check.h"
 #include "base/json_writer.h"
 #include "model/tokenizer_load.h"
-#include "server/completion.h"
 #include "server/json_reader.h"
+#include "tests/fuzz/completion_limits.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-#define VOCABULARY 300
 #define CONTEXT 200
 
 static void check_error(const struct api_error *error) {
@@ -23,9 +22,9 @@ static void check_error(const struct api_error *error) {
 
 static void check_completion(const struct completion *completion) {
     const struct sampling *sampling = &completion->sampling;
-    CHECK(completion->n_prompts >= 1 && completion->n_prompts <= 8);
-    CHECK(completion->n >= 1 && completion->best_of >= completion->n && completion->n_prompts * completion->best_of <= 16);
-    CHECK(completion->min_tokens <= completion->max_tokens && completion->logprobs >= -1 && completion->logprobs <= 20);
+    CHECK(completion->n_prompts >= 1 && completion->n_prompts <= PROMPTS_MAX);
+    CHECK(completion->n >= 1 && completion->best_of >= completion->n && completion->n_prompts * completion->best_of <= CHOICES_MAX);
+    CHECK(completion->min_tokens <= completion->max_tokens && completion->logprobs >= -1 && completion->logprobs <= LOGPROBS_MAX);
     CHECK(sampling->temperature >= 0 && sampling->temperature <= 2 && sampling->top_p > 0 && sampling->top_p <= 1 && sampling->top_k >= 0);
     CHECK(sampling->min_p >= 0 && sampling->min_p <= 1 && sampling->repetition_penalty > 0 && isfinite(sampling->repetition_penalty));
     CHECK(fabsf(sampling->presence_penalty) <= 2 && fabsf(sampling->frequency_penalty) <= 2);
@@ -67,14 +66,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (!tokenizer) tokenizer = tokenizer_byte_level(VOCABULARY);
     static struct config config;
     config_defaults(&config);
-    const struct completion_limits limits = {.served_name = "m",
-                                             .tokenizer = tokenizer,
-                                             .max_model_len = CONTEXT,
-                                             .max_stream_tokens = CONTEXT,
-                                             .max_prompts = 8,
-                                             .max_choices = 16,
-                                             .max_logprobs = 20,
-                                             .compression = &config};
+    const struct completion_limits limits = small_completion_limits(tokenizer, CONTEXT, &config);
     const char *body = (const char *)data;
     struct json_document document;
     struct json_failure failure;
