@@ -128,9 +128,7 @@ static void truncate_contexts(struct bench *bench, uint32_t batch) {
 /* The contexts were read before; each round begins at their end again. */
 static enum status generate(struct bench *bench, uint32_t batch, uint32_t n_tokens, struct error *error) {
     truncate_contexts(bench, batch);
-    enum status status = STATUS_OK;
-    for (uint32_t i = 0; i < n_tokens && status == STATUS_OK; i++) status = bench_driver_generate(bench->driver, batch, error);
-    return status;
+    return bench_driver_generate(bench->driver, batch, n_tokens, error);
 }
 
 /* What the step in the middle of a round must read. */
@@ -158,6 +156,7 @@ static enum status measure_generation(struct bench *bench, uint32_t batch, struc
     }
     if (status != STATUS_OK) return status;
     row.host_us = bench_driver_take_host_us(bench->driver);
+    row.steps_ahead = bench_driver_runs_ahead(bench->driver) ? n_gen - 1 : 0;
     finish_row(bench, row);
     return STATUS_OK;
 }
@@ -222,6 +221,7 @@ static void print(const struct bench *bench) {
         .threads = bench_driver_threads(bench->driver),
         .copy_bandwidth = bench_driver_copy_bandwidth(bench->driver),
         .on_host = bench_driver_on_host(bench->driver),
+        .runs_ahead = bench_driver_runs_ahead(bench->driver),
         .n_phases = bench->n_phases,
         .phases = bench->phases,
         .ceilings = bench->ceilings,

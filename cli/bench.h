@@ -36,7 +36,8 @@ struct bench_row {
     double tok_s, tok_s_min, tok_s_max; /* median of the rounds */
     /* tg: what a step in the middle of a round must read, weights and cached K and V, and how long that takes at the copy bandwidth, at least. 0: not known */
     double weight_bytes, kv_bytes, bound_tok_s;
-    double host_us; /* tg: of a step, all but waiting for the device, or doing its work; the mean of the rounds */
+    uint32_t steps_ahead; /* tg: of a round, steps that were submitted before the one before was waited for */
+    double host_us;       /* tg: of a step, all but waiting for the device, or doing its work; the mean of the rounds */
 };
 
 /* ---- bench_driver.c: sequences with tables of their own over one backend ---- */
@@ -56,8 +57,10 @@ enum kv_dtype bench_driver_kv_dtype(const struct bench_driver *driver);
 void bench_driver_truncate(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens);
 /* Reads `n_tokens` random tokens (of this sequence and seed alone) into one sequence, in chunks of max_rows; samples one token after the last. */
 enum status bench_driver_prompt(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens, uint64_t seed, struct error *error);
-/* One step of the first `batch` sequences: each takes in its last sampled token and samples the next. */
-enum status bench_driver_generate(struct bench_driver *driver, uint32_t batch, struct error *error);
+/* n_tokens steps of the first `batch` sequences: each takes in its last sampled token and samples the next. A step is submitted before the one before is waited for, where config and backend
+ * allow it (config.run_ahead). */
+enum status bench_driver_generate(struct bench_driver *driver, uint32_t batch, uint32_t n_tokens, struct error *error);
+bool bench_driver_runs_ahead(const struct bench_driver *driver);
 
 /* Every lane of the sequence loses its last slots, a random share of up to 15/16 each (of this sequence and seed alone): until truncated below them, or cut again. */
 void bench_driver_cut(struct bench_driver *driver, uint32_t sequence, uint64_t seed);
@@ -122,7 +125,7 @@ struct bench_run {
     uint64_t kv_limit, pool_bytes, ring_bytes; /* limit (0: auto) = pool + query rings */
     uint32_t max_sequences;
     double wall_s, output_tok_s;
-    uint64_t output_tokens, steps, decode_steps, preemptions, compressions;
+    uint64_t output_tokens, steps, steps_ahead, decode_steps, preemptions, compressions;
     double reading_s, decode_s,
         compression_s; /* in steps that read some prompt (answers go on in them); in steps that only decode; compressing, between steps */
     double host_us;    /* of a step, all but waiting for the device or doing its work; compression not in it */
@@ -154,7 +157,7 @@ struct bench_report {
     enum kv_dtype kv_dtype;
     uint32_t threads;
     double copy_bandwidth; /* bytes a second, read and written */
-    bool on_host;
+    bool on_host, runs_ahead;
     uint32_t n_rows;
     const struct bench_row *rows;
     uint32_t n_phases; /* 0: --phases was not asked */

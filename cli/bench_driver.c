@@ -12,6 +12,14 @@
 
 #define EXTENT_BYTES 65536u
 
+/* A step's arrays: of two, one may be under way while the other is filled. */
+struct bench_step {
+    int32_t *tokens, *positions; /* [max_rows] */
+    struct batch_sequence *sequences;
+    struct sample *samples;
+    struct batch batch;
+};
+
 struct bench_driver {
     struct backend *backend;
     const struct program *program;
@@ -27,9 +35,9 @@ struct bench_driver {
     uint32_t *length;      /* [max_sequences] tokens in the cache */
     int32_t *next;         /* [max_sequences] the token to take in */
 
-    int32_t *tokens, *positions; /* [max_rows] */
-    struct batch_sequence *sequences;
-    struct sample *samples;
+    struct bench_step steps[2]; /* in turn */
+    uint32_t step;
+    bool runs_ahead;
     struct sample_result *results;
     struct sampling greedy;
     uint64_t phase_ns[PHASE_KINDS];
@@ -59,10 +67,13 @@ static void allocate(struct bench_driver *driver) {
     for (uint32_t s = 0; s < sequences; s++) driver->changes[s] = 1;
     driver->length = check_calloc(sequences, sizeof *driver->length);
     driver->next = check_calloc(sequences, sizeof *driver->next);
-    driver->tokens = check_calloc(driver->size.max_rows, sizeof *driver->tokens);
-    driver->positions = check_calloc(driver->size.max_rows, sizeof *driver->positions);
-    driver->sequences = check_calloc(sequences, sizeof *driver->sequences);
-    driver->samples = check_calloc(sequences, sizeof *driver->samples);
+    for (uint32_t i = 0; i < 2; i++) {
+        struct bench_step *step = &driver->steps[i];
+        step->tokens = check_calloc(driver->size.max_rows, sizeof *step->tokens);
+        step->positions = check_calloc(driver->size.max_rows, sizeof *step->positions);
+        step->sequences = check_calloc(sequences, sizeof *step->sequences);
+        step->samples = check_calloc(sequences, sizeof *step->samples);
+    }
     driver->results = check_calloc(sequences, sizeof *driver->results);
     driver->greedy = (struct sampling){.temperature = 0, .top_p = 1, .repetition_penalty = 1, .n_top = -1};
 }
@@ -113,6 +124,7 @@ enum status bench_driver_open(const struct config *config, const struct model *m
     }
     driver->n_lanes = program_lanes(program);
     driver->lane_blocks = (uint32_t)blocks;
+    driver->runs_ahead = config->run_ahead && driver->backend->takes_two;
     allocate(driver);
     place_blocks(driver, extent);
     *result = driver;
@@ -129,10 +141,12 @@ void bench_driver_close(struct bench_driver *driver) {
     free(driver->changes);
     free(driver->length);
     free(driver->next);
-    free(driver->tokens);
-    free(driver->positions);
-    free(driver->sequences);
-    free(driver->samples);
+    for (uint32_t i = 0; i < 2; i++) {
+        free(driver->steps[i].tokens);
+        free(driver->steps[i].positions);
+        free(driver->steps[i].sequences);
+        free(driver->steps[i].samples);
+    }
     free(driver->results);
     free(driver);
 }
@@ -167,6 +181,7 @@ double bench_driver_take_host_us(struct bench_driver *driver) {
     return us;
 }
 
+bool bench_driver_runs_ahead(const struct bench_driver *driver) { return driver->runs_ahead; }
 bool bench_driver_on_host(const struct bench_driver *driver) { return driver->on_host; }
 double bench_driver_copy_bandwidth(const struct bench_driver *driver) { return driver->copy_bandwidth; }
 uint64_t bench_driver_weight_bytes(const struct bench_driver *driver) { return driver->weight_bytes; }
@@ -214,37 +229,39 @@ uint64_t bench_driver_slots(const struct bench_driver *driver, uint32_t batch) {
     return slots;
 }
 
-/* The next `n_rows` rows of `sequence` go behind those the batch already has; their tokens are the caller's to write. */
-static uint32_t add_rows(struct bench_driver *driver, struct batch *batch, uint32_t sequence, uint32_t n_rows, bool sampled) {
+/* The next `n_rows` rows of `sequence` go behind those the step already has; their tokens are the caller's to write. */
+static uint32_t add_rows(struct bench_driver *driver, struct bench_step *step, uint32_t sequence, uint32_t n_rows, bool sampled) {
+    struct batch *batch = &step->batch;
     uint32_t first = batch->n_rows, *lane_tokens = driver->lane_tokens + sequence * driver->n_lanes;
     CHECK(driver->length[sequence] + n_rows <= driver->size.max_tokens && first + n_rows <= driver->size.max_rows);
     const uint32_t *lost = driver->lane_lost + sequence * driver->n_lanes;
     for (uint32_t lane = 0; lane < driver->n_lanes; lane++) lane_tokens[lane] = driver->length[sequence] - lost[lane];
-    for (uint32_t i = 0; i < n_rows; i++) driver->positions[first + i] = (int32_t)(driver->length[sequence] + i);
-    driver->sequences[batch->n_sequences++] = (struct batch_sequence){.first_row = first,
-                                                                      .n_rows = n_rows,
-                                                                      .table = sequence,
-                                                                      .table_changes = driver->changes[sequence],
-                                                                      .lane_first = driver->lane_first + sequence * driver->n_lanes,
-                                                                      .lane_tokens = lane_tokens};
+    for (uint32_t i = 0; i < n_rows; i++) step->positions[first + i] = (int32_t)(driver->length[sequence] + i);
+    step->sequences[batch->n_sequences++] = (struct batch_sequence){.first_row = first,
+                                                                    .n_rows = n_rows,
+                                                                    .table = sequence,
+                                                                    .table_changes = driver->changes[sequence],
+                                                                    .lane_first = driver->lane_first + sequence * driver->n_lanes,
+                                                                    .lane_tokens = lane_tokens};
     batch->n_rows += n_rows;
-    if (sampled) driver->samples[batch->n_samples++] = (struct sample){.row = batch->n_rows - 1, .sampling = &driver->greedy, .target = -1};
+    if (sampled) step->samples[batch->n_samples++] = (struct sample){.row = batch->n_rows - 1, .sampling = &driver->greedy, .target = -1};
     driver->length[sequence] += n_rows;
     return first;
 }
 
-static struct batch empty_batch(struct bench_driver *driver) {
-    return (struct batch){.tokens = driver->tokens,
-                          .positions = driver->positions,
-                          .sequences = driver->sequences,
-                          .block_ids = driver->block_ids,
-                          .samples = driver->samples};
+static struct bench_step *next_step(struct bench_driver *driver) {
+    struct bench_step *step = &driver->steps[driver->step ^= 1];
+    step->batch = (struct batch){
+        .tokens = step->tokens, .positions = step->positions, .sequences = step->sequences, .block_ids = driver->block_ids, .samples = step->samples};
+    return step;
 }
 
-static enum status step(struct bench_driver *driver, const struct batch *batch, struct error *error) {
-    enum status status = driver->backend->ops->submit(driver->backend, batch, error);
-    if (status == STATUS_OK) status = driver->backend->ops->sync(driver->backend, driver->results, error);
-    return status;
+static enum status submit(struct bench_driver *driver, const struct bench_step *step, struct error *error) {
+    return driver->backend->ops->submit(driver->backend, &step->batch, error);
+}
+
+static enum status sync_step(struct bench_driver *driver, struct error *error) {
+    return driver->backend->ops->sync(driver->backend, driver->results, error);
 }
 
 enum status bench_driver_prompt(struct bench_driver *driver, uint32_t sequence, uint32_t n_tokens, uint64_t seed, struct error *error) {
@@ -253,24 +270,35 @@ enum status bench_driver_prompt(struct bench_driver *driver, uint32_t sequence, 
         (int32_t)(random_at(seed, sequence, n_tokens, 0) % driver->program->n_vocab); /* where there is no prompt to sample after */
     for (uint32_t done = 0; done < n_tokens && status == STATUS_OK;) {
         uint32_t n_rows = n_tokens - done < driver->size.max_rows ? n_tokens - done : driver->size.max_rows;
-        struct batch batch = empty_batch(driver);
+        struct bench_step *step = next_step(driver);
         bool last = done + n_rows == n_tokens;
-        add_rows(driver, &batch, sequence, n_rows, last);
-        for (uint32_t i = 0; i < n_rows; i++) driver->tokens[i] = (int32_t)(random_at(seed, sequence, done + i, 0) % driver->program->n_vocab);
-        status = step(driver, &batch, error);
+        add_rows(driver, step, sequence, n_rows, last);
+        for (uint32_t i = 0; i < n_rows; i++) step->tokens[i] = (int32_t)(random_at(seed, sequence, done + i, 0) % driver->program->n_vocab);
+        status = submit(driver, step, error);
+        if (status == STATUS_OK) status = sync_step(driver, error);
         if (last && status == STATUS_OK) driver->next[sequence] = driver->results[0].token;
         done += n_rows;
     }
     return status;
 }
 
-enum status bench_driver_generate(struct bench_driver *driver, uint32_t batch_size, struct error *error) {
+/* With the step before under way, each token is the one that it draws. */
+static enum status submit_row_each(struct bench_driver *driver, uint32_t batch_size, bool ahead, struct error *error) {
+    struct bench_step *step = next_step(driver);
+    for (uint32_t s = 0; s < batch_size; s++) step->tokens[add_rows(driver, step, s, 1, true)] = ahead ? -1 - (int32_t)s : driver->next[s];
+    return submit(driver, step, error);
+}
+
+enum status bench_driver_generate(struct bench_driver *driver, uint32_t batch_size, uint32_t n_tokens, struct error *error) {
     uint64_t begun = clock_now_ns(), waited = driver->wait_ns;
-    struct batch batch = empty_batch(driver);
-    for (uint32_t s = 0; s < batch_size; s++) driver->tokens[add_rows(driver, &batch, s, 1, true)] = driver->next[s];
-    enum status status = step(driver, &batch, error);
-    for (uint32_t s = 0; s < batch_size && status == STATUS_OK; s++) driver->next[s] = driver->results[s].token;
+    enum status status = STATUS_OK;
+    for (uint32_t i = 0; i < n_tokens && status == STATUS_OK; i++) {
+        if (i == 0 || !driver->runs_ahead) status = submit_row_each(driver, batch_size, false, error);
+        if (status == STATUS_OK && driver->runs_ahead && i + 1 < n_tokens) status = submit_row_each(driver, batch_size, true, error);
+        if (status == STATUS_OK) status = sync_step(driver, error);
+        for (uint32_t s = 0; s < batch_size && status == STATUS_OK; s++) driver->next[s] = driver->results[s].token;
+    }
     driver->host_ns += clock_now_ns() - begun - (driver->wait_ns - waited);
-    driver->n_steps++;
+    driver->n_steps += n_tokens;
     return status;
 }

@@ -93,7 +93,7 @@ enum status bench_phases_generation(struct bench_driver *driver, const struct pr
     enum status status = STATUS_OK;
     for (uint32_t r = 0; r <= rounds && status == STATUS_OK; r++) {
         for (uint32_t s = 0; s < batch; s++) bench_driver_truncate(driver, s, context);
-        for (uint32_t i = 0; i < n_gen && status == STATUS_OK; i++) status = bench_driver_generate(driver, batch, error);
+        status = bench_driver_generate(driver, batch, n_gen, error);
         bench_driver_take_phases(driver, ns + (size_t)(r > 0 ? r - 1 : 0) * PHASE_KINDS);
     }
     take_medians(phases, ns, rounds, n_gen);

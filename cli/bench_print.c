@@ -57,7 +57,8 @@ static void print_bound(const struct bench_report *report, FILE *out) {
         const struct bench_row *row = &report->rows[i];
         if (row->n_gen) fprintf(out, "  batch %" PRIu32 ": %.1f MB + %.1f MB\n", row->batch, row->weight_bytes / 1e6, row->kv_bytes / 1e6);
     }
-    fprintf(out, "host us: of a step, all but waiting for the device%s.\n", report->on_host ? ", or doing its work" : "");
+    fprintf(out, "host us: of a step, all but waiting for the device%s%s.\n", report->on_host ? ", or doing its work" : "",
+            report->runs_ahead ? "; meanwhile it computes the step before, as all but the first of a round run ahead" : "");
 }
 
 void bench_print_table(const struct bench_report *report, FILE *out) {
@@ -105,6 +106,7 @@ static void write_row(struct json_writer *json, const struct bench_row *row) {
         json_key_double(json, "bound_tok_s", row->bound_tok_s);
         json_key_double(json, "of_bound", row->bound_tok_s > 0 ? row->tok_s / row->bound_tok_s : 0);
         json_key_double(json, "host_us", row->host_us);
+        json_key_unsigned(json, "steps_ahead", row->steps_ahead);
     }
     json_object_end(json);
 }

@@ -154,6 +154,7 @@ static void take_stats(struct bench_run *run, const struct engine_stats *before,
     run->compression_s = seconds(after->compression_ns - before->compression_ns);
     run->host_us = steps ? (double)(busy - (after->wait_ns - before->wait_ns)) / 1e3 / (double)steps : 0;
     run->steps = steps;
+    run->steps_ahead = after->steps_ahead - before->steps_ahead;
     run->decode_steps = decode_steps;
     run->batch_mean = decode_steps ? (double)(after->decode_rows - before->decode_rows) / (double)decode_steps : 0;
     run->batch_max = after->decode_rows_max;

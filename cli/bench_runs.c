@@ -19,10 +19,10 @@ static void print_head(const struct bench_report *report, FILE *out) {
     bench_cpu_name(cpu, sizeof cpu);
     fprintf(out, "%s, %s, %s, commit %s\n\n", model_name(report->model), cpu, report->backend, version_commit());
     fprintf(out, "| policy             |     keep | requests         |  KV MiB | rings MiB | out t/s |  wall s | read s | decode s | of bound | "
-                 "compress s | batch |  max | preempted | host us | "
+                 "compress s | batch |  max | preempted | host us |   ahead | "
                  "x none | of steps' |\n"
                  "| ------------------ | -------: | ---------------- | ------: | --------: | ------: | ------: | -----: | -------: | -------: | "
-                 "---------: | ----: | ---: | --------: | ------: | "
+                 "---------: | ----: | ---: | --------: | ------: | ------: | "
                  "-----: | --------: |\n");
 }
 
@@ -35,10 +35,10 @@ static void print_run(const struct bench_run *run, FILE *out) {
     if (run->ratio_of_steps > 0) (void)snprintf(of_steps, sizeof of_steps, "%.1f %%", 100 * run->ratio / run->ratio_of_steps);
     fprintf(out,
             "| %-18s | %8s | %-16s | %7.1f | %9.1f | %7.1f | %7.2f | %6.2f | %8.2f | %8s | %10.3f | %5.1f | %4" PRIu64 " | %9" PRIu64
-            " | %7.1f | %6s | %9s |\n",
+            " | %7.1f | %5.1f %% | %6s | %9s |\n",
             run->policy, keep, shape, (double)run->pool_bytes / 0x1p20, (double)run->ring_bytes / 0x1p20, run->output_tok_s, run->wall_s,
-            run->reading_s, run->decode_s, bound, run->compression_s, run->batch_mean, run->batch_max, run->preemptions, run->host_us, ratio,
-            of_steps);
+            run->reading_s, run->decode_s, bound, run->compression_s, run->batch_mean, run->batch_max, run->preemptions, run->host_us,
+            run->steps ? 100.0 * (double)run->steps_ahead / (double)run->steps : 0, ratio, of_steps);
 }
 
 static void print_legend(const struct bench_report *report, FILE *out) {
@@ -49,7 +49,7 @@ static void print_legend(const struct bench_report *report, FILE *out) {
             "without the input embedding, %.1f MB each, and "
             "K and V in whole blocks. x none: out t/s over that of none; of steps': that, over what read s + decode s of both allow. host us: of a "
             "step, all but waiting for the device, or doing "
-            "its work.\n",
+            "its work; of steps that began before the results of the one before (ahead), the device hides it.\n",
             report->copy_bandwidth / 1e9, report->weight_bytes / 1e6);
 }
 
@@ -77,6 +77,7 @@ static void write_run(struct json_writer *json, const struct bench_run *run) {
     json_key_unsigned(json, "compressions", run->compressions);
     json_key_double(json, "slots_kept", run->slots_kept);
     json_key_unsigned(json, "steps", run->steps);
+    json_key_unsigned(json, "steps_ahead", run->steps_ahead);
     json_key_unsigned(json, "decode_steps", run->decode_steps);
     json_key_double(json, "batch_mean", run->batch_mean);
     json_key_unsigned(json, "batch_max", run->batch_max);

@@ -57,6 +57,7 @@ struct config {
     uint64_t kv_memory;         /* bytes; 0: auto */
     char kv_dtype[16];          /* auto, f32, f16, bf16, q8, kivi4, kivi2 */
     bool prefix_cache;
+    bool run_ahead;
     double step_ms;    /* a step's cost budget while others decode */
     uint32_t max_rows; /* rows of one step, 512 */
     double mock_tokens_per_second;

@@ -93,6 +93,8 @@ const struct option_info options[] = {
      .help = "how cached keys and values are stored; auto: bf16 where the CPU computes with it, else f16; kivi4, kivi2: 4 or 2 bits; cuda has no f32"},
     {.key = "engine.prefix_cache", .type = OPTION_BOOL, FIELD(prefix_cache), .initial = "true", .commands = SERVE,
      .help = "keep the KV blocks of finished prompts for requests that begin alike"},
+    {.key = "engine.run_ahead", .type = OPTION_BOOL, FIELD(run_ahead), .initial = "true", .commands = SERVE | COMMAND_BENCH,
+     .help = "cuda, while sequences only decode: the next step begins before this one's tokens are read; an answer that ends unforeseen has cost a row"},
     {.key = "engine.step_ms", .type = OPTION_FLOAT, FIELD(step_ms), .initial = "25", .min = 0.1, .max = 60000, .argument = "MS", .commands = SERVE,
      .help = "cost of one step while others decode, in milliseconds: long prompts are read in chunks that fit"},
     {.key = "engine.max_rows", .type = OPTION_COUNT, FIELD(max_rows), .initial = "512", .min = 1, .max = 65536, .argument = "N", .commands = EVERY,

@@ -69,15 +69,17 @@ static void add_draw(struct batch_builder *builder, const struct requests *reque
                      uint32_t choice) {
     struct request *request = entry->owner;
     const struct choice_state *state = requests_choice(requests, request->state, choice);
+    uint32_t n_generated = state->n_generated + (entry->drawn_by != UINT32_MAX);
     CHECK(builder->n_draws < builder->max_draws);
+    builder->penalizes = builder->penalizes || sampling_penalizes(&request->sampling);
     builder->draws[builder->n_draws++] =
         (struct draw){.state = request->state, .choice = choice, .n_tokens = entry->n_tokens, .result = builder->batch.n_samples, .entry = index};
     /* A choice that is about to fork has no tokens of its own yet: its history is that of the one that read the prompt. */
     *next_sample(builder) = (struct sample){.row = row,
                                             .sampling = &request->sampling,
                                             .choice = choice,
-                                            .token_index = state->n_generated,
-                                            .ban = state->n_generated < request->min_new,
+                                            .token_index = n_generated,
+                                            .ban = n_generated < request->min_new,
                                             .target = -1,
                                             .history = request->tokens[entry->choice],
                                             .n_prompt = request->n_prompt,
@@ -99,7 +101,19 @@ static void add_draws(struct batch_builder *builder, const struct requests *requ
     CHECK(builder->n_draws - before == entry->n_samples);
 }
 
-void batch_build(struct batch_builder *builder, const struct requests *requests, const struct plan *plan) {
+static void add_tokens(struct batch_builder *builder, const struct batch_builder *before, const struct plan_entry *entry, uint32_t row) {
+    const struct request *request = entry->owner;
+    if (entry->drawn_by == UINT32_MAX) {
+        memcpy(builder->tokens + row, request->tokens[entry->choice] + entry->first_token, entry->n_rows * sizeof *builder->tokens);
+        return;
+    }
+    const struct draw *draw = &before->draws[entry->drawn_by];
+    CHECK(entry->drawn_by < before->n_draws && draw->state == request->state && draw->choice == entry->choice &&
+          draw->n_tokens == entry->first_token);
+    builder->tokens[row] = -1 - (int32_t)draw->result;
+}
+
+void batch_build(struct batch_builder *builder, const struct batch_builder *before, const struct requests *requests, const struct plan *plan) {
     struct batch *batch = &builder->batch;
     CHECK(plan->n_rows <= builder->max_rows && plan->n_entries <= builder->max_sequences);
     *batch = (struct batch){.tokens = builder->tokens,
@@ -109,6 +123,7 @@ void batch_build(struct batch_builder *builder, const struct requests *requests,
                             .block_ids = plan->block_ids,
                             .n_sequences = plan->n_entries};
     builder->n_draws = 0;
+    builder->penalizes = false;
     for (uint32_t e = 0; e < plan->n_entries; e++) {
         const struct plan_entry *entry = &plan->entries[e];
         const struct request *request = entry->owner;
@@ -122,7 +137,7 @@ void batch_build(struct batch_builder *builder, const struct requests *requests,
                                                         .lane_tokens = entry->lane_tokens,
                                                         .ring = entry->ring,
                                                         .accumulate = compression_is_on(&request->kv) && request->kv.policy->rows == POLICY_ROWS_ALL};
-        memcpy(builder->tokens + row, request->tokens[entry->choice] + entry->first_token, entry->n_rows * sizeof *builder->tokens);
+        add_tokens(builder, before, entry, row);
         for (uint32_t i = 0; i < entry->n_rows; i++) builder->positions[row + i] = (int32_t)(entry->first_token + i);
         batch->n_rows += entry->n_rows;
         add_targets(builder, entry, row, e);

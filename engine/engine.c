@@ -1,6 +1,10 @@
 /* The engine thread and its step, from letters to events. Nothing here allocates. It decides nothing about who runs (scheduler/), what a token is (kernels/), or what a client sees (server/).
  *
- * Why the outbox never overflows: a step starts only while so few events wait that, with all of its own, a terminal event for every live choice still fits. A choice is
+ * One step may run ahead: once a step is submitted, the next is planned, built and submitted for the same sequences, whose tokens the first has yet to draw (scheduler_plan_ahead,
+ * backend.takes_two); then the first is waited for, committed and posted, while the device goes on with the second. Letters wait until no step is under way, so all else
+ * (aborts, admission, compression, block copies) happens between steps, as if there were no such thing: whoever ends with the first step alone has a row for nothing in the second.
+ *
+ * Why the outbox never overflows: a step starts only while so few events wait that, with all of its own, and of the one under way, a terminal event for every live choice still fits. A choice is
  * live, for the loop's count in engine_submit, until the loop has taken the last event of its request. So tokens + terminal events <= capacity, at all times. */
 #include "engine/engine.h"
 
@@ -191,6 +195,9 @@ static void count_time(struct engine *engine, bool decodes, uint32_t n_rows, uin
     stats->decode_blocks += blocks_used;
 }
 
+/* Its choice ended with the step before, while this one ran ahead. The request may be gone: neither state nor owner is looked at. */
+static bool is_for_nothing(const struct flight *flight, const struct draw *draw) { return flight->plan->entries[draw->entry].over; }
+
 static enum finish finish_of(const struct request *request, const struct choice_state *choice, int32_t token) {
     uint32_t n_generated = choice->n_generated + 1;
     if (choice->n_generated >= request->min_new)
@@ -199,13 +206,14 @@ static enum finish finish_of(const struct request *request, const struct choice_
     return n_generated >= request->max_new ? FINISH_LENGTH : FINISH_NONE;
 }
 
-static void report_end(struct engine *engine, const struct plan_entry *entry) {
-    compress_report(engine, entry->owner, entry->lane_tokens, entry->n_rows, entry->first_token + entry->n_rows);
+static void report_end(struct engine *engine, const struct plan *plan, const struct plan_entry *entry) {
+    compress_report(engine, entry->owner, entry->lane_tokens, plan->advanced ? 0 : entry->n_rows, entry->first_token + entry->n_rows);
 }
 
 /* Results to where they belong: prompt log-probabilities, tokens, who is over. */
-static void take_results(struct engine *engine, const struct plan *plan) {
-    struct batch_builder *builder = &engine->builder;
+static void take_results(struct engine *engine, struct flight *flight) {
+    const struct plan *plan = flight->plan;
+    struct batch_builder *builder = &flight->builder;
     for (uint32_t e = 0; e < plan->n_entries; e++) {
         struct request *request = plan->entries[e].owner;
         if (builder->n_targets[e] == 0) continue;
@@ -215,17 +223,21 @@ static void take_results(struct engine *engine, const struct plan *plan) {
     }
     for (uint32_t i = 0; i < builder->n_draws; i++) {
         const struct draw *draw = &builder->draws[i];
+        builder->finishes[i] = FINISH_NONE;
+        builder->ended[i] = true;
+        if (is_for_nothing(flight, draw)) {
+            engine->stats.rows_for_nothing++;
+            continue;
+        }
         struct request *request = draw->state->request;
         struct choice_state *choice = requests_choice(&engine->requests, draw->state, draw->choice);
         int32_t token = builder->results[draw->result].token;
         CHECK(token >= 0 && (uint32_t)token < engine->n_vocab);
-        builder->finishes[i] = FINISH_NONE;
-        builder->ended[i] = true;
         if (choice->over) continue; /* aborted before it forked */
         request->tokens[draw->choice][draw->n_tokens] = token;
         builder->finishes[i] = finish_of(request, choice, token);
         builder->ended[i] = builder->finishes[i] == FINISH_STOP;
-        if (builder->finishes[i] != FINISH_NONE) report_end(engine, &plan->entries[draw->entry]);
+        if (builder->finishes[i] != FINISH_NONE) report_end(engine, plan, &plan->entries[draw->entry]);
         choice->n_generated++;
     }
 }
@@ -238,7 +250,7 @@ static bool is_finished_prompt(const struct plan_entry *entry) {
 
 static void report_prompts(struct engine *engine, const struct plan *plan) {
     for (uint32_t e = 0; e < plan->n_entries; e++)
-        if (is_finished_prompt(&plan->entries[e])) report_end(engine, &plan->entries[e]);
+        if (is_finished_prompt(&plan->entries[e])) report_end(engine, plan, &plan->entries[e]);
 }
 
 static void post_finished_prompts(struct engine *engine, const struct plan *plan) {
@@ -255,8 +267,8 @@ static void post_finished_prompts(struct engine *engine, const struct plan *plan
     }
 }
 
-static void post_results(struct engine *engine, const struct plan *plan) {
-    const struct batch_builder *builder = &engine->builder;
+static void post_results(struct engine *engine, const struct flight *flight) {
+    const struct batch_builder *builder = &flight->builder;
     for (uint32_t i = 0; i < builder->n_draws; i++) {
         const struct draw *draw = &builder->draws[i];
         if (builder->ended[i] && builder->finishes[i] != FINISH_STOP) continue; /* was over before */
@@ -264,65 +276,116 @@ static void post_results(struct engine *engine, const struct plan *plan) {
         post(engine, draw->state, draw->choice,
              (struct event){.has_token = true, .finish = builder->finishes[i], .sample = builder->results[draw->result]});
     }
-    post_finished_prompts(engine, plan);
+    post_finished_prompts(engine, flight->plan);
 }
 
 /* The backend failed: what it left in the blocks of this step is unknown. The choices that ran end, all of a request whose prompt was being read, and the prefix cache lets go of
  * everything, as it may have taken over such blocks. */
-static void fail_step(struct engine *engine, const struct plan *plan, const char *words) {
-    struct batch_builder *builder = &engine->builder;
+static void fail_step(struct engine *engine, struct flight *flight) {
+    const struct plan *plan = flight->plan;
+    struct batch_builder *builder = &flight->builder;
     for (uint32_t i = 0; i < builder->n_draws; i++) {
         const struct draw *draw = &builder->draws[i];
         builder->ended[i] = true;
+        if (is_for_nothing(flight, draw)) continue;
         if (!requests_choice(&engine->requests, draw->state, draw->choice)->over) draw->state->request->tokens[draw->choice][draw->n_tokens] = 0;
     }
     scheduler_commit(engine->scheduler, builder->ended);
     for (uint32_t e = 0; e < plan->n_entries; e++) {
         const struct plan_entry *entry = &plan->entries[e];
         struct request_state *state = requests_find(&engine->requests, entry->request_id); /* NULL: ended with an entry before */
-        if (state) for_choices(engine, state, entry->n_tokens > state->request->n_prompt ? entry->choice : ENGINE_ALL_CHOICES, fail_choice, words);
+        if (state)
+            for_choices(engine, state, entry->n_tokens > state->request->n_prompt ? entry->choice : ENGINE_ALL_CHOICES, fail_choice,
+                        flight->error.text);
     }
     scheduler_drop_prefix_cache(engine->scheduler);
 }
 
-static enum status run(struct engine *engine, struct error *error) {
-    struct backend *backend = engine->backend;
-    enum status status = backend->ops->submit(backend, &engine->builder.batch, error);
-    return status == STATUS_OK ? backend->ops->sync(backend, engine->builder.results, error) : status;
+static bool outbox_has_room(struct engine *engine, uint32_t n_events) {
+    return mailbox_room(&engine->outbox) >= (size_t)engine->plan.max_choices + n_events;
+}
+
+/* `before`: the step that its tokens are drawn by, if it runs ahead; else NULL. */
+static void build(struct engine *engine, struct flight *flight, const struct flight *before, const struct plan *plan) {
+    flight->plan = plan;
+    batch_build(&flight->builder, before ? &before->builder : NULL, &engine->requests, plan);
+    count_rows(&engine->stats, plan->n_rows);
+    flight->decodes = only_decodes(plan); /* while the requests are the engine's */
+    flight->n_rows = plan->n_rows;
+    flight->blocks_used = scheduler_blocks_used(engine->scheduler);
+    flight->error = (struct error){.text = ""};
+}
+
+static void submit(struct engine *engine, struct flight *flight) {
+    flight->status = engine->backend->ops->submit(engine->backend, &flight->builder.batch, &flight->error);
 }
 
 /* false: there is nothing to do. */
-static bool step(struct engine *engine) {
+static bool begin_step(struct engine *engine) {
+    struct flight *flight = &engine->flights[engine->current];
     compress_step(engine);
-    uint64_t start = clock_now_ns();
+    uint64_t start = engine->counted_ns = clock_now_ns();
     const struct plan *plan = scheduler_plan(engine->scheduler, start);
     if (plan->n_copies > 0) engine->backend->ops->copy_blocks(engine->backend, plan->n_copies, plan->copy_source, plan->copy_destination);
     if (plan->n_entries == 0) return false;
     if (engine->rested) engine->stats.decode_rows_max = 0;
     note_entries(engine, plan, start);
-    batch_build(&engine->builder, &engine->requests, plan);
-    count_rows(&engine->stats, plan->n_rows);
-    bool decodes = only_decodes(plan); /* while the requests are the engine's */
-    uint32_t n_rows = plan->n_rows, blocks_used = scheduler_blocks_used(engine->scheduler);
-    uint64_t built = clock_now_ns();
+    build(engine, flight, NULL, plan);
+    engine->stats.schedule_ns += clock_now_ns() - start;
+    submit(engine, flight);
+    return true;
+}
 
-    struct error error = {.text = ""};
-    enum status status = run(engine, &error);
+/* What a step ahead could not wait for: letters, the end, a place for its events, the pressure that compress_step relieves, a history whose last token is yet to be drawn. The rest is
+ * the scheduler's to say. */
+static bool may_run_ahead(struct engine *engine, const struct flight *before) {
+    return engine->runs_ahead && before->status == STATUS_OK && before->decodes && !before->builder.penalizes &&
+           mailbox_waiting(&engine->inbox) == 0 && !atomic_load(&engine->stop) && engine->requests.n_pressed == 0 && !engine->compress.pressing &&
+           outbox_has_room(engine, 2 * before->builder.n_draws);
+}
+
+static void run_ahead(struct engine *engine) {
+    const struct flight *before = &engine->flights[engine->current];
+    struct flight *flight = &engine->flights[engine->current ^ 1];
+    if (!may_run_ahead(engine, before)) return;
+    uint64_t start = clock_now_ns();
+    const struct plan *plan = scheduler_plan_ahead(engine->scheduler);
+    if (plan) build(engine, flight, before, plan);
+    engine->stats.schedule_ns += clock_now_ns() - start;
+    if (!plan) return;
+    submit(engine, flight);
+    engine->stats.steps_ahead++;
+    engine->is_ahead = true;
+}
+
+static void end_step(struct engine *engine) {
+    struct flight *flight = &engine->flights[engine->current];
+    if (flight->status == STATUS_OK) flight->status = engine->backend->ops->sync(engine->backend, flight->builder.results, &flight->error);
     uint64_t synced = clock_now_ns();
-
-    if (status == STATUS_OK) {
-        take_results(engine, plan);
-        report_prompts(engine, plan);
-        scheduler_commit(engine->scheduler, engine->builder.ended);
-        post_results(engine, plan);
+    if (flight->status == STATUS_OK) {
+        take_results(engine, flight);
+        report_prompts(engine, flight->plan);
+        scheduler_commit(engine->scheduler, flight->builder.ended);
+        post_results(engine, flight);
     } else {
-        fail_step(engine, plan, error.text);
+        fail_step(engine, flight);
     }
-    uint64_t end = clock_now_ns();
-    engine->stats.schedule_ns += (built - start) + (end - synced);
+    uint64_t end = clock_now_ns(), elapsed = end - engine->counted_ns;
+    engine->counted_ns = end;
+    engine->stats.schedule_ns += end - synced;
     engine->rested = !engine->requests.oldest;
-    count_time(engine, decodes, n_rows, blocks_used, end - start);
-    if (engine->times_steps && status == STATUS_OK) scheduler_took(engine->scheduler, (double)(end - start) / 1000);
+    count_time(engine, flight->decodes, flight->n_rows, flight->blocks_used, elapsed);
+    /* A step with another one behind it reads no prompt: nothing is learnt from it. */
+    if (engine->times_steps && flight->status == STATUS_OK && !engine->is_ahead) scheduler_took(engine->scheduler, (double)elapsed / 1000);
+}
+
+/* false: there is nothing to do. */
+static bool step(struct engine *engine) {
+    if (!engine->is_ahead && !begin_step(engine)) return false;
+    engine->is_ahead = false;
+    run_ahead(engine);
+    end_step(engine);
+    engine->current ^= 1;
     return true;
 }
 
@@ -353,12 +416,10 @@ void engine_publish(struct engine *engine) {
     publisher_write(&engine->publisher, stats);
 }
 
-static bool outbox_has_room(struct engine *engine) { return mailbox_room(&engine->outbox) >= (size_t)engine->plan.max_choices + engine->sizes.draws; }
-
 /* Until a letter comes, the engine is stopped, or (if that is what it waits for) events were taken. */
 static void sleep_until_rung(struct engine *engine, bool wants_room) {
     uint32_t ticket = bell_begin(&engine->bell, wants_room);
-    bool news = mailbox_waiting(&engine->inbox) > 0 || atomic_load(&engine->stop) || (wants_room && outbox_has_room(engine));
+    bool news = mailbox_waiting(&engine->inbox) > 0 || atomic_load(&engine->stop) || (wants_room && outbox_has_room(engine, engine->sizes.draws));
     if (!news) bell_wait(&engine->bell, ticket);
     atomic_store_explicit(&engine->progress_ns, clock_now_ns(), memory_order_relaxed);
     bell_end(&engine->bell);
@@ -366,10 +427,12 @@ static void sleep_until_rung(struct engine *engine, bool wants_room) {
 
 void engine_serve(struct engine *engine) {
     for (bool stop = false; !stop;) {
-        stop = atomic_load(&engine->stop); /* before the inbox: what was submitted before the stop is seen */
-        drain_inbox(engine);
-        while (stop && engine->requests.oldest) for_choices(engine, engine->requests.oldest, ENGINE_ALL_CHOICES, abort_choice, NULL);
-        bool has_room = outbox_has_room(engine), stepped = !stop && has_room && step(engine);
+        if (!engine->is_ahead) {
+            stop = atomic_load(&engine->stop); /* before the inbox: what was submitted before the stop is seen */
+            drain_inbox(engine);
+            while (stop && engine->requests.oldest) for_choices(engine, engine->requests.oldest, ENGINE_ALL_CHOICES, abort_choice, NULL);
+        }
+        bool has_room = engine->is_ahead || outbox_has_room(engine, engine->sizes.draws), stepped = !stop && has_room && step(engine);
         engine_publish(engine);
         atomic_store_explicit(&engine->progress_ns, clock_now_ns(), memory_order_relaxed);
         if (engine->must_wake && engine->hooks.wake) engine->hooks.wake(engine->hooks.context);

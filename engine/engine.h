@@ -3,7 +3,8 @@
  * Threads: engine_start, engine_stop: any one thread, not concurrently. engine_submit, engine_abort, engine_poll: the loop thread. engine_stats, engine_alive: any.
  * wake(context) is called on the engine thread, at most once a step, when events wait; it must only signal (uv_async_send).
  *
- * One step: drain inbox -> compress what is due -> plan -> block copies -> submit -> sync -> commit -> post. Idle, the thread sleeps until the inbox is written.
+ * One step: drain inbox -> compress what is due -> plan -> block copies -> submit -> sync -> commit -> post. While sequences only decode, the next step is planned and submitted before the sync
+ * (config.run_ahead). Idle, the thread sleeps until the inbox is written.
  *
  * Ownership: a struct request belongs to the loop until engine_submit returned true, then to the engine until the loop took the terminal event of its last choice, then to the
  * loop again, which frees it. Every choice gets exactly one terminal event (finish != FINISH_NONE), aborted ones too. */
@@ -89,6 +90,7 @@ struct engine_stats {
     uint64_t blocks_total, blocks_used, blocks_cached;
     uint64_t block_bytes;
     uint64_t steps, preemptions, forks, blocks_copied, chunks;
+    uint64_t steps_ahead, rows_for_nothing; /* steps submitted before the results of the one before were there; rows of them whose choice ended with that one */
     uint64_t prefix_queries, prefix_hits, prefix_partial_hits, prefix_evictions; /* tokens, tokens, admissions, entries */
     uint64_t prompt_tokens, generation_tokens;                                   /* computed prompt rows (cached ones not counted); sampled tokens */
     uint64_t step_rows_bucket[14]; /* histogram le 1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf (not cumulative) */

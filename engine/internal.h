@@ -76,12 +76,24 @@ struct batch_builder {
     bool *ended;                        /* [max_draws] */
     enum finish *finishes;              /* [max_draws] */
     uint32_t n_draws;
+    bool penalizes; /* a draw looks at tokens drawn before */
     uint32_t max_rows, max_sequences, max_samples, max_draws;
 };
 
 void batch_builder_init(struct batch_builder *builder, uint32_t max_rows, uint32_t max_sequences, uint32_t max_samples, uint32_t max_draws);
 void batch_builder_done(struct batch_builder *builder);
-void batch_build(struct batch_builder *builder, const struct requests *requests, const struct plan *plan);
+/* before: what the plan's tokens are drawn by, where it is one of scheduler_plan_ahead; else not looked at. */
+void batch_build(struct batch_builder *builder, const struct batch_builder *before, const struct requests *requests, const struct plan *plan);
+
+/* A step from its plan to its events. */
+struct flight {
+    const struct plan *plan;
+    struct batch_builder builder;
+    bool decodes; /* every sequence takes in one token of its answer */
+    uint32_t n_rows, blocks_used;
+    enum status status; /* of its submit, then of its sync */
+    struct error error;
+};
 
 /* ---- compression: engine thread ---- */
 
@@ -179,12 +191,16 @@ struct engine {
     pthread_t thread;
     struct scheduler *scheduler;
     struct requests requests;
-    struct batch_builder builder;
+    struct flight flights[2];
+    uint32_t current; /* of flights: the step that ends next, or ended last */
+    bool is_ahead;    /* flights[current] is under way, as it ran ahead */
+    bool runs_ahead;  /* steps may: backend and configuration allow it */
     struct compress compress;
     struct engine_stats stats;
-    bool rested;      /* the last step left no request */
-    bool must_wake;   /* events were posted since the last wake */
-    bool times_steps; /* they take what a step takes: the scheduler hears of it */
+    uint64_t counted_ns; /* until when time is in stats.busy_ns, while steps run */
+    bool rested;         /* the last step left no request */
+    bool must_wake;      /* events were posted since the last wake */
+    bool times_steps;    /* they take what a step takes: the scheduler hears of it */
 };
 
 /* engine_start below `ops` rather than the backend that the config names. */

@@ -156,12 +156,13 @@ static void add_fixed_lines(const struct backend_ops *ops, const struct config *
     uint32_t n = backend_lines(ops, config, program, plan, lines);
     for (uint32_t i = 0; i < n; i++) add_line(plan, &lines[i]);
     struct engine_sizes sizes = engine_sizes(plan, config);
-    add_host_line(plan, "sequences", plan->max_sequences, sizeof(struct batch_sequence) + 2 * sizeof(uint32_t));
+    /* Of two steps. */
+    add_host_line(plan, "sequences", plan->max_sequences, 2 * (sizeof(struct batch_sequence) + 2 * sizeof(uint32_t)));
     add_host_line(plan, "choices", plan->max_choices, requests_bytes_per_choice());
     add_host_line(plan, "compression", 1, compress_bytes(plan, program));
-    add_host_line(plan, "rows", plan->max_rows, 2 * sizeof(int32_t));
-    add_host_line(plan, "samples", sizes.samples, sizeof(struct sample) + sizeof(struct sample_result));
-    add_host_line(plan, "draws", sizes.draws, sizeof(struct draw) + sizeof(enum finish) + sizeof(bool));
+    add_host_line(plan, "rows", plan->max_rows, 2 * 2 * sizeof(int32_t));
+    add_host_line(plan, "samples", sizes.samples, 2 * (sizeof(struct sample) + sizeof(struct sample_result)));
+    add_host_line(plan, "draws", sizes.draws, 2 * (sizeof(struct draw) + sizeof(enum finish) + sizeof(bool)));
     add_host_line(plan, "inbox", mailbox_places(sizes.inbox), sizeof(struct letter));
     add_host_line(plan, "outbox", mailbox_places(sizes.outbox), sizeof(struct posted));
 }

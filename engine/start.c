@@ -74,7 +74,9 @@ static enum status open_engine(struct birth *birth) {
     requests_init(&engine->requests, plan->max_choices);
     compress_init(&engine->compress, engine->backend, birth->config, birth->model, plan);
     engine->stats = (struct engine_stats){.n_layers = birth->program->n_layers}; /* the steps that fitted the cost waited too */
-    batch_builder_init(&engine->builder, plan->max_rows, plan->max_sequences, engine->sizes.samples, engine->sizes.draws);
+    for (uint32_t i = 0; i < 2; i++)
+        batch_builder_init(&engine->flights[i].builder, plan->max_rows, plan->max_sequences, engine->sizes.samples, engine->sizes.draws);
+    engine->runs_ahead = birth->config->run_ahead && engine->backend->takes_two;
     (void)snprintf(engine->description, sizeof engine->description, "%s, kv %s", engine->backend->ops->describe(engine->backend),
                    kv_dtype_name(plan->kv_dtype));
     return STATUS_OK;
@@ -106,7 +108,7 @@ static int start_thread(struct engine *engine, struct birth *birth) {
 
 static void free_engine(struct engine *engine) {
     scheduler_free(engine->scheduler);
-    batch_builder_done(&engine->builder);
+    for (uint32_t i = 0; i < 2; i++) batch_builder_done(&engine->flights[i].builder);
     requests_done(&engine->requests);
     compress_done(&engine->compress);
     mailbox_done(&engine->inbox);

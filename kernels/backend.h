@@ -70,7 +70,7 @@ struct batch_sequence {
 
 struct batch {
     uint32_t n_rows, n_sequences, n_samples;
-    const int32_t *tokens;     /* [n_rows] 0 <= token < n_vocab (checked by the engine) */
+    const int32_t *tokens;     /* [n_rows] 0 <= token < n_vocab (checked by the engine); or, while the step before is in flight, -1 - i: the token that its sample i draws */
     const int32_t *positions;  /* [n_rows] sequence position, for RoPE */
     const struct batch_sequence *sequences;
     const uint32_t *block_ids; /* the table arena */
@@ -126,12 +126,13 @@ struct backend_ops {
     /* One line for the log and `bench`: "cpu avx512bf16, 2 threads". Valid while the backend lives. */
     const char *(*describe)(const struct backend *backend);
 
-    /* Runs one step. The arrays of `batch` must stay until sync returns. */
+    /* Runs one step. `batch` and its arrays must stay until sync returns; what its sequences point to (table arena, lane_first, lane_tokens) is read in submit alone where
+     * backend.takes_two. There a second step may be submitted before the first one's sync; it runs after it. If that fails, the first is still in flight. */
     enum status (*submit)(struct backend *backend, const struct batch *batch, struct error *error);
-    /* Waits for the step; results[i] answers batch.samples[i]. */
+    /* Waits for the older step in flight; results[i] answers batch.samples[i]. If it fails, a second one is still in flight. */
     enum status (*sync)(struct backend *backend, struct sample_result *results, struct error *error);
 
-    /* KV services, between steps. */
+    /* KV services, while no step is in flight. */
     /* Whole blocks: block destination[i] becomes a copy of block source[i] (K, V, metadata). */
     void (*copy_blocks)(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
     /* Could rows go on right behind these blocks, each the last or the last but one of its lane? KIVI dtypes: if it still has them in full precision, which it then does until the next submit,
@@ -172,6 +173,7 @@ struct backend_ops {
 struct backend {
     const struct backend_ops *ops;
     struct ranking *ranking; /* of backends that compute on the host (kernels/select.h); NULL: limits.rank_slots is 0 */
+    bool takes_two;    /* steps: one may run ahead of the host. It then draws by nothing the host has yet to see: no sample of it penalizes (sampling_penalizes) */
     bool joins_blocks; /* a KIVI dtype: slots of a block that the next row reads as codes stay or go together (select_join) */
 };
 

@@ -35,6 +35,11 @@ struct sampling {
     const int32_t *banned;
 };
 
+/* Does what is drawn depend on `history` of the sample? */
+static inline bool sampling_penalizes(const struct sampling *s) {
+    return s->repetition_penalty != 1 || s->presence_penalty != 0 || s->frequency_penalty != 0;
+}
+
 struct sample_result {
     int32_t token;
     float logprob; /* of `token`, log_softmax of the raw logits; 0 if n_top < 0 */

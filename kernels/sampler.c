@@ -96,7 +96,7 @@ static void report_top(const float *logits, uint32_t n, float best, double log_t
 /* Presence, frequency and repetition: each token once, however often it occurs. marks[token] = generated occurrences * 2 + occurs at all. */
 static void penalize(const struct sample *sample, float *logits, uint32_t n, uint32_t *marks) {
     const struct sampling *s = sample->sampling;
-    if (s->repetition_penalty == 1 && s->presence_penalty == 0 && s->frequency_penalty == 0) return;
+    if (!sampling_penalizes(s)) return;
     memset(marks, 0, n * sizeof *marks);
     for (uint32_t i = 0; i < sample->n_history; i++) {
         uint32_t token = (uint32_t)sample->history[i];

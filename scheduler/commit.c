@@ -4,7 +4,7 @@
 #include "scheduler/internal.h"
 
 /* Full runs of a sequence that nothing was evicted from join the prefix cache. */
-void join_prefix_cache(struct scheduler *s, uint32_t i) {
+static void join_prefix_cache(struct scheduler *s, uint32_t i) {
     struct choice *choice = &s->choices[i];
     const struct request *request = request_of(s, choice);
     while (choice->joins && !choice->evicted && (choice->n_runs + 1) * BLOCK_TOKENS <= choice->n_computed) {
@@ -57,7 +57,7 @@ static void end_without_tokens(struct scheduler *s, uint32_t leader) {
 
 /* A step that was held up by something else moves the ratio by no more than half the way to its double. */
 void scheduler_took(struct scheduler *s, double us) {
-    CHECK(!s->planned);
+    CHECK(s->n_planned == 0);
     double *ratio = &s->stats.cost_ratio, measured = s->planned_us > 0 ? us / s->planned_us : *ratio;
     if (!(measured > *ratio / 2)) measured = *ratio / 2;
     if (measured > *ratio * 2) measured = *ratio * 2;
@@ -66,29 +66,60 @@ void scheduler_took(struct scheduler *s, double us) {
     if (*ratio > SCHEDULER_COST_RATIO_MAX) *ratio = SCHEDULER_COST_RATIO_MAX;
 }
 
-void scheduler_commit(struct scheduler *s, const bool *ended) {
-    CHECK(s->planned);
-    s->planned = false;
-    s->stats.steps++;
-    for (uint32_t c = 0; c < s->n_copies; c++) block_pool_give(&s->pool, s->copy_source[c]);
-    s->stats.blocks_copied += s->n_copies;
-    uint32_t sample = 0;
-    for (uint32_t e = 0; e < s->plan.n_entries; e++) {
-        const struct plan_entry *entry = &s->entries[e];
-        uint32_t i = s->entry_choice[e], request = s->choices[i].request;
-        struct choice *choice = &s->choices[i];
-        table_fill(&s->tables, choice->table, entry->n_rows);
-        choice->n_computed += entry->n_rows;
-        s->stats.chunks += entry->n_rows > 1 && choice->n_computed < choice->n_tokens;
-        join_prefix_cache(s, i);
-        bool leads = choice->index == 0 && choice->n_tokens == s->requests[request].asked.n_prompt && choice->n_computed == choice->n_tokens;
-        if (leads && s->requests[request].asked.max_new == 0)
-            end_without_tokens(s, i);
-        else if (leads)
-            end_of_prompt(s, i, ended + sample);
-        else if (entry->n_samples)
-            next_token(s, i, ended[sample]);
-        sample += entry->n_samples;
-        request_settle(s, request);
+void plan_advance(struct scheduler *s) {
+    struct plan *plan = &s->plans[s->current];
+    const uint32_t *choices = plan_choices(s, s->current);
+    if (plan->advanced) return;
+    plan->advanced = true;
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        if (choices[e] == NONE) continue;
+        struct choice *choice = &s->choices[choices[e]];
+        table_fill(&s->tables, choice->table, plan->entries[e].n_rows);
+        choice->n_computed += plan->entries[e].n_rows;
+        s->stats.chunks += plan->entries[e].n_rows > 1 && choice->n_computed < choice->n_tokens;
+        join_prefix_cache(s, choices[e]);
     }
+}
+
+/* What is drawn for an entry of the plan. */
+static void settle(struct scheduler *s, const struct plan_entry *entry, uint32_t i, const bool *ended) {
+    const struct choice *choice = &s->choices[i];
+    const struct scheduler_request *asked = &request_of(s, choice)->asked;
+    uint32_t request = choice->request;
+    bool leads = choice->index == 0 && choice->n_tokens == asked->n_prompt && choice->n_computed == choice->n_tokens;
+    if (leads && asked->max_new == 0)
+        end_without_tokens(s, i);
+    else if (leads)
+        end_of_prompt(s, i, ended);
+    else if (entry->n_samples)
+        next_token(s, i, ended[0]);
+    request_settle(s, request);
+}
+
+/* Who ended with this plan has nothing to look for in the one that runs ahead. */
+static void note_over(struct scheduler *s, uint32_t which) {
+    struct plan_entry *entries = plan_entries(s, which);
+    uint32_t *choices = plan_choices(s, which);
+    for (uint32_t e = 0; e < s->plans[which].n_entries; e++) {
+        if (s->choices[choices[e]].state == CHOICE_RUNNING) continue;
+        entries[e].over = true;
+        choices[e] = NONE;
+    }
+}
+
+void scheduler_commit(struct scheduler *s, const bool *ended) {
+    CHECK(s->n_planned > 0);
+    const struct plan *plan = &s->plans[s->current];
+    const uint32_t *choices = plan_choices(s, s->current);
+    plan_advance(s);
+    s->stats.steps++;
+    for (uint32_t c = 0; c < plan->n_copies; c++) block_pool_give(&s->pool, s->copy_source[c]);
+    s->stats.blocks_copied += plan->n_copies;
+    uint32_t sample = 0;
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        if (choices[e] != NONE) settle(s, &plan->entries[e], choices[e], ended + sample);
+        sample += plan->entries[e].n_samples;
+    }
+    s->current ^= 1;
+    if (--s->n_planned > 0) note_over(s, s->current);
 }

@@ -50,7 +50,7 @@ static bool was_pressed(const struct choice *choice) {
 }
 
 bool scheduler_next_due(struct scheduler *s, struct scheduler_due *due) {
-    CHECK(!s->planned && s->due == NONE);
+    CHECK(s->n_planned == 0 && s->due == NONE);
     for (uint32_t at = 0; at < s->n_running; at++) {
         struct choice *choice = &s->choices[s->running[at]];
         if (!choice_is_due(s, choice)) continue;
@@ -248,7 +248,7 @@ bool scheduler_own_first(struct scheduler *s, const struct scheduler_due *due, u
 }
 
 bool scheduler_press(struct scheduler *s, bool (*may)(void *context, void *owner), void *context) {
-    CHECK(!s->planned && s->due == NONE);
+    CHECK(s->n_planned == 0 && s->due == NONE);
     struct choice *longest = NULL;
     for (uint32_t at = 0; at < s->n_running; at++) {
         struct choice *choice = &s->choices[s->running[at]];

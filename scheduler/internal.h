@@ -80,10 +80,12 @@ struct scheduler {
     uint32_t *copy_source, *copy_destination; /* [max_sequences * n_lanes] of the plan; each source has one more owner until the commit */
     uint32_t *copy_choice;                    /* [max_sequences * n_lanes] the fork it is for */
     uint32_t n_copies;
-    struct plan_entry *entries;
-    uint32_t *entry_choice; /* [max_sequences] */
-    struct plan plan;
-    bool planned; /* a plan with entries waits for its commit */
+    /* Plans in turn: plans[current] is the last one, or the older of two; each has its half of the arrays. */
+    struct plan plans[2];
+    struct plan_entry *entries;  /* [2 * max_sequences] */
+    uint32_t *entry_choice;      /* [2 * max_sequences]; NONE: over */
+    uint32_t current, n_planned; /* n_planned: plans with entries that wait for their commit */
+    bool is_full;                /* the last scheduler_plan left nobody waiting whom it could have admitted */
     uint64_t now_ns;
     uint64_t preemptions_before; /* stats.preemptions at the end of the last plan */
     double planned_us;           /* what the model says of the last plan; 0: it was no step in which some read while others decode */
@@ -98,6 +100,8 @@ struct scheduler {
 };
 
 static inline struct request *request_of(struct scheduler *s, const struct choice *choice) { return &s->requests[choice->request]; }
+static inline struct plan_entry *plan_entries(struct scheduler *s, uint32_t which) { return s->entries + (size_t)which * s->limits.max_sequences; }
+static inline uint32_t *plan_choices(struct scheduler *s, uint32_t which) { return s->entry_choice + (size_t)which * s->limits.max_sequences; }
 static inline uint32_t choice_limit(const struct request *request) { return request->asked.n_prompt + request->asked.max_new; }
 static inline uint32_t blocks_for(uint32_t tokens) { return tokens / BLOCK_TOKENS + (tokens % BLOCK_TOKENS != 0); }
 
@@ -132,4 +136,6 @@ uint32_t choice_peak_tokens(struct scheduler *s,
 
 /* plan.c */
 void fork_pending(struct scheduler *s);
-void join_prefix_cache(struct scheduler *s, uint32_t choice);
+
+/* commit.c */
+void plan_advance(struct scheduler *s); /* the rows of plans[current] are in the cache: unless that was done */

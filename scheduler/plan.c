@@ -1,4 +1,4 @@
-/* The plan: forks that wait, decode rows, chunks of those catching up, admission. See scheduler.h for the rules, internal.h for the states. */
+/* The plan: forks that wait, decode rows, chunks of those catching up, admission; and the plan that runs ahead. See scheduler.h for the rules, internal.h for the states. */
 #include <math.h>
 #include <string.h>
 
@@ -6,6 +6,9 @@
 
 struct builder {
     struct scheduler *s;
+    struct plan *plan;
+    struct plan_entry *entries;
+    uint32_t *entry_choice;
     uint32_t rows_left, samples_left;
     double cost_us;
     bool decoding;  /* somebody decodes in this step: chunks are bounded by cost */
@@ -24,31 +27,34 @@ static double cost_of(const struct step_cost *cost, uint32_t n_computed, uint32_
     return n_rows * (cost->per_row_us + cost->per_row_context_us * (n_computed + n_rows / 2.0));
 }
 
-static void add_entry(struct builder *b, uint32_t i, uint32_t n_rows) {
+/* drawn_by: the sample of the plan before that draws the row's token, one more than are known; NONE: all are known. */
+static void add_entry(struct builder *b, uint32_t i, uint32_t n_rows, uint32_t drawn_by) {
     struct scheduler *s = b->s;
     struct choice *choice = &s->choices[i];
     struct request *request = request_of(s, choice);
-    bool reaches = choice->n_computed + n_rows == choice->n_tokens;
-    struct plan_entry *entry = &s->entries[s->plan.n_entries];
+    uint32_t n_tokens = choice->n_tokens + (drawn_by != NONE);
+    bool reaches = choice->n_computed + n_rows == n_tokens;
+    struct plan_entry *entry = &b->entries[b->plan->n_entries];
     *entry = (struct plan_entry){.owner = request->asked.owner,
                                  .request_id = request->asked.id,
                                  .choice = choice->index,
                                  .first_token = choice->n_computed,
                                  .n_rows = n_rows,
-                                 .n_tokens = choice->n_tokens,
+                                 .n_tokens = n_tokens,
                                  .n_samples = reaches ? samples_at_end(s, choice) : 0,
                                  .cached_tokens = choice->cached_tokens,
                                  .preemptions = choice->n_preemptions,
                                  .first_run = !request->started,
                                  .ring = choice->ring,
+                                 .drawn_by = drawn_by,
                                  .table = choice->table,
                                  .table_changes = s->tables.changes[choice->table],
                                  .lane_first = table_lane_first(&s->tables, choice->table),
                                  .lane_tokens = table_lane_tokens(&s->tables, choice->table)};
-    s->entry_choice[s->plan.n_entries++] = i;
+    b->entry_choice[b->plan->n_entries++] = i;
     request->started = true;
-    s->plan.n_rows += n_rows;
-    s->plan.n_samples += entry->n_samples;
+    b->plan->n_rows += n_rows;
+    b->plan->n_samples += entry->n_samples;
     b->rows_left -= n_rows;
     b->samples_left -= entry->n_samples;
     b->cost_us += cost_of(&s->limits.cost, choice->n_computed, n_rows);
@@ -105,7 +111,7 @@ static void plan_row(struct builder *b, uint32_t i) {
     }
     choice->skipped_since = 0;
     b->decoding = b->decoding || choice->n_tokens > request_of(s, choice)->asked.n_prompt;
-    add_entry(b, i, 1);
+    add_entry(b, i, 1, NONE);
 }
 
 /* Who was passed over longest goes first, so that a prompt's end that draws many samples does not wait for ever behind rows that draw one each. */
@@ -153,7 +159,7 @@ static void plan_chunk(struct builder *b, uint32_t i) {
     }
     if (rows == 0) return; /* younger ones wait for blocks; the oldest has its row reserved */
     CHECK(table_append(&s->tables, choice->table, rows));
-    add_entry(b, i, rows);
+    add_entry(b, i, rows, NONE);
     b->one_chunk = false;
 }
 
@@ -263,16 +269,16 @@ static bool admit(struct builder *b) {
     take_hit(s, choice, hit);
     choice->n_copies = (uint32_t)copies;
     running_insert(s, i);
-    const uint32_t n_entries = s->plan.n_entries;
+    const uint32_t n_entries = b->plan->n_entries;
     if (is_behind(s, choice))
         plan_chunk(b, i);
     else if (lacks_one(s, choice) && samples_at_end(s, choice) <= b->samples_left &&
              blocks_available(s, table_missing(&s->tables, choice->table, 1))) {
         CHECK(table_append(&s->tables, choice->table, 1));
-        add_entry(b, i, 1);
+        add_entry(b, i, 1, NONE);
         b->one_chunk = false;
     }
-    if (s->limits.resumes && hit.n_runs > 0 && s->plan.n_entries == n_entries) { /* what resumes now need not resume later */
+    if (s->limits.resumes && hit.n_runs > 0 && b->plan->n_entries == n_entries) { /* what resumes now need not resume later */
         choice_preempt(s, i);
         return false;
     }
@@ -351,27 +357,88 @@ static void drop_copies(struct scheduler *s) {
     s->n_copies = kept;
 }
 
+static struct builder begin(struct scheduler *s, uint32_t which) {
+    s->plans[which] = (struct plan){
+        .entries = plan_entries(s, which), .block_ids = s->tables.ids, .copy_source = s->copy_source, .copy_destination = s->copy_destination};
+    return (struct builder){.s = s,
+                            .plan = &s->plans[which],
+                            .entries = plan_entries(s, which),
+                            .entry_choice = plan_choices(s, which),
+                            .rows_left = s->limits.max_rows,
+                            .samples_left = s->limits.max_samples,
+                            .cost_us = s->limits.cost.fixed_us,
+                            .one_chunk = true};
+}
+
 const struct plan *scheduler_plan(struct scheduler *s, uint64_t now_ns) {
-    CHECK(!s->planned && s->due == NONE);
-    struct builder b = {
-        .s = s, .rows_left = s->limits.max_rows, .samples_left = s->limits.max_samples, .cost_us = s->limits.cost.fixed_us, .one_chunk = true};
+    CHECK(s->n_planned == 0 && s->due == NONE);
+    struct builder b = begin(s, s->current);
+    uint64_t preemptions = s->stats.preemptions;
     s->now_ns = now_ns;
-    s->plan =
-        (struct plan){.entries = s->entries, .block_ids = s->tables.ids, .copy_source = s->copy_source, .copy_destination = s->copy_destination};
     s->n_copies = 0;
+    s->is_full = false;
     fork_pending(s);
     reserve_decode(s);
     plan_decode(&b);
     plan_chunks(&b);
     bool preempted = s->stats.preemptions > s->preemptions_before; /* by this plan, or by scheduler_own_first since the one before */
     while (b.rows_left > 0 && (!preempted || s->n_running == 0) && rows_within_cost(&b, 0) > 0)
-        if (!admit(&b)) break;
+        if (!admit(&b)) {
+            s->is_full = s->stats.preemptions == preemptions && b.one_chunk; /* not for want of cost, nor by giving back what it took */
+            break;
+        }
     drop_copies(s);
-    CHECK(s->plan.n_entries > 0 || s->n_copies == 0); /* a fork that keeps its blocks has a row */
-    s->plan.n_copies = s->n_copies;
+    CHECK(b.plan->n_entries > 0 || s->n_copies == 0); /* a fork that keeps its blocks has a row */
+    b.plan->n_copies = s->n_copies;
     s->preemptions_before = s->stats.preemptions;
     s->freed_since_plan = 0;
-    s->planned = s->plan.n_entries > 0;
+    s->n_planned = b.plan->n_entries > 0;
     s->planned_us = b.decoding && !b.one_chunk ? b.cost_us : 0;
-    return &s->plan;
+    return b.plan;
+}
+
+/* ---- one step ahead ---- */
+
+/* Of a row that draws its choice's last token nothing follows. */
+static bool is_last(struct scheduler *s, const struct plan_entry *entry, uint32_t i) {
+    return entry->n_tokens + 1 == choice_limit(request_of(s, &s->choices[i]));
+}
+
+/* By the last plan alone. Whoever waits could not be admitted by the last scheduler_plan (is_full), and cannot be now, as long as nobody has ended since. */
+static bool may_run_ahead(struct scheduler *s) {
+    const struct plan *plan = &s->plans[s->current];
+    const uint32_t *choices = plan_choices(s, s->current);
+    uint32_t n_running = 0, n_go_on = 0;
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        const struct plan_entry *entry = &plan->entries[e];
+        if (choices[e] == NONE) continue;
+        const struct choice *choice = &s->choices[choices[e]];
+        if (choice->state != CHOICE_RUNNING || choice->silent || entry->n_rows != 1 || entry->n_samples != 1) return false;
+        if (entry->first_token < request_of(s, choice)->asked.n_prompt) return false;
+        n_running++;
+        n_go_on += !is_last(s, entry, choices[e]);
+    }
+    if (plan->n_copies > 0 || n_running != s->n_running || n_go_on == 0) return false;
+    return s->n_waiting == 0 || (s->is_full && n_go_on == plan->n_entries);
+}
+
+const struct plan *scheduler_plan_ahead(struct scheduler *s) {
+    CHECK(s->n_planned == 1 && s->due == NONE);
+    const struct plan *plan = &s->plans[s->current];
+    const uint32_t *choices = plan_choices(s, s->current);
+    if (!may_run_ahead(s)) return NULL;
+    plan_advance(s);
+    for (uint32_t e = 0; e < plan->n_entries; e++)
+        if (choices[e] != NONE && !is_last(s, &plan->entries[e], choices[e]) && choice_is_due(s, &s->choices[choices[e]])) return NULL;
+    struct builder b = begin(s, s->current ^ 1);
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        if (choices[e] == NONE || is_last(s, &plan->entries[e], choices[e])) continue;
+        uint32_t table = s->choices[choices[e]].table;
+        if (!blocks_available(s, table_missing(&s->tables, table, 1))) return NULL; /* what others got stays listed for their next rows */
+        CHECK(table_append(&s->tables, table, 1));
+        add_entry(&b, choices[e], 1, e);
+    }
+    s->n_planned++;
+    s->planned_us = 0;
+    return b.plan;
 }

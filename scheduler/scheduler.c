@@ -27,8 +27,8 @@ static uint32_t bucket_count(const struct scheduler_limits *limits) {
     ARRAY(copy_source, limits->max_sequences, limits->n_lanes) \
     ARRAY(copy_destination, limits->max_sequences, limits->n_lanes) \
     ARRAY(copy_choice, limits->max_sequences, limits->n_lanes) \
-    ARRAY(entries, limits->max_sequences) \
-    ARRAY(entry_choice, limits->max_sequences) \
+    ARRAY(entries, limits->max_sequences, 2) \
+    ARRAY(entry_choice, limits->max_sequences, 2) \
     ARRAY(moves, limits->n_lanes) \
     ARRAY(move_source, limits->n_lanes, scheduler_table_blocks(limits)) \
     ARRAY(move_destination, limits->n_lanes, scheduler_table_blocks(limits)) \
@@ -125,6 +125,7 @@ bool scheduler_add(struct scheduler *s, const struct scheduler_request *asked) {
         last = choice;
     }
     waiting_insert(s, request->first_choice);
+    s->is_full = false;
     return true;
 }
 
@@ -139,9 +140,9 @@ static uint32_t live_choice(const struct scheduler *s, uint64_t id, uint32_t ind
 }
 
 bool scheduler_abort(struct scheduler *s, uint64_t id, uint32_t index) {
-    CHECK(!s->planned && s->due == NONE);
     uint32_t i = live_choice(s, id, index);
     if (i == NONE) return false;
+    CHECK(s->n_planned == 0 && s->due == NONE);
     uint32_t request = s->choices[i].request;
     choice_end(s, i);
     request_settle(s, request);

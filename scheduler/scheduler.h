@@ -17,7 +17,11 @@
  * scheduler_dropped): lanes get shorter, whole blocks come free, and the plan that follows admits with them. A preempted sequence reads up to the same points again. Sequence position
  * (n_computed) and lane lengths are separate counters everywhere.
  *
- * One thread. Allocates in scheduler_new only. All arrays a plan points to are the scheduler's and stay until the next scheduler_plan. */
+ * One step may run ahead of the host: while a plan is carried out, scheduler_plan_ahead gives the next one, for the same sequences, whose tokens that step will only have drawn by the time
+ * they are needed. It counts the rows of the first as filled at once, which needs no results; scheduler_commit, which does, then ends whom it ends. Whoever has a row in the second plan
+ * nevertheless has it in a block of his own that is not full, which no other reads: his blocks go back at once, and whoever gets them writes them in a later step.
+ *
+ * One thread. Allocates in scheduler_new only. All arrays a plan points to are the scheduler's and stay until the second scheduler_plan or scheduler_plan_ahead after it. */
 #pragma once
 
 #include <stdbool.h>
@@ -90,6 +94,8 @@ struct plan_entry {
     uint32_t preemptions;          /* of this choice, so far */
     bool first_run;                /* the request's first rows ever are in this step */
     uint32_t ring;                 /* 0: none */
+    uint32_t drawn_by;             /* in a plan of scheduler_plan_ahead: the sample of the plan before that draws its only row's token; else UINT32_MAX */
+    bool over;                     /* likewise: the choice ended with the plan before. Its row is for nothing, its sample nobody's, and `owner` may be gone */
     uint32_t table, table_changes; /* table < max_sequences. Where both are those of an earlier plan, the ids listed then are still the first ones listed, and all lanes have
                                       grown by the same number of slots; changes is never 0 */
     const uint32_t *lane_first;    /* [n_lanes] index in plan.block_ids of the lane's first block */
@@ -104,6 +110,7 @@ struct plan {
     /* Block copies (last partial blocks of forks) to carry out before the rows run. None in a plan without entries. */
     uint32_t n_copies;
     const uint32_t *copy_source, *copy_destination;
+    bool advanced; /* its rows are counted as filled already: lane_tokens of its entries have them */
 };
 
 struct scheduler_stats {
@@ -140,8 +147,14 @@ bool scheduler_add(struct scheduler *scheduler, const struct scheduler_request *
 /* The next step. n_entries == 0: nothing to do until something is added (or admission no longer held, or what is due dealt with). Every plan that has entries must be committed. */
 const struct plan *scheduler_plan(struct scheduler *scheduler, uint64_t now_ns);
 
-/* Closes the step: ended[i] answers sample i of the plan (entry order, choices ascending within an entry): true = that choice is over after this token (stop token).
- * The scheduler itself ends a choice that reached n_prompt + max_new tokens. ended_by_length: the caller knows it by the same count. */
+/* The step after the last plan, before that is committed: one row for each of its sequences, but for those that the last plan ends by their length. NULL: it may not run ahead, or would be
+ * empty; nothing is lost by asking. It may where the last plan has one row and one sample for every running sequence, past its prompt, and no copies; where nobody is due after it; where
+ * blocks for the next rows are there; and where nobody waits who could be admitted. It is committed after the last plan, which must be committed before anything is planned after it.
+ * Until it is committed, nothing may be aborted, compressed, pressed or planned but by this. */
+const struct plan *scheduler_plan_ahead(struct scheduler *scheduler);
+
+/* Closes the step, the older of two: ended[i] answers sample i of the plan (entry order, choices ascending within an entry): true = that choice is over after this token (stop token).
+ * The scheduler itself ends a choice that reached n_prompt + max_new tokens. ended_by_length: the caller knows it by the same count. Of entries that are over it is not looked at. */
 void scheduler_commit(struct scheduler *scheduler, const bool *ended);
 
 /* How long the step that was just committed took. Where prompts were read in it beside sequences that decode, the plans to come count on the ratio between that and the model's

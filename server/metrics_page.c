@@ -149,6 +149,8 @@ static void engine_metrics(struct page *page, const struct metrics_view *view) {
     single(page, "kvasir_blocks_copied_total", "counter", "Blocks copied for a fork.", (double)engine->blocks_copied);
     single(page, "kvasir_prompt_chunks_total", "counter", "Chunks in which prompts were read.", (double)engine->chunks);
     single(page, "kvasir_steps_total", "counter", "Steps of the engine.", (double)engine->steps);
+    single(page, "kvasir_steps_ahead_total", "counter", "Steps that began before the results of the one before were read.",
+           (double)engine->steps_ahead);
     single(page, "kvasir_step_busy_seconds_total", "counter", "Time in steps.", (double)engine->busy_ns / 1e9);
     single(page, "kvasir_step_cost_ratio", "gauge",
            "Time of steps that read prompts beside running streams over what was expected of them at the start; chunks follow it.",

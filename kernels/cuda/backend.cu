@@ -157,7 +157,7 @@ static uint32_t cuda_memory_plan(const struct program *program, const struct bac
     lay_out_rings(&counted->cuda, &rings);
     lay_out_scratch(&counted->cuda, &scratch);
     residual_lay_out(&counted->cuda, &residual);
-    const size_t pinned = counted->cuda.staging_bytes + tables_pinned_bytes() + services_pinned_bytes(&counted->cuda) + sampling_pinned_bytes(&counted->cuda) + residual_pinned_bytes(&counted->cuda);
+    const size_t pinned = FLIGHTS * counted->cuda.staging_bytes + tables_pinned_bytes() + services_pinned_bytes(&counted->cuda) + sampling_pinned_bytes(&counted->cuda) + residual_pinned_bytes(&counted->cuda);
     const struct memory_line all[] = {{"weights", 1, weights.used}, {"scratch", 1, scratch.used}, {"query rings", 1, rings.used}, {"pinned", 1, pinned, true}, {"KV residual", 1, residual.used}};
     free(counted->cuda.layers);
     free(counted);
@@ -193,7 +193,10 @@ static void cuda_close(struct backend *backend) {
     products_close(cuda);
     struct device_arena *arenas[] = {&own->weights, &own->pool, &own->rings, &own->scratch};
     for (size_t i = 0; i < sizeof arenas / sizeof *arenas; i++) (void)cudaFree(arenas[i]->base);
-    (void)cudaFreeHost(cuda->staging_host);
+    for (int i = 0; i < FLIGHTS; i++) {
+        (void)cudaFreeHost(cuda->flights[i].staging);
+        if (cuda->flights[i].done) (void)cudaEventDestroy(cuda->flights[i].done);
+    }
     tables_close(cuda);
     if (cuda->stream) (void)cudaStreamDestroy(cuda->stream);
     free(cuda->layers);
@@ -237,10 +240,15 @@ static enum status open_memory(struct cuda *cuda, struct error *error) {
     CUDA_TRY(error, cudaMemsetAsync(own->pool.base, 0, own->pool.used, cuda->stream)); /* finite */
     CUDA_TRY(error, cudaMemsetAsync(own->rings.base, 0, own->rings.used, cuda->stream));
     CUDA_TRY(error, cudaMemsetAsync(own->scratch.base, 0, own->scratch.used, cuda->stream));
-    CUDA_TRY(error, cudaMallocHost(&cuda->staging_host, cuda->staging_bytes));
-    memset(cuda->staging_host, 0, cuda->staging_bytes);
+    for (int i = 0; i < FLIGHTS; i++) {
+        struct step_flight *flight = &cuda->flights[i];
+        CUDA_TRY(error, cudaMallocHost(&flight->staging, cuda->staging_bytes));
+        CUDA_TRY(error, cudaEventCreateWithFlags(&flight->done, cudaEventDisableTiming));
+        memset(flight->staging, 0, cuda->staging_bytes);
+        (void)lay_out_view(cuda, &flight->host, (uint8_t *)flight->staging);
+    }
+    cuda->host = cuda->flights[0].host;
     uint32_t *lane_tokens = cuda->dev.lane_tokens;
-    (void)lay_out_view(cuda, &cuda->host, (uint8_t *)cuda->staging_host);
     (void)lay_out_view(cuda, &cuda->dev, (uint8_t *)cuda->staging_device);
     cuda->dev.lane_tokens = lane_tokens;
     CUDA_TRY(error, cudaMemcpyAsync(cuda->rope_frequency, cuda->program->rope_frequency, cuda->program->rope_dims / 2 * sizeof(double), cudaMemcpyHostToDevice, cuda->stream));
@@ -269,6 +277,7 @@ static enum status cuda_prepare(const struct program *program, const struct back
     struct cuda *cuda = &own->cuda;
     begin(cuda, program, limits);
     cuda->backend.ops = &backend_cuda;
+    cuda->backend.takes_two = !limits->phase_ns; /* the events between phases are there once */
     cuda->backend.joins_blocks = kivi_bits(limits->kv_dtype) > 0;
     const enum status status = open_all(cuda, error);
     if (status != STATUS_OK) {

@@ -86,6 +86,7 @@ struct device_pool {
 
 struct step_header {
     uint32_t n_rows, n_sequences, n_decode, n_tiles, n_head_rows, n_samples, any_accumulates;
+    uint32_t flight; /* where answers go: struct cuda's flights */
 };
 struct step_sequence {
     uint32_t first_row, n_rows;
@@ -102,7 +103,7 @@ struct prefill_tile {
 /* The same places on both sides: view.host (pinned) and view.device. Sizes in brackets are capacities. */
 struct step_view {
     struct step_header *header;
-    int32_t *tokens, *positions;      /* [max_rows] */
+    int32_t *tokens, *positions;      /* [max_rows]; a token < 0: -1 - i, of drawn[i] */
     uint32_t *row_sequence;           /* [max_rows] */
     struct step_sequence *sequences;  /* [max_sequences] */
     uint32_t *lane_tokens;            /* device alone: [max_sequences][n_lanes] slots filled before this step */
@@ -127,6 +128,16 @@ struct score_device;    /* services.h */
 struct product_device;  /* products.cu */
 struct attention_device; /* attention.cu */
 struct residual_host;    /* residual.cu */
+
+/* Two steps may be in flight: what the host writes before one, and reads after it, is there for both, and they take turns. The device has it once, as copies, kernels and graphs follow one
+ * another on the stream. */
+enum { FLIGHTS = 2 };
+struct step_flight {
+    struct step_view host; /* in `staging` */
+    void *staging;         /* pinned */
+    cudaEvent_t done;      /* all of the step is */
+    const struct batch *batch;
+};
 
 struct cuda {
     struct backend backend;
@@ -174,9 +185,12 @@ struct cuda {
     float *logits;    /* [max head rows][n_vocab] */
     uint32_t max_head_rows;
 
-    struct step_view host, dev;
-    void *staging_host, *staging_device;
+    struct step_view host, dev; /* host: that of flights[flight] */
+    void *staging_device;
     size_t staging_bytes;
+    struct step_flight flights[FLIGHTS];
+    uint32_t flight, n_flights; /* flight: of the step submitted last, or being submitted; n_flights: in flight */
+    int32_t *drawn;             /* [max_samples] on the device: tokens of the last step's samples, those aside that the host samples */
 
     struct step_device *step;
     struct sampling_device *sampling;
@@ -186,7 +200,6 @@ struct cuda {
     struct residual_host *residual; /* NULL: no KIVI dtype */
 
     float *tap;
-    const struct batch *batch; /* between submit and sync */
 };
 
 static inline struct cuda *cuda_of(struct backend *backend) { return (struct cuda *)(void *)backend; }
@@ -336,13 +349,17 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena);
 size_t sampling_pinned_bytes(const struct cuda *cuda);
 enum status sampling_open(struct cuda *cuda, struct error *error);
 void sampling_close(struct cuda *cuda);
-/* Host side of a step: parameters, biases, bans, histories into pinned memory. Before the launches. */
+/* Host side of a step, that of cuda->flight: parameters, biases, bans, histories into pinned memory. Before the launches. */
 void sampling_stage(struct cuda *cuda, const struct batch *batch);
 /* logits [head rows][n_vocab] -> results of samples [first_sample, first_sample + samples) (row of logits: sample_head_row[i] - first_head_row), on the stream, into
  * pinned memory: there when the stream has been waited for. Logits are left as they are. */
 void sampling_run(struct cuda *cuda, const struct step_shape *shape);
-/* After the stream was waited for. */
-void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results);
+/* Before another step is launched: what the host samples of the last one, whose rows are in `logits` still. Waits for that step if there is anything. */
+void sampling_finish(struct cuda *cuda);
+/* Of sample i of that step, after sampling_finish: the token, if the host sampled it; else -1: it is in cuda->drawn. */
+int32_t sampling_host_token(const struct cuda *cuda, uint32_t flight, uint32_t i);
+/* After that step was waited for. */
+void sampling_collect(struct cuda *cuda, uint32_t flight, const struct batch *batch, struct sample_result *results);
 
 /* ---- measure.cu ---- */
 double cuda_copy_bandwidth(const struct backend_limits *limits); /* struct backend_ops entry */

@@ -4,7 +4,8 @@
  *
  * Parameters and lists (biases, bans, histories) of a step lie in one pinned buffer, one behind the other, and go to the device in one copy of just their
  * size. sampling_stage enqueues it before the step's launches, so that no graph contains it. Kernels write results straight into pinned memory: 32 bytes a
- * sample, and alternatives where they are asked for. They are there when the stream has been waited for, and a graph needs no copy.
+ * sample, and alternatives where they are asked for. They are there when the step has been waited for, and a graph needs no copy. What is pinned is there for
+ * each of the two steps that may be in flight; the token alone also stays on the device, for a step that was submitted without waiting for it.
  *
  * Only penalties need histories; without a repetition penalty, of a history only what was generated. Neighbouring samples of one request share its lists.
  * The buffer is bounded (LIST_WORDS_...), requests are not: a sample whose lists do not fit any more is sampled by the host, from its row, by the function
@@ -45,14 +46,16 @@ struct sampling_device {
     uint32_t *stage_device; /* parameters of a step's samples, then its lists */
     float *scratch;         /* [SCRATCH_TEAMS][n_vocab] or NULL */
     /* pinned */
-    uint32_t *stage;
-    struct sample_answer *answers; /* [max_samples] */
-    struct sample_place *tops;     /* [max_samples][SAMPLE_TOP_MAX] */
-    const struct batch *batch;     /* of the step */
-    /* for samples whose lists do not fit; made when first needed */
-    uint32_t n_on_host; /* of the step */
-    float *host_row, *host_scratch;
-    struct sample_result *host_results; /* [max_samples] */
+    struct sample_answer *answers; /* [FLIGHTS][max_samples] */
+    struct sample_place *tops;     /* [FLIGHTS][max_samples][SAMPLE_TOP_MAX] */
+    struct sampling_flight {
+        uint32_t *stage; /* pinned */
+        const struct batch *batch;
+        const uint32_t *head_row; /* the step's sample_head_row */
+        uint32_t n_on_host;
+        struct sample_result *host_results; /* [max_samples] */
+    } flights[FLIGHTS];
+    float *host_row, *host_scratch; /* as host_results, for samples whose lists do not fit; made when first needed */
 };
 enum { HOST_TO_DO = 1, HOST_DONE }; /* sample_params.on_host; 0: the device's */
 
@@ -65,7 +68,8 @@ static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && RANKS_MAX <= 32 &&
 /* ---- one sample ---- */
 
 template <bool COPIED>
-static __device__ void answer(const struct team<COPIED> *t, enum answer_kind kind, uint32_t token, uint32_t n_top, struct sample_answer *out) {
+static __device__ void answer(const struct team<COPIED> *t, enum answer_kind kind, uint32_t token, uint32_t n_top, struct sample_answer *out,
+                              int32_t *drawn) {
     if (t->rank != 0 || threadIdx.x != 0) return;
     struct sample_answer a = {0, (int32_t)token, 0, 0, n_top, (uint32_t)kind, 0};
     if (kind != ANSWER_NO_LOGITS && (block_memory()->params.n_top >= 0 || block_memory()->params.target >= 0)) {
@@ -74,10 +78,12 @@ static __device__ void answer(const struct team<COPIED> *t, enum answer_kind kin
         a.logit = clean(__ldg(t->raw + token)); /* rank 0 begins at token 0 */
     }
     *out = a;
+    *drawn = a.token;
 }
 
-/* `word`: this thread's of the parameters. */
-template <bool COPIED> static __device__ void sample_row(const struct sampling_args *a, uint32_t sample, uint32_t head_row, uint32_t word) {
+/* `word`: this thread's of the parameters; `place`: of answers. */
+template <bool COPIED>
+static __device__ void sample_row(const struct sampling_args *a, uint32_t sample, uint32_t place, uint32_t head_row, uint32_t word) {
     struct team_shared *s = block_memory();
     struct sample_params *p = &s->params;
     struct team<COPIED> *t = (struct team<COPIED> *)&s->team, own = {};
@@ -96,7 +102,8 @@ template <bool COPIED> static __device__ void sample_row(const struct sampling_a
     own.own = adjusted || (COPIED && (report || (draws && p->temperature != 0))); /* else reading once, or again, is cheaper */
     own.values = own.own && !COPIED ? a->scratch + (size_t)(blockIdx.x / a->ranks) * a->n_vocab : (float *)own.raw;
     if (threadIdx.x == 0) *t = own;
-    struct sample_answer *out = &a->answers[sample];
+    struct sample_answer *out = &a->answers[place];
+    int32_t *drawn = &a->drawn[sample];
 
     const struct seen seen = read_row(&own, a->n_vocab % 4 == 0);
     uint64_t best = block_max(s, 0, ranked(seen.best, seen.token));
@@ -107,7 +114,7 @@ template <bool COPIED> static __device__ void sample_row(const struct sampling_a
     team_sync();
     best = offered_max(t, EXCHANGE_BEST);
     if (offered_max(t, EXCHANGE_FINITE) == 0) {
-        answer(t, ANSWER_NO_LOGITS, 0, 0, out);
+        answer(t, ANSWER_NO_LOGITS, 0, 0, out, drawn);
         return;
     }
     uint32_t n_top = 0;
@@ -115,10 +122,10 @@ template <bool COPIED> static __device__ void sample_row(const struct sampling_a
         offer(t, EXCHANGE_MASS, block_sum(s, sum_of_exponentials(t, ranked_value(best))));
         if (p->n_top > 0) offer_tops(t, (uint32_t)p->n_top);
         team_sync();
-        if (p->n_top > 0 && t->rank == 0) n_top = report_tops(t, (uint32_t)p->n_top, a->tops + (size_t)sample * SAMPLE_TOP_MAX);
+        if (p->n_top > 0 && t->rank == 0) n_top = report_tops(t, (uint32_t)p->n_top, a->tops + (size_t)place * SAMPLE_TOP_MAX);
     }
     if (!draws) {
-        answer(t, ANSWER_TOKEN, (uint32_t)p->target, n_top, out);
+        answer(t, ANSWER_TOKEN, (uint32_t)p->target, n_top, out, drawn);
         return;
     }
     if (adjusted) {
@@ -128,12 +135,12 @@ template <bool COPIED> static __device__ void sample_row(const struct sampling_a
         team_sync();
         best = offered_max(t, EXCHANGE_ADJUSTED);
         if (ranked_value(best) == -INFINITY) {
-            answer(t, ANSWER_NO_TOKEN, 0, n_top, out);
+            answer(t, ANSWER_NO_TOKEN, 0, n_top, out, drawn);
             return;
         }
     }
     const uint32_t token = p->temperature == 0 ? ranked_token(best) : draw(t, best);
-    answer(t, ANSWER_TOKEN, token, n_top, out);
+    answer(t, ANSWER_TOKEN, token, n_top, out, drawn);
 }
 
 template <bool COPIED> static __global__ void __launch_bounds__(THREADS, 2) sample_kernel(const struct sampling_args args) {
@@ -142,9 +149,10 @@ template <bool COPIED> static __global__ void __launch_bounds__(THREADS, 2) samp
     for (uint32_t sample = a->first_sample + blockIdx.x / a->ranks;; sample += teams) {
         /* All loads in flight at once, wanted or not: a grid may be larger than the step. */
         const uint32_t end = min(__ldg(a->n_samples), a->end_sample), at = min(sample, a->max_samples - 1), head_row = __ldg(a->sample_head_row + at);
+        const uint32_t flight = __ldg(a->flight);
         const uint32_t word = threadIdx.x < PARAMS_WORDS ? __ldg(a->stage + at * PARAMS_WORDS + threadIdx.x) : 0;
         if (sample >= end) return;
-        sample_row<COPIED>(a, sample, head_row - a->first_head_row, word);
+        sample_row<COPIED>(a, sample, flight * a->max_samples + sample, head_row - a->first_head_row, word);
         if (sample + teams >= end) return;
         team_sync(); /* nobody reads this sample's exchange any more */
     }
@@ -190,7 +198,9 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     const bool copied = is_copied_to_shared(cuda, ranks);
     uint32_t *stage = (uint32_t *)device_take(arena, stage_words(cuda), sizeof(uint32_t));
     float *scratch = copied ? NULL : (float *)device_take(arena, (size_t)scratch_teams_of(cuda) * cuda->program->n_vocab, sizeof(float));
+    int32_t *drawn = (int32_t *)device_take(arena, cuda->limits.max_samples, sizeof(int32_t));
     if (!arena->base) return;
+    cuda->drawn = drawn;
     CHECK(cuda->program->n_vocab > 0);
     if (!cuda->sampling) cuda->sampling = (struct sampling_device *)check_calloc(1, sizeof *cuda->sampling);
     struct sampling_device *s = cuda->sampling;
@@ -204,10 +214,12 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena) {
     s->scratch = scratch;
 }
 
+/* Of one step. */
+static size_t answers_bytes(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * sizeof(struct sample_answer); }
 static size_t tops_bytes(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * SAMPLE_TOP_MAX * sizeof(struct sample_place); }
 
 size_t sampling_pinned_bytes(const struct cuda *cuda) {
-    return stage_words(cuda) * sizeof(uint32_t) + cuda->limits.max_samples * sizeof(struct sample_answer) + tops_bytes(cuda);
+    return FLIGHTS * (stage_words(cuda) * sizeof(uint32_t) + answers_bytes(cuda) + tops_bytes(cuda));
 }
 
 static void configure(const struct cuda *cuda, const struct team_size *size, uint32_t teams, cudaLaunchConfig_t *config,
@@ -255,21 +267,23 @@ static enum status fit_clusters(struct cuda *cuda, struct error *error) {
 enum status sampling_open(struct cuda *cuda, struct error *error) {
     struct sampling_device *s = cuda->sampling;
     const size_t words = stage_words(cuda);
-    CUDA_TRY(error, cudaHostAlloc((void **)&s->stage, words * sizeof(uint32_t), cudaHostAllocDefault));
-    CUDA_TRY(error, cudaHostAlloc((void **)&s->answers, s->max_samples * sizeof *s->answers, cudaHostAllocMapped));
-    CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, tops_bytes(cuda), cudaHostAllocMapped));
+    for (int i = 0; i < FLIGHTS; i++) CUDA_TRY(error, cudaHostAlloc((void **)&s->flights[i].stage, words * sizeof(uint32_t), cudaHostAllocDefault));
+    CUDA_TRY(error, cudaHostAlloc((void **)&s->answers, FLIGHTS * answers_bytes(cuda), cudaHostAllocMapped));
+    CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, FLIGHTS * tops_bytes(cuda), cudaHostAllocMapped));
     return fit_clusters(cuda, error);
 }
 
 void sampling_close(struct cuda *cuda) {
     struct sampling_device *s = cuda->sampling;
     if (!s) return;
-    if (s->stage) cudaFreeHost(s->stage);
+    for (int i = 0; i < FLIGHTS; i++) {
+        if (s->flights[i].stage) cudaFreeHost(s->flights[i].stage);
+        free(s->flights[i].host_results);
+    }
     if (s->answers) cudaFreeHost(s->answers);
     if (s->tops) cudaFreeHost(s->tops);
     free(s->host_row);
     free(s->host_scratch);
-    free(s->host_results);
     free(s);
     cuda->sampling = NULL;
 }
@@ -289,8 +303,6 @@ static bool lists_take(struct lists *lists, uint32_t count, uint32_t *at) {
     lists->used += count;
     return true;
 }
-
-static bool penalizes(const struct sampling *s) { return s->repetition_penalty != 1 || s->presence_penalty != 0 || s->frequency_penalty != 0; }
 
 static bool stage_biases(struct lists *lists, const struct sampling *s, struct sample_params *p) {
     p->n_bias = s->n_bias;
@@ -336,7 +348,7 @@ static bool stage_lists(struct lists *lists, const struct sample *sample, const 
     } else if (sample->ban && !stage_banned(lists, s, p)) {
         return false;
     }
-    if (!penalizes(s)) return true;
+    if (!sampling_penalizes(s)) return true;
     if (same && before->history == sample->history && before->n_prompt == sample->n_prompt && before->n_history == sample->n_history) {
         p->history_at = before_p->history_at;
         p->n_prompt = before_p->n_prompt;
@@ -346,14 +358,18 @@ static bool stage_lists(struct lists *lists, const struct sample *sample, const 
     return stage_history(lists, sample, p);
 }
 
+static struct sample_params *params_of(const struct sampling_flight *flight) { return (struct sample_params *)(void *)flight->stage; }
+
 void sampling_stage(struct cuda *cuda, const struct batch *batch) {
     struct sampling_device *s = cuda->sampling;
-    struct sample_params *params = (struct sample_params *)(void *)s->stage;
+    struct sampling_flight *own = &s->flights[cuda->flight];
+    struct sample_params *params = params_of(own);
     const uint32_t first = batch->n_samples * (uint32_t)PARAMS_WORDS;
-    struct lists lists = {s->stage, first, first + s->list_words};
+    struct lists lists = {own->stage, first, first + s->list_words};
     CHECK(batch->n_samples <= s->max_samples);
-    s->batch = batch;
-    s->n_on_host = 0;
+    own->batch = batch;
+    own->head_row = cuda->host.sample_head_row;
+    own->n_on_host = 0;
     if (batch->n_samples == 0) return;
     for (uint32_t i = 0; i < batch->n_samples; i++) {
         const struct sample *sample = &batch->samples[i];
@@ -374,34 +390,42 @@ void sampling_stage(struct cuda *cuda, const struct batch *batch) {
         if (sample->target < 0 && !stage_lists(&lists, sample, i ? sample - 1 : NULL, i ? &params[i - 1] : NULL, &p)) {
             lists.used = used;
             p.on_host = HOST_TO_DO;
-            s->n_on_host++;
+            own->n_on_host++;
         }
         params[i] = p;
     }
-    CUDA_CHECK(cudaMemcpyAsync(s->stage_device, s->stage, lists.used * sizeof(uint32_t), cudaMemcpyHostToDevice, cuda->stream));
+    CUDA_CHECK(cudaMemcpyAsync(s->stage_device, own->stage, lists.used * sizeof(uint32_t), cudaMemcpyHostToDevice, cuda->stream));
 }
 
-static void sample_on_host(struct cuda *cuda, uint32_t index, uint32_t first_head_row) {
+static void sample_on_host(struct cuda *cuda, struct sampling_flight *own, uint32_t index, uint32_t first_head_row) {
     struct sampling_device *s = cuda->sampling;
-    struct sample_params *p = (struct sample_params *)(void *)s->stage + index;
-    const float *row = cuda->logits + (size_t)(cuda->host.sample_head_row[index] - first_head_row) * s->n_vocab;
+    const float *row = cuda->logits + (size_t)(own->head_row[index] - first_head_row) * s->n_vocab;
     if (!s->host_row) {
         s->host_row = (float *)check_calloc(s->n_vocab, sizeof(float));
         s->host_scratch = (float *)check_calloc(sampler_scratch_floats(s->n_vocab), sizeof(float));
-        s->host_results = (struct sample_result *)check_calloc(s->max_samples, sizeof *s->host_results);
     }
+    if (!own->host_results) own->host_results = (struct sample_result *)check_calloc(s->max_samples, sizeof *own->host_results);
     CUDA_CHECK(cudaMemcpyAsync(s->host_row, row, s->n_vocab * sizeof(float), cudaMemcpyDeviceToHost, cuda->stream));
     CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
-    sampler_sample(&s->batch->samples[index], s->host_row, s->n_vocab, s->host_scratch, &s->host_results[index]);
-    p->on_host = HOST_DONE;
+    sampler_sample(&own->batch->samples[index], s->host_row, s->n_vocab, s->host_scratch, &own->host_results[index]);
+    params_of(own)[index].on_host = HOST_DONE;
 }
 
 /* Of samples [first_sample, end), those that are the host's; their rows are there still. */
-static void sample_part_on_host(struct cuda *cuda, uint32_t first_sample, uint32_t end, uint32_t first_head_row) {
-    struct sampling_device *s = cuda->sampling;
-    const struct sample_params *params = (const struct sample_params *)(const void *)s->stage;
-    for (uint32_t i = first_sample; s->n_on_host > 0 && i < end && i < s->batch->n_samples; i++)
-        if (params[i].on_host == HOST_TO_DO) sample_on_host(cuda, i, first_head_row);
+static void sample_part_on_host(struct cuda *cuda, struct sampling_flight *own, uint32_t first_sample, uint32_t end, uint32_t first_head_row) {
+    const struct sample_params *params = params_of(own);
+    for (uint32_t i = first_sample; own->n_on_host > 0 && i < end && i < own->batch->n_samples; i++)
+        if (params[i].on_host == HOST_TO_DO) sample_on_host(cuda, own, i, first_head_row);
+}
+
+void sampling_finish(struct cuda *cuda) {
+    struct sampling_flight *own = &cuda->sampling->flights[cuda->flight];
+    sample_part_on_host(cuda, own, 0, own->batch->n_samples, 0);
+}
+
+int32_t sampling_host_token(const struct cuda *cuda, uint32_t flight, uint32_t i) {
+    const struct sampling_flight *own = &cuda->sampling->flights[flight];
+    return params_of(own)[i].on_host == HOST_DONE ? own->host_results[i].token : -1;
 }
 
 void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
@@ -412,12 +436,14 @@ void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
     const struct team_size *size = shape->samples <= WIDE_SAMPLES ? &s->wide : &s->size;
     struct sampling_args args = {};
     args.n_samples = &cuda->dev.header->n_samples;
+    args.flight = &cuda->dev.header->flight;
     args.sample_head_row = cuda->dev.sample_head_row;
     args.logits = cuda->logits;
     args.stage = s->stage_device;
     args.scratch = s->scratch;
     args.answers = s->answers;
     args.tops = s->tops;
+    args.drawn = cuda->drawn;
     args.first_sample = shape->first_sample;
     args.end_sample = end;
     args.first_head_row = shape->first_head_row;
@@ -430,7 +456,8 @@ void sampling_run(struct cuda *cuda, const struct step_shape *shape) {
     configure(cuda, size, s->scratch && shape->samples > SCRATCH_TEAMS ? (uint32_t)SCRATCH_TEAMS : shape->samples, &config, &cluster);
     CUDA_CHECK(cudaLaunchKernelEx(&config, s->scratch ? sample_kernel<false> : sample_kernel<true>, args));
     /* A step in parts; it is never captured. */
-    if (cuda->host.header->n_head_rows > cuda->max_head_rows) sample_part_on_host(cuda, shape->first_sample, end, shape->first_head_row);
+    if (cuda->host.header->n_head_rows > cuda->max_head_rows)
+        sample_part_on_host(cuda, &s->flights[cuda->flight], shape->first_sample, end, shape->first_head_row);
 }
 
 /* ---- results ---- */
@@ -451,14 +478,16 @@ static void collect(const struct sample *sample, const struct sample_answer *ans
     result->logprob = answer->kind == ANSWER_NO_TOKEN ? -INFINITY : (float)((double)answer->logit - (double)answer->best - log_total);
 }
 
-void sampling_collect(struct cuda *cuda, const struct batch *batch, struct sample_result *results) {
-    const struct sampling_device *s = cuda->sampling;
-    const struct sample_params *params = (const struct sample_params *)(const void *)s->stage;
-    sample_part_on_host(cuda, 0, batch->n_samples, 0);
+void sampling_collect(struct cuda *cuda, uint32_t flight, const struct batch *batch, struct sample_result *results) {
+    struct sampling_device *s = cuda->sampling;
+    struct sampling_flight *own = &s->flights[flight];
+    const struct sample_answer *answers = s->answers + (size_t)flight * s->max_samples;
+    const struct sample_place *tops = s->tops + (size_t)flight * s->max_samples * SAMPLE_TOP_MAX;
+    sample_part_on_host(cuda, own, 0, batch->n_samples, 0); /* with another step in flight, done before that one's launch */
     for (uint32_t i = 0; i < batch->n_samples; i++) {
-        if (params[i].on_host)
-            results[i] = s->host_results[i];
+        if (params_of(own)[i].on_host)
+            results[i] = own->host_results[i];
         else
-            collect(&batch->samples[i], &s->answers[i], &s->tops[(size_t)i * SAMPLE_TOP_MAX], &results[i]);
+            collect(&batch->samples[i], &answers[i], &tops[(size_t)i * SAMPLE_TOP_MAX], &results[i]);
     }
 }

@@ -73,13 +73,14 @@ struct sample_place {
 };
 
 struct sampling_args {
-    const uint32_t *n_samples;                         /* in device memory */
+    const uint32_t *n_samples, *flight;                /* in device memory */
     const uint32_t *sample_head_row;                   /* [n_samples] */
     const float *logits;                               /* [head rows][n_vocab], of head rows from first_head_row on */
     const uint32_t *stage;                             /* parameters of all samples, then lists */
     float *scratch;                                    /* [teams][n_vocab]; NULL: copies are in shared memory */
-    struct sample_answer *answers;                     /* [n_samples], in the host's memory */
-    struct sample_place *tops;                         /* [n_samples][SAMPLE_TOP_MAX], in the host's memory */
+    struct sample_answer *answers;                     /* [flights][max_samples], in the host's memory */
+    struct sample_place *tops;                         /* [flights][max_samples][SAMPLE_TOP_MAX], in the host's memory */
+    int32_t *drawn;                                    /* [max_samples] */
     uint32_t first_sample, end_sample, first_head_row; /* what is run of the n_samples */
     uint32_t n_vocab, max_samples, ranks, chunk;
 };

@@ -1,4 +1,4 @@
-/* A step: submit fills pinned memory and launches, sync waits. The step's small arrays travel in one copy. Steps of decode rows alone are captured into a graph for their bucket of rows and
+/* A step: submit fills pinned memory and launches, sync waits; a second one may be submitted before that (struct step_flight). The step's small arrays travel in one copy. Steps of decode rows alone are captured into a graph for their bucket of rows and
  * replayed: every size that differs between two steps of a bucket is read from the header in device memory. Owns the graphs and the events between phases. The engine's thread. */
 #include "kernels/cuda/cuda.h"
 
@@ -58,13 +58,29 @@ static __global__ void spread_lengths(const struct step_header *header, const st
     lane_tokens[(size_t)s * n_lanes + lane] = lengths[(size_t)sequences[s].table * n_lanes + lane] + sequences[s].advance;
 }
 
+/* A token < 0 is one that the step in flight draws; known here only if the host samples it. */
+static void stage_tokens(struct cuda *cuda, const struct batch *batch) {
+    const struct batch *before = cuda->n_flights ? cuda->flights[cuda->flight ^ 1].batch : NULL;
+    for (uint32_t row = 0; row < batch->n_rows; row++) {
+        int32_t token = batch->tokens[row];
+        if (token < 0) {
+            const uint32_t i = (uint32_t)(-1 - token);
+            CHECK(before && i < before->n_samples && before->samples[i].target < 0);
+            const int32_t known = sampling_host_token(cuda, cuda->flight ^ 1, i);
+            if (known >= 0) token = known;
+        }
+        cuda->host.tokens[row] = token;
+    }
+}
+
 static void stage_rows(struct cuda *cuda, const struct batch *batch) {
     const struct backend_limits *limits = &cuda->limits;
     struct step_view *view = &cuda->host;
     CHECK(batch->n_rows >= 1 && batch->n_rows <= limits->max_rows && batch->n_sequences <= limits->max_sequences && batch->n_samples <= limits->max_samples);
-    memcpy(view->tokens, batch->tokens, batch->n_rows * sizeof *view->tokens);
+    stage_tokens(cuda, batch);
     memcpy(view->positions, batch->positions, batch->n_rows * sizeof *view->positions);
     struct step_header header = {};
+    header.flight = cuda->flight;
     header.n_rows = batch->n_rows;
     header.n_sequences = batch->n_sequences;
     header.n_samples = batch->n_samples;
@@ -95,7 +111,7 @@ static void stage_rows(struct cuda *cuda, const struct batch *batch) {
 }
 
 static enum status send_staging(struct cuda *cuda, struct error *error) {
-    const uint8_t *base = (const uint8_t *)cuda->staging_host;
+    const uint8_t *base = (const uint8_t *)cuda->flights[cuda->flight].staging;
     const uint8_t *end = cuda->host.header->n_tiles ? (const uint8_t *)(cuda->host.tiles + cuda->host.header->n_tiles) : (const uint8_t *)(cuda->host.row_sequence + cuda->host.header->n_rows);
     CUDA_TRY(error, cudaMemcpyAsync(cuda->staging_device, base, (size_t)(end - base), cudaMemcpyHostToDevice, cuda->stream));
     return STATUS_OK;
@@ -251,31 +267,50 @@ static enum status launch(struct cuda *cuda, struct error *error) {
     return STATUS_OK;
 }
 
-/* A step that failed on a device that still works: what was launched of it is waited for, as it may read what the next step writes, and the tables are taken anew. Else the process ends. */
+/* A step that failed on a device that still works: what was launched of it is waited for, as it may read what the next step writes, and the tables are taken anew. Else the process ends.
+ * Another one in flight is as it was. */
 static enum status end_failed(struct cuda *cuda, enum status status) {
     (void)cudaGetLastError();
     CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
     tables_forget(cuda);
     residual_forget(cuda);
-    cuda->batch = NULL;
     cuda->tap = NULL;
+    return status;
+}
+
+/* Of the next step, or back, of the last one. */
+static void turn(struct cuda *cuda) {
+    cuda->flight ^= 1;
+    cuda->host = cuda->flights[cuda->flight].host;
+}
+
+static enum status stage_and_launch(struct cuda *cuda, const struct batch *batch, struct error *error) {
+    stage_rows(cuda, batch);
+    enum status status = tables_stage(cuda, batch, error);
+    if (status == STATUS_OK) status = send_staging(cuda, error);
+    if (status != STATUS_OK) return status;
+    sampling_stage(cuda, batch);
+    residual_begin(cuda, batch);
+    status = launch(cuda, error);
+    residual_end(cuda, batch);
+    if (status == STATUS_OK) CUDA_TRY(error, cudaEventRecord(cuda->flights[cuda->flight].done, cuda->stream));
     return status;
 }
 
 enum status cuda_submit(struct backend *backend, const struct batch *batch, struct error *error) {
     struct cuda *cuda = cuda_of(backend);
-    CHECK(!cuda->batch);
+    CHECK(cuda->n_flights < (cuda->backend.takes_two ? FLIGHTS : 1));
     services_pool_changes(cuda);
-    stage_rows(cuda, batch);
-    enum status status = tables_stage(cuda, batch, error);
-    if (status == STATUS_OK) status = send_staging(cuda, error);
-    if (status != STATUS_OK) return end_failed(cuda, status);
-    sampling_stage(cuda, batch);
-    residual_begin(cuda, batch);
-    status = launch(cuda, error);
-    residual_end(cuda, batch);
-    if (status != STATUS_OK) return end_failed(cuda, status);
-    cuda->batch = batch;
+    if (cuda->n_flights > 0) sampling_finish(cuda);
+    turn(cuda);
+    const enum status status = stage_and_launch(cuda, batch, error);
+    if (status != STATUS_OK) {
+        turn(cuda);
+        return end_failed(cuda, status);
+    }
+    cuda->flights[cuda->flight].batch = batch;
+    cuda->n_flights++;
+    cuda->tap = NULL;
     return STATUS_OK;
 }
 
@@ -290,16 +325,15 @@ static void add_phase_times(struct cuda *cuda) {
 
 enum status cuda_sync(struct backend *backend, struct sample_result *results, struct error *error) {
     struct cuda *cuda = cuda_of(backend);
-    const struct batch *batch = cuda->batch;
-    CHECK(batch);
-    cuda->batch = NULL;
-    cuda->tap = NULL;
+    CHECK(cuda->n_flights > 0);
+    const uint32_t flight = cuda->n_flights == 1 ? cuda->flight : cuda->flight ^ 1; /* the older */
+    cuda->n_flights--;
     const uint64_t begun = cuda->limits.wait_ns ? clock_now_ns() : 0;
-    const enum status status = cuda_status(error, cudaStreamSynchronize(cuda->stream), "cudaStreamSynchronize");
+    const enum status status = cuda_status(error, cudaEventSynchronize(cuda->flights[flight].done), "cudaEventSynchronize");
     if (status != STATUS_OK) return end_failed(cuda, status);
     if (cuda->limits.wait_ns) *cuda->limits.wait_ns += clock_now_ns() - begun;
     add_phase_times(cuda);
-    sampling_collect(cuda, batch, results);
+    sampling_collect(cuda, flight, cuda->flights[flight].batch, results);
     return STATUS_OK;
 }
 

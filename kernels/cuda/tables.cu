@@ -88,14 +88,14 @@ static enum status send_writes(struct cuda *cuda, struct error *error) {
     return STATUS_OK;
 }
 
-/* The pinned writes of the step before were read before its results came, so waiting is needed only within one step that fills them more than once. */
+/* Before the pinned memory is filled anew, what was sent from it has been read: at once in the common case, as a step in flight has begun with it. */
 static enum status add_write(struct cuda *cuda, uint32_t at, uint32_t value, struct error *error) {
     struct tables_host *tables = cuda->tables_host;
     if (tables->n_writes == WRITES) {
         const enum status status = send_writes(cuda, error);
         if (status != STATUS_OK) return status;
-        CUDA_TRY(error, cudaEventSynchronize(tables->writes_read));
     }
+    if (tables->n_writes == 0) CUDA_TRY(error, cudaEventSynchronize(tables->writes_read));
     tables->writes[tables->n_writes++] = (struct table_write){at, value};
     return STATUS_OK;
 }

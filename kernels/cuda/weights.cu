@@ -472,10 +472,11 @@ template <enum native_form FORM> static __device__ void embed_native(const uint8
     }
 }
 
-static __global__ void embed_rows(const struct step_header *header, const int32_t *tokens, const struct embedding e, float *x) {
+static __global__ void embed_rows(const struct step_header *header, const int32_t *tokens, const int32_t *drawn, const struct embedding e, float *x) {
     uint32_t row = blockIdx.x;
     if (row >= header->n_rows) return;
-    uint32_t token = (uint32_t)tokens[row];
+    const int32_t staged = tokens[row];
+    const uint32_t token = (uint32_t)(staged < 0 ? drawn[-1 - staged] : staged); /* < 0: the step before drew it */
     x += (size_t)row * e.n_embd;
     switch (e.form) {
     case FORM_4: embed_native<FORM_4>((const uint8_t *)e.data, token, e.n_embd, x); break;
@@ -491,6 +492,6 @@ void weights_embed(struct cuda *cuda, const struct step_shape *shape) {
     const struct matrix *matrix = &cuda->embedding;
     CHECK(shape->rows > 0 && matrix->n_parts == 1);
     const struct embedding e = {.form = native_form_of(matrix->parts[0].type), .data = matrix->parts[0].data, .n_embd = matrix->cols};
-    launch(embed_rows, shape->rows, 256, 0, cuda->stream, cuda->dev.header, cuda->dev.tokens, e, cuda->x);
+    launch(embed_rows, shape->rows, 256, 0, cuda->stream, cuda->dev.header, cuda->dev.tokens, cuda->drawn, e, cuda->x);
     CUDA_CHECK(cudaGetLastError());
 }

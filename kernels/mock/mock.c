@@ -70,11 +70,14 @@ struct mock {
     struct table *tables; /* [limits.n_tables] */
     uint32_t *table_ids;  /* of all of them: [n_lanes][2 + table_blocks] each */
     uint64_t *row_chain;  /* [max_rows] */
+    int32_t *tokens;      /* [max_rows] of the step, those among them that the step before has drawn */
     float *logits, *scratch;
-    struct sample_result *results; /* [max_samples] */
     float *tap;
-    uint32_t pending_rows, pending_samples;
-    bool pending;
+    struct flight {
+        struct sample_result *results; /* [max_samples] */
+        uint32_t n_rows, n_samples;
+    } flights[2];             /* in turn */
+    uint32_t last, n_flights; /* last: submitted; n_flights: in flight */
     char description[64];
 };
 
@@ -109,8 +112,8 @@ static uint32_t mock_memory_plan(const struct program *program, const struct bac
     uint64_t per_vocab = sizeof(float) * (program->n_vocab + (uint64_t)sampler_scratch_floats(program->n_vocab));
     const struct memory_line all[] = {
         {"scratch", 1, per_vocab, false},
-        {"scratch rows", limits->max_rows, sizeof(uint64_t), false},
-        {"scratch samples", limits->max_samples, sizeof(struct sample_result), false},
+        {"scratch rows", limits->max_rows, sizeof(uint64_t) + sizeof(int32_t), false},
+        {"scratch samples", limits->max_samples, 2 * sizeof(struct sample_result), false},
         {"query rings", limits->n_rings, sizeof(struct ring), false},
         {"tables", limits->n_tables, sizeof(struct table) + table_id_count(program_lanes(program), limits) * sizeof(uint32_t), false},
         {"ranking", 1, ranking_bytes(program, limits->rank_slots), false},
@@ -130,9 +133,10 @@ static void mock_close(struct backend *backend) {
     free(mock->tables);
     free(mock->table_ids);
     free(mock->row_chain);
+    free(mock->tokens);
     free(mock->logits);
     free(mock->scratch);
-    free(mock->results);
+    for (uint32_t i = 0; i < 2; i++) free(mock->flights[i].results);
     free(mock);
 }
 
@@ -141,6 +145,7 @@ static enum status mock_prepare(const struct program *program, const struct back
         return error_set(error, STATUS_INVALID, "mock backend: a pool of %u blocks", (unsigned)limits->n_blocks);
     struct mock *mock = check_calloc(1, sizeof *mock);
     mock->backend.ops = &backend_mock;
+    mock->backend.takes_two = true;
     mock->n_lanes = program_lanes(program);
     mock->n_vocab = program->n_vocab;
     mock->head_dim = program->head_dim;
@@ -164,7 +169,8 @@ static enum status mock_prepare(const struct program *program, const struct back
         mock->tables[t].ids = mock->tables[t].tokens + mock->n_lanes;
     }
     mock->row_chain = check_calloc(limits->max_rows, sizeof *mock->row_chain);
-    mock->results = check_calloc(limits->max_samples, sizeof *mock->results);
+    mock->tokens = check_calloc(limits->max_rows, sizeof *mock->tokens);
+    for (uint32_t i = 0; i < 2; i++) mock->flights[i].results = check_calloc(limits->max_samples, sizeof *mock->flights[i].results);
     mock->logits = check_calloc(program->n_vocab, sizeof *mock->logits);
     mock->scratch = check_calloc(sampler_scratch_floats(program->n_vocab), sizeof *mock->scratch);
     if (limits->mock_tokens_per_second > 0)
@@ -292,8 +298,8 @@ static void append(struct mock *mock, const struct batch *batch, const struct ba
     uint64_t chain = before;
     for (uint32_t r = sequence->first_row; r < sequence->first_row + sequence->n_rows; r++) {
         CHECK(r == sequence->first_row || batch->positions[r] == batch->positions[r - 1] + 1);
-        CHECK((uint32_t)batch->tokens[r] < mock->n_vocab);
-        chain = mock_chain(chain, batch->tokens[r], batch->positions[r]);
+        CHECK((uint32_t)mock->tokens[r] < mock->n_vocab);
+        chain = mock_chain(chain, mock->tokens[r], batch->positions[r]);
         mock->row_chain[r] = chain;
     }
     remember_rows(mock, batch, sequence, before);
@@ -303,18 +309,30 @@ static void append(struct mock *mock, const struct batch *batch, const struct ba
             uint32_t slot = sequence->lane_tokens[lane] + i, row = sequence->first_row + i;
             struct block *block = &mock->blocks[ids[slot / BLOCK_TOKENS]];
             block->slots[slot % BLOCK_TOKENS] =
-                (struct slot){.chain = mock->row_chain[row], .token = batch->tokens[row], .position = batch->positions[row]};
+                (struct slot){.chain = mock->row_chain[row], .token = mock->tokens[row], .position = batch->positions[row]};
             block->filled = slot % BLOCK_TOKENS + 1;
         }
+    }
+}
+
+static void take_tokens(struct mock *mock, const struct batch *batch) {
+    const struct flight *before = &mock->flights[mock->last];
+    for (uint32_t r = 0; r < batch->n_rows; r++) {
+        int32_t token = batch->tokens[r];
+        CHECK(token >= 0 || (mock->n_flights == 1 && (uint32_t)(-1 - token) < before->n_samples));
+        mock->tokens[r] = token >= 0 ? token : before->results[-1 - token].token;
     }
 }
 
 static enum status mock_submit(struct backend *backend, const struct batch *batch, struct error *error) {
     (void)error;
     struct mock *mock = (struct mock *)(void *)backend;
-    CHECK(!mock->pending);
+    CHECK(mock->n_flights < 2);
     CHECK(batch->n_rows <= mock->limits.max_rows && batch->n_sequences <= mock->limits.max_sequences && batch->n_samples <= mock->limits.max_samples);
+    take_tokens(mock, batch);
+    mock->last ^= 1;
     mock->step++;
+    struct flight *flight = &mock->flights[mock->last];
     uint32_t rows = 0;
     for (uint32_t s = 0; s < batch->n_sequences; s++) {
         CHECK(batch->sequences[s].first_row == rows && batch->sequences[s].n_rows > 0);
@@ -330,35 +348,38 @@ static enum status mock_submit(struct backend *backend, const struct batch *batc
     for (uint32_t i = 0; i < batch->n_samples; i++) {
         const struct sample *sample = &batch->samples[i];
         CHECK(sample->row < batch->n_rows && (i == 0 || sample->row >= batch->samples[i - 1].row));
+        CHECK(mock->n_flights == 0 || sample->target >= 0 || !sampling_penalizes(sample->sampling)); /* the history's last token is not there yet */
         mock_logits(mock->row_chain[sample->row], mock->n_vocab, mock->logits);
         if (mock->tap) memcpy(mock->tap + (size_t)i * mock->n_vocab, mock->logits, mock->n_vocab * sizeof(float));
-        sampler_sample(sample, mock->logits, mock->n_vocab, mock->scratch, &mock->results[i]);
+        sampler_sample(sample, mock->logits, mock->n_vocab, mock->scratch, &flight->results[i]);
     }
     mock->tap = NULL;
-    mock->pending = true;
-    mock->pending_rows = batch->n_rows;
-    mock->pending_samples = batch->n_samples;
+    flight->n_rows = batch->n_rows;
+    flight->n_samples = batch->n_samples;
+    mock->n_flights++;
     return STATUS_OK;
 }
 
 static enum status mock_sync(struct backend *backend, struct sample_result *results, struct error *error) {
     (void)error;
     struct mock *mock = (struct mock *)(void *)backend;
-    CHECK(mock->pending);
-    mock->pending = false;
+    CHECK(mock->n_flights > 0);
+    const struct flight *flight = &mock->flights[mock->n_flights == 2 ? mock->last ^ 1 : mock->last];
+    mock->n_flights--;
     if (mock->limits.mock_tokens_per_second > 0) {
-        double seconds = mock->pending_rows / mock->limits.mock_tokens_per_second;
+        double seconds = flight->n_rows / mock->limits.mock_tokens_per_second;
         struct timespec left = {.tv_sec = (time_t)seconds, .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
         uint64_t begun = mock->limits.wait_ns ? clock_now_ns() : 0;
         while (nanosleep(&left, &left) != 0) {}
         if (mock->limits.wait_ns) *mock->limits.wait_ns += clock_now_ns() - begun;
     }
-    if (mock->pending_samples > 0) memcpy(results, mock->results, mock->pending_samples * sizeof *results);
+    if (flight->n_samples > 0) memcpy(results, flight->results, flight->n_samples * sizeof *results);
     return STATUS_OK;
 }
 
 static void mock_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination) {
     struct mock *mock = (struct mock *)(void *)backend;
+    CHECK(mock->n_flights == 0);
     for (uint32_t i = 0; i < count; i++) {
         CHECK(source[i] < mock->limits.n_blocks && destination[i] < mock->limits.n_blocks && source[i] != destination[i]);
         mock->blocks[destination[i]] = mock->blocks[source[i]];
@@ -368,6 +389,7 @@ static void mock_copy_blocks(struct backend *backend, uint32_t count, const uint
 /* A lane's slots must be what one sequence put there, survivors move forward, and no block that is written belongs to two items. */
 static void mock_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     struct mock *mock = (struct mock *)(void *)backend;
+    CHECK(mock->n_flights == 0);
     mock->step++;
     for (uint32_t n = 0; n < count; n++)
         for (uint32_t j = 0; j * BLOCK_TOKENS < items[n].n_keep; j++) {
@@ -413,6 +435,7 @@ static const struct slot *lane_slot(const struct mock *mock, const uint32_t *ids
 /* A number in [0, 1) a slot (and query head), of the kind, the lane and the history the slot was written for. The ring must hold the window of this sequence. */
 static void mock_score(struct backend *backend, const struct score_request *request, float *scores) {
     const struct mock *mock = (const struct mock *)(void *)backend;
+    CHECK(mock->n_flights == 0);
     CHECK(request->first_lane + request->n_lanes <= mock->n_lanes);
     CHECK(request->kind != SCORE_ACCUMULATED || mock->limits.accumulators);
     const struct ring *ring = NULL;
@@ -446,6 +469,7 @@ static void mock_read_positions(struct backend *backend, uint32_t count, const u
 /* There is no key to rotate; what is checked is that the ring's copy is of these sinks. */
 static void mock_shift_sinks(struct backend *backend, const struct shift_request *request) {
     struct mock *mock = (struct mock *)(void *)backend;
+    CHECK(mock->n_flights == 0);
     CHECK(request->ring >= 1 && request->ring <= mock->limits.n_rings && request->n_slots <= mock->limits.sink_slots);
     struct ring *ring = &mock->rings[request->ring];
     CHECK(ring->used && (request->first || ring->n_sinks == request->n_slots));

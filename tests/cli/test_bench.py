@@ -17,7 +17,7 @@ class Bench(Case):
         self.assertIsInstance(result["threads"], int)
         self.assertGreater(result["copy_gb_s"], 0)
         for row in result["rows"]:
-            bound = {"weight_bytes", "kv_bytes", "bound_tok_s", "of_bound", "host_us"} if row["test"] == "tg" else set()
+            bound = {"weight_bytes", "kv_bytes", "bound_tok_s", "of_bound", "host_us", "steps_ahead"} if row["test"] == "tg" else set()
             self.assertEqual(set(row), {"test", "batch", "n_prompt", "n_gen", "context", "tok_s", "tok_s_min", "tok_s_max", "rounds"} | bound)
             self.assertEqual(row["rounds"], 3)
             self.assertTrue(0 < row["tok_s_min"] <= row["tok_s"] <= row["tok_s_max"], row)

@@ -259,7 +259,7 @@ static void check_step(struct fixture *f, uint32_t number, bool long_histories, 
     run_step(f, &batch, logits, n_rows, number % 3);
     CUDA_CHECK(cudaStreamSynchronize(f->cuda.stream));
     memset((void *)results, 0x5a, sizeof results);
-    sampling_collect(&f->cuda, &batch, results);
+    sampling_collect(&f->cuda, 0, &batch, results);
     CUDA_CHECK(cudaMemcpyAsync(copy, f->cuda.logits, logits_bytes, cudaMemcpyDeviceToHost, f->cuda.stream));
     CUDA_CHECK(cudaStreamSynchronize(f->cuda.stream));
     if (number % 3 != 2 && memcmp(copy, logits, logits_bytes) != 0 && failures++ < REPORTED)

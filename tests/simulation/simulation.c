@@ -2,6 +2,7 @@
  *
  * The model of a backend: a slot of a block holds the hash of the history of the token that filled it (lane included). Every row checks that all slots its table names hold
  * exactly what this choice should have there. It also keeps copies of the tables, to which each plan adds what table_changes says is new, and compares them. The next token is a function of the history, so recomputation, forks and shared prefixes cannot change what a choice says.
+ * In two seeds of three, steps run ahead where the scheduler allows it: their rows are written before the step before is committed, and what that one draws is shown to the scheduler with its commit.
  *
  *   simulation            the seeds that make a million steps; fails unless every hard path was taken a thousand times
  *   simulation --seed N   one seed, with its counters
@@ -38,6 +39,7 @@ struct kept { /* what a lane of a choice should hold */
 
 struct sim_choice {
     int32_t tokens[LEN_MAX];
+    int32_t known[LEN_MAX]; /* what the scheduler may read: tokens, once they are committed */
     uint32_t n_tokens;
     bool ended, has_table;
     struct kept lanes[LANES_MAX];
@@ -57,20 +59,30 @@ struct table_copy {
     uint32_t changes, n[LANES_MAX], ids[LANES_MAX][LEN_MAX / BLOCK_TOKENS + 2], tokens[LANES_MAX];
 };
 
+/* A step from its rows to its commit. */
+struct flight {
+    const struct plan *plan;
+    bool last[256]; /* of its samples: a choice's last token by its own will */
+};
+
 struct counters {
-    uint64_t steps, requests, aborts[5], pool_full, ids_known, ids_new;
+    uint64_t steps, requests, aborts[5], pool_full, ids_known, ids_new, ahead, ahead_full, ahead_again, for_nothing;
     struct scheduler_stats sum;
 };
 
 struct sim {
     uint64_t seed;
-    struct random random, took;
+    struct random random, took, ahead;
     struct scheduler_limits limits;
     struct scheduler *scheduler;
     struct sim_request requests[REQUESTS_MAX];
     uint64_t next_id, step;
     uint64_t slots[BLOCKS_MAX][BLOCK_TOKENS];
     struct table_copy tables[TABLES_MAX];
+    struct flight flights[2]; /* [0]: the older */
+    bool is_ahead;            /* flights[0] has run and waits for its commit */
+    uint32_t
+        unfit; /* the choice at the head of those that wait, when a step ran ahead; NONE: nobody waited, or something has come since that could help him */
     bool pressing;
 };
 
@@ -92,11 +104,11 @@ static uint64_t slot_value(const struct sim_choice *choice, uint32_t position, u
     return history_hash(choice->tokens, position + 1) ^ random_mix(lane);
 }
 
-static int32_t next_token(const struct sim_choice *choice, uint32_t candidate) {
-    return (int32_t)(random_mix(history_hash(choice->tokens, choice->n_tokens) ^ candidate) >> 32 & 3);
+static int32_t next_token(const struct sim_choice *choice, uint32_t candidate, uint32_t n_tokens) {
+    return (int32_t)(random_mix(history_hash(choice->tokens, n_tokens) ^ candidate) >> 32 & 3);
 }
 
-static bool is_last(const struct sim_choice *choice) { return history_hash(choice->tokens, choice->n_tokens) % 61 == 0; }
+static bool is_last(const struct sim_choice *choice, uint32_t n_tokens) { return history_hash(choice->tokens, n_tokens) % 61 == 0; }
 
 /* A backend that could go on from three blocks of four. */
 static bool resumes(void *context, const uint32_t *ids) {
@@ -147,9 +159,11 @@ static void add_request(struct sim *sim) {
     request->n_candidates = random_below(r, 3) ? 1 : 1 + random_below(r, CANDIDATES_MAX);
     uint32_t family = random_below(r, 4), own_from = random_below(r, request->n_prompt + 1); /* prompts of a family begin alike */
     for (uint32_t i = 0; i < request->n_prompt; i++)
-        request->choices[0].tokens[i] = (int32_t)(random_mix(i < own_from ? family * 1000 + i : request->id * 1000 + i) & 3);
+        request->choices[0].known[i] = request->choices[0].tokens[i] =
+            (int32_t)(random_mix(i < own_from ? family * 1000 + i : request->id * 1000 + i) & 3);
     for (uint32_t c = 0; c < request->n_candidates; c++) {
-        request->pointers[c] = request->choices[c].tokens;
+        for (uint32_t i = c ? 0 : request->n_prompt; i < LEN_MAX; i++) request->choices[c].known[i] = -1;
+        request->pointers[c] = request->choices[c].known;
         request->choices[c].n_tokens = request->n_prompt;
     }
     struct scheduler_request asked = {.id = request->id,
@@ -177,6 +191,7 @@ static void add_request(struct sim *sim) {
         return;
     }
     counters.requests++;
+    sim->unfit = NONE;
 }
 
 static void settle(struct sim_request *request) {
@@ -225,6 +240,7 @@ static void abort_some(struct sim *sim) {
         if (index >= request->n_candidates || request->choices[index].ended || kind_of(inner_choice(sim, request, index)) != wanted) continue;
         EXPECT(scheduler_abort(sim->scheduler, request->id, index), "an abort of a live choice was refused");
         counters.aborts[wanted]++;
+        sim->unfit = NONE;
         request->choices[index].ended = true;
         request->n_ended++;
         settle(request);
@@ -389,26 +405,33 @@ static void run_rows(struct sim *sim, const struct plan *plan, const struct plan
     }
 }
 
-/* Draws a token for a choice; true: that is its last by its own will. */
-static bool draw_token(struct sim *sim, struct sim_request *request, uint32_t candidate) {
+/* Draws a choice's token after n_tokens of them; true: that is its last by its own will. */
+static bool draw_token(struct sim *sim, struct sim_request *request, uint32_t candidate, uint32_t n_tokens) {
     struct sim_choice *choice = &request->choices[candidate];
     if (choice->ended) return false;
-    if (candidate > 0 && choice->n_tokens == request->n_prompt)
+    if (candidate > 0 && n_tokens == request->n_prompt)
         memcpy(choice->tokens, request->choices[0].tokens, request->n_prompt * sizeof *choice->tokens);
-    EXPECT(choice->n_tokens < request->n_prompt + request->max_new, "a token too many");
-    choice->tokens[choice->n_tokens] = next_token(choice, candidate);
-    choice->n_tokens++;
-    bool last = is_last(choice);
-    if (last || choice->n_tokens == request->n_prompt + request->max_new) {
-        choice->ended = true;
-        request->n_ended++;
-    }
-    return last;
+    EXPECT(n_tokens < request->n_prompt + request->max_new, "a token too many");
+    choice->tokens[n_tokens] = next_token(choice, candidate, n_tokens);
+    return is_last(choice, n_tokens + 1);
 }
 
-static void run_plan(struct sim *sim, const struct plan *plan) {
-    bool ended[256];
+/* The scheduler may read it now. */
+static void know_token(struct sim *sim, struct sim_request *request, uint32_t candidate, bool last) {
+    struct sim_choice *choice = &request->choices[candidate];
+    if (choice->ended) return;
+    choice->known[choice->n_tokens] = choice->tokens[choice->n_tokens];
+    choice->n_tokens++;
+    if (!last && choice->n_tokens < request->n_prompt + request->max_new) return;
+    choice->ended = true;
+    request->n_ended++;
+    sim->unfit = NONE;
+}
+
+/* What a device does with a plan. */
+static void run_plan(struct sim *sim, struct flight *flight, const struct plan *plan) {
     uint32_t n_samples = 0, n_rows = 0;
+    flight->plan = plan;
     for (uint32_t i = 0; i < plan->n_copies; i++)
         memcpy(sim->slots[plan->copy_destination[i]], sim->slots[plan->copy_source[i]], sizeof sim->slots[0]);
     for (uint32_t e = 0; e < plan->n_entries; e++)
@@ -418,22 +441,42 @@ static void run_plan(struct sim *sim, const struct plan *plan) {
         const struct plan_entry *entry = &plan->entries[e];
         struct sim_request *request = entry->owner;
         struct sim_choice *choice = &request->choices[entry->choice];
+        bool ahead = entry->drawn_by != UINT32_MAX;
         EXPECT(request->live || request->n_ended == request->n_candidates, "an entry of a request that is over");
-        EXPECT(entry->n_rows >= 1 && entry->first_token + entry->n_rows <= choice->n_tokens, "rows beyond what is known");
+        EXPECT(entry->n_tokens == choice->n_tokens + ahead, "a token that is neither known nor drawn");
+        EXPECT(entry->n_rows >= 1 && entry->first_token + entry->n_rows <= entry->n_tokens, "rows beyond what is known");
         run_rows(sim, plan, entry, choice);
         n_rows += entry->n_rows;
         if (entry->n_samples > 1)
-            for (uint32_t c = 1; c < request->n_candidates; c++) ended[n_samples + c] = draw_token(sim, request, c);
-        if (entry->n_samples) ended[n_samples] = draw_token(sim, request, entry->choice);
+            for (uint32_t c = 1; c < request->n_candidates; c++) flight->last[n_samples + c] = draw_token(sim, request, c, entry->n_tokens);
+        if (entry->n_samples) flight->last[n_samples] = draw_token(sim, request, entry->choice, entry->n_tokens);
         n_samples += entry->n_samples;
+    }
+    EXPECT(n_rows == plan->n_rows && n_rows <= sim->limits.max_rows && n_samples == plan->n_samples && n_samples <= sim->limits.max_samples,
+           "a plan out of bounds");
+}
+
+/* What the host does with its results. */
+static void commit_plan(struct sim *sim, struct flight *flight) {
+    const struct plan *plan = flight->plan;
+    uint32_t n_samples = 0;
+    for (uint32_t e = 0; e < plan->n_entries; n_samples += plan->entries[e++].n_samples) {
+        const struct plan_entry *entry = &plan->entries[e];
+        struct sim_request *request = entry->owner;
+        if (entry->over) {
+            EXPECT(entry->drawn_by != UINT32_MAX && request->choices[entry->choice].ended, "an entry that is not over");
+            flight->last[n_samples] = random_below(&sim->ahead, 2); /* nobody's */
+            counters.for_nothing++;
+            continue;
+        }
+        if (entry->n_samples > 1)
+            for (uint32_t c = 1; c < request->n_candidates; c++) know_token(sim, request, c, flight->last[n_samples + c]);
+        if (entry->n_samples) know_token(sim, request, entry->choice, flight->last[n_samples]);
         if (request->max_new == 0 && entry->first_token + entry->n_rows == request->n_prompt) /* nothing to say: over with its prompt */
             for (uint32_t c = 0; c < request->n_candidates; c++)
                 if (!request->choices[c].ended) request->choices[c].ended = ++request->n_ended > 0;
     }
-    EXPECT(n_rows == plan->n_rows && n_rows <= sim->limits.max_rows && n_samples == plan->n_samples && n_samples <= sim->limits.max_samples,
-           "a plan out of bounds");
-    scheduler_commit(sim->scheduler, ended);
-    if (sim->seed % 2) scheduler_took(sim->scheduler, (double)random_below(&sim->took, 1000)); /* whatever steps take, every request ends */
+    scheduler_commit(sim->scheduler, flight->last);
     for (uint32_t i = 0; i < REQUESTS_MAX; i++)
         if (sim->requests[i].live) settle(&sim->requests[i]);
 }
@@ -452,9 +495,9 @@ static void check_world(struct sim *sim) {
     counters.pool_full += stats.blocks_used + stats.blocks_cached == stats.blocks_total;
 }
 
-static bool step(struct sim *sim, bool load) {
+/* Between steps, none being ahead; false: there was nothing to do. */
+static bool begin_step(struct sim *sim, bool load) {
     struct random *r = &sim->random;
-    sim->step++;
     if (load && random_below(r, 4) == 0) add_request(sim);
     if (random_below(r, 6) == 0) abort_some(sim);
     if (random_below(r, 2000) == 0) scheduler_drop_prefix_cache(sim->scheduler);
@@ -462,16 +505,54 @@ static bool step(struct sim *sim, bool load) {
     struct scheduler_stats before, after;
     scheduler_stats(sim->scheduler, &before);
     struct scheduler_due due;
-    while (scheduler_next_due(sim->scheduler, &due)) compress(sim, &due);
+    for (; scheduler_next_due(sim->scheduler, &due); sim->unfit = NONE) compress(sim, &due);
     bool waits[REQUESTS_MAX][CANDIDATES_MAX];
     note_waiting(sim, waits);
     const struct plan *plan = scheduler_plan(sim->scheduler, sim->step * 1000000);
     scheduler_stats(sim->scheduler, &after);
-    bool ran = plan->n_entries > 0;
     if (after.preemptions > before.preemptions) check_nobody_admitted(sim, plan, waits);
-    EXPECT(ran || after.running + after.waiting == 0, "a plan without entries, but somebody waits");
+    EXPECT(sim->unfit == NONE || after.preemptions > before.preemptions || sim->scheduler->choices[sim->unfit].state != CHOICE_RUNNING,
+           "somebody who could have run waited behind steps ahead");
+    sim->unfit = NONE;
+    EXPECT(plan->n_entries > 0 || after.running + after.waiting == 0, "a plan without entries, but somebody waits");
     know_forks(sim);
-    if (ran) run_plan(sim, plan);
+    if (plan->n_entries > 0) run_plan(sim, &sim->flights[0], plan);
+    return plan->n_entries > 0;
+}
+
+/* The step after flights[0], whose draws the scheduler does not know. */
+static bool run_ahead(struct sim *sim) {
+    const struct plan *before = sim->flights[0].plan, *plan = scheduler_plan_ahead(sim->scheduler);
+    struct scheduler_stats stats;
+    scheduler_stats(sim->scheduler, &stats);
+    if (!plan) return false;
+    EXPECT(plan->n_entries > 0 && plan->n_copies == 0 && plan->n_rows == plan->n_entries && plan->n_samples == plan->n_entries,
+           "more than a row each, ahead");
+    for (uint32_t e = 0; e < plan->n_entries; e++) {
+        const struct plan_entry *entry = &plan->entries[e], *drawer = &before->entries[entry->drawn_by];
+        EXPECT(entry->drawn_by < before->n_entries && drawer->owner == entry->owner && drawer->choice == entry->choice,
+               "a token that another choice draws");
+        EXPECT(!choice_is_due(sim->scheduler, inner_choice(sim, entry->owner, entry->choice)), "a row beyond a point, ahead");
+    }
+    run_plan(sim, &sim->flights[1], plan);
+    counters.ahead++;
+    counters.ahead_full += stats.waiting > 0;
+    sim->unfit = waiting_head(sim->scheduler) == NONE ? NONE : sim->scheduler->waiting[waiting_head(sim->scheduler)];
+    counters.ahead_again += before->entries[0].drawn_by != UINT32_MAX;
+    return true;
+}
+
+static bool step(struct sim *sim, bool load) {
+    sim->step++;
+    bool ran = sim->is_ahead || begin_step(sim, load);
+    if (ran) {
+        sim->is_ahead = sim->seed % 3 != 1 && random_below(&sim->ahead, 8) != 0 && run_ahead(sim);
+        commit_plan(sim, &sim->flights[0]);
+        if (sim->is_ahead)
+            sim->flights[0] = sim->flights[1];
+        else if (sim->seed % 2)
+            scheduler_took(sim->scheduler, (double)random_below(&sim->took, 1000)); /* whatever steps take, every request ends */
+    }
     check_world(sim);
     counters.steps++;
     return ran;
@@ -488,6 +569,8 @@ static void run_seed(uint64_t seed, uint32_t n_steps) {
     sim->seed = seed;
     sim->random.state = seed;
     sim->took.state = ~seed;
+    sim->ahead.state = seed << 32;
+    sim->unfit = NONE;
     draw_limits(sim);
     sim->scheduler = scheduler_new(&sim->limits);
     for (uint32_t i = 0; i < n_steps; i++) (void)step(sim, true);
@@ -537,6 +620,10 @@ static bool report(void) {
     all &= enough("admissions by compression", s->admissions_by_compression);
     all &= enough("block ids known before", counters.ids_known);
     all &= enough("block ids new", counters.ids_new);
+    all &= enough("steps ahead", counters.ahead);
+    all &= enough("steps ahead of one ahead", counters.ahead_again);
+    all &= enough("steps ahead while others wait", counters.ahead_full);
+    all &= enough("rows ahead for nothing", counters.for_nothing);
     return all;
 }
 

@@ -1,4 +1,5 @@
-/* The engine over the mock backend, whose tokens are a function of the history, and which stops the process at a wrong block table. A wrapper holds and fails steps. */
+/* The engine over the mock backend, whose tokens are a function of the history, and which stops the process at a wrong block table. A wrapper holds and fails steps. All of it with steps that run
+ * ahead of the host, and without. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -17,7 +18,7 @@ static struct {
     _Atomic bool held;
     sem_t entered, permits;             /* while held: a step says that it began, and waits for its permit */
     _Atomic int fail_submit, fail_sync; /* the n-th from now; 0: none */
-    _Atomic uint32_t max_rows_seen;
+    uint32_t n_flights;                 /* engine thread; main thread while it is held */
     struct backend_ops ops;
 } gate;
 
@@ -38,11 +39,13 @@ static enum status gate_submit(struct backend *backend, const struct batch *batc
         while (sem_wait(&gate.permits) != 0) {}
     }
     if (strikes(&gate.fail_submit)) return error_set(error, STATUS_DEVICE, "mock: submit failed");
+    gate.n_flights++;
     return backend_mock.submit(backend, batch, error);
 }
 
 static enum status gate_sync(struct backend *backend, struct sample_result *results, struct error *error) {
     enum status status = backend_mock.sync(backend, results, error);
+    gate.n_flights--;
     if (strikes(&gate.fail_sync)) return error_set(error, STATUS_DEVICE, "mock: sync failed");
     return status;
 }
@@ -60,6 +63,7 @@ static void gate_open(void) {
 /* ---- fixture ---- */
 
 static struct model *model;
+static bool runs_ahead; /* config.run_ahead */
 
 struct shape {
     uint32_t sequences, queue, rows, len, pool; /* pool: sequences of `len` tokens it holds */
@@ -74,6 +78,7 @@ static void start(struct client *client, struct shape shape) {
     config.max_rows = shape.rows;
     config.max_model_len = shape.len;
     config.max_choices = 8;
+    config.run_ahead = runs_ahead;
     config.kv_memory = (uint64_t)backend_mock.block_bytes(model_program(model), KV_F16) * shape.pool * program_lanes(model_program(model)) *
                        ((shape.len + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
     gate.ops = backend_mock;
@@ -81,6 +86,7 @@ static void start(struct client *client, struct shape shape) {
     gate.ops.submit = gate_submit;
     gate.ops.sync = gate_sync;
     atomic_store(&gate.held, false);
+    gate.n_flights = 0;
     atomic_store(&gate.fail_submit, 0);
     atomic_store(&gate.fail_sync, 0);
     CHECK(sem_init(&gate.entered, 0, 0) == 0 && sem_init(&gate.permits, 0, 0) == 0);
@@ -168,6 +174,8 @@ static void test_many_requests(void **state) {
     assert_int_equal(stats.generation_tokens, n_tokens);
     assert_int_equal(preemptions, stats.preemptions);
     assert_true(stats.preemptions > 0 && stats.forks > 0 && stats.prefix_partial_hits > 0 && stats.chunks > 0);
+    assert_int_equal(stats.steps_ahead > 0, runs_ahead);
+    assert_int_equal(stats.rows_for_nothing, 0); /* nobody ends unforeseen */
     assert_true(stats.busy_ns >= stats.schedule_ns && stats.schedule_ns > 0);
     uint64_t steps = 0;
     for (uint32_t b = 0; b < 14; b++) steps += stats.step_rows_bucket[b];
@@ -187,6 +195,7 @@ static void test_steps_are_counted_by_kind(void **state) {
     struct engine_stats stats = client_settled(&client);
     assert_int_equal(stats.reading_steps, 2);
     assert_int_equal(stats.decode_steps, 4);
+    assert_int_equal(stats.steps_ahead, runs_ahead ? 3 : 0); /* all that follow a step which only decodes */
     assert_int_equal(stats.decode_rows, 4);
     assert_int_equal(stats.decode_rows_max, 1);
     assert_int_equal(stats.decode_blocks, 4 * program_lanes(model_program(model))); /* 15 tokens: one block a lane */
@@ -447,7 +456,8 @@ static void test_priorities(void **state) {
 
 static void test_backend_failures(void **state) {
     (void)state;
-    for (int when = 0; when < 8; when++) {
+    uint64_t n_ahead = 0;
+    for (int when = 0; when < 24; when++) {
         struct client client;
         struct random random = {31};
         start(&client, (struct shape){.sequences = 4, .queue = 40, .rows = 64, .len = 256, .pool = 4});
@@ -480,9 +490,140 @@ static void test_backend_failures(void **state) {
             for (uint32_t c = 0; c < again[i]->request.n_candidates; c++) assert_int_equal(again[i]->choices[c].finish, FINISH_LENGTH);
             job_free(again[i]);
         }
-        (void)client_settled(&client);
+        n_ahead += client_settled(&client).steps_ahead;
         client_done(&client);
     }
+    assert_int_equal(n_ahead > 0, runs_ahead);
+}
+
+static struct job *decoding(const int32_t *prompt, uint32_t max_new) { return job_new(prompt, 4, max_new, 1); }
+
+/* While a second step is under way: the first one fails, or the second is refused, or fails when it is waited for. Nobody is told twice, nothing is left over, and what comes later is served. */
+static void test_failures_with_two_under_way(void **state) {
+    (void)state;
+    const int32_t prompts[3][4] = {{1, 2, 3, 4}, {5, 6, 7, 8}, {9, 10, 11, 12}};
+    for (int kind = 0; kind < 3 && runs_ahead; kind++) {
+        struct client client;
+        struct job *jobs[3], *again;
+        start(&client, (struct shape){.sequences = 3, .queue = 10, .rows = 64, .len = 256, .pool = 3});
+        gate_hold();
+        jobs[0] = decoding(prompts[0], 100);
+        assert_true(client_submit(&client, jobs[0]));
+        gate_wait();
+        for (uint32_t i = 1; i < 3; i++) jobs[i] = decoding(prompts[i], 100), assert_true(client_submit(&client, jobs[i]));
+        gate_step();
+        gate_wait(); /* jobs 1 and 2 are read */
+        gate_step();
+        gate_wait(); /* all decode */
+        gate_step();
+        gate_wait(); /* the one ahead is submitted */
+        assert_int_equal(gate.n_flights, 1);
+        atomic_store(kind == 1 ? &gate.fail_submit : &gate.fail_sync, kind == 2 ? 2 : 1);
+        gate_open();
+        client_run(&client, 0);
+        for (uint32_t i = 0; i < 3; i++) {
+            assert_int_equal(jobs[i]->choices[0].finish, FINISH_ERROR);
+            assert_int_equal(jobs[i]->choices[0].n_tokens, (i == 0 ? 2 : 1) + (kind > 0)); /* the first step's results were there */
+            check_job(jobs[i]);
+            job_free(jobs[i]);
+        }
+        again = decoding(prompts[0], 100);
+        assert_true(client_submit(&client, again));
+        client_run(&client, 0);
+        assert_int_equal(again->choices[0].finish, FINISH_LENGTH);
+        check_job(again);
+        job_free(again);
+        struct engine_stats stats = client_settled(&client);
+        assert_int_equal(stats.rows_for_nothing, kind == 1 ? 0 : 3); /* those of the step behind the one that failed */
+        client_done(&client);
+    }
+}
+
+/* An abort comes while two steps are under way: both end, then it is done. */
+static void test_abort_with_two_under_way(void **state) {
+    (void)state;
+    const int32_t prompt[4] = {1, 2, 3, 4};
+    struct client client;
+    start(&client, (struct shape){.sequences = 2, .queue = 10, .rows = 64, .len = 256, .pool = 3});
+    gate_hold();
+    struct job *job = decoding(prompt, 100);
+    assert_true(client_submit(&client, job));
+    gate_wait(); /* it is read */
+    gate_step();
+    gate_wait(); /* it decodes; alone, or with the next step ahead */
+    if (runs_ahead) {
+        gate_step();
+        gate_wait();
+        assert_int_equal(gate.n_flights, 1);
+    }
+    engine_abort(client.engine, job->request.id, 0);
+    gate_open();
+    client_run(&client, 0);
+    assert_int_equal(job->choices[0].finish, FINISH_ABORTED);
+    assert_int_equal(job->choices[0].n_tokens, runs_ahead ? 3 : 2);
+    check_job(job);
+    job_free(job);
+    (void)client_settled(&client);
+    client_done(&client);
+}
+
+/* Sequences that end by stop tokens, at any step, among others that go on: each says what it says alone, and stops where it should. */
+static void test_stops_at_random(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {41};
+    enum { JOBS = 120 };
+    struct job *jobs[JOBS];
+    start(&client, (struct shape){.sequences = 6, .queue = 600, .rows = 64, .len = 256, .pool = 4});
+    for (uint32_t i = 0; i < JOBS; i++) {
+        jobs[i] = random_job(&random, 40, 60, 1 + (i % 9 == 0) * random_below(&random, 3));
+        jobs[i]->request.n_stop_tokens = 4;
+        for (uint32_t k = 0; k < 4; k++) jobs[i]->stop[k] = (int32_t)random_below(&random, 256);
+        assert_true(client_submit(&client, jobs[i]));
+        if (i % 3 == 0) client_run(&client, random_below(&random, 12));
+    }
+    client_run(&client, 0);
+    uint32_t n_stopped = 0, n_tokens = 0;
+    for (uint32_t i = 0; i < JOBS; i++) {
+        check_job(jobs[i]);
+        for (uint32_t c = 0; c < jobs[i]->request.n_candidates; c++) {
+            const struct job_choice *choice = &jobs[i]->choices[c];
+            uint32_t first = 0;
+            bool stops = false;
+            for (; first < choice->n_tokens && !stops; first++)
+                for (uint32_t k = 0; k < 4; k++) stops = stops || jobs[i]->tokens[c][jobs[i]->request.n_prompt + first] == jobs[i]->stop[k];
+            assert_int_equal(first, choice->n_tokens); /* not a token more */
+            assert_int_equal(choice->finish, stops ? FINISH_STOP : FINISH_LENGTH);
+            n_stopped += stops;
+            n_tokens += choice->n_tokens;
+        }
+        job_free(jobs[i]);
+    }
+    struct engine_stats stats = client_settled(&client);
+    assert_true(n_stopped > 20);
+    assert_int_equal(stats.generation_tokens, n_tokens);
+    assert_int_equal(stats.rows_for_nothing > 0, runs_ahead);
+    client_done(&client);
+}
+
+/* What is drawn by the tokens drawn before waits for them. */
+static void test_penalties(void **state) {
+    (void)state;
+    struct client client;
+    struct random random = {43};
+    start(&client, (struct shape){.sequences = 4, .queue = 40, .rows = 64, .len = 256, .pool = 4});
+    struct job *jobs[4];
+    for (uint32_t i = 0; i < 4; i++) {
+        jobs[i] = random_job(&random, 40, 40, 1);
+        jobs[i]->request.sampling.repetition_penalty = i == 0 ? 1.3f : 1;
+        jobs[i]->request.sampling.presence_penalty = i == 1 ? 0.5f : 0;
+        jobs[i]->request.sampling.frequency_penalty = i >= 2 ? 0.5f : 0;
+        assert_true(client_submit(&client, jobs[i]));
+    }
+    client_run(&client, 0);
+    for (uint32_t i = 0; i < 4; i++) check_job(jobs[i]), job_free(jobs[i]);
+    assert_int_equal(client_settled(&client).steps_ahead, 0);
+    client_done(&client);
 }
 
 static void test_stop_tokens_and_bad_prompts(void **state) {
@@ -552,6 +693,11 @@ static int close_model(void **state) {
     return 0;
 }
 
+static int ahead(void **state) {
+    runs_ahead = true;
+    return open_model(state);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_many_requests),
@@ -564,8 +710,13 @@ int main(void) {
         cmocka_unit_test(test_outbox_full),
         cmocka_unit_test(test_priorities),
         cmocka_unit_test(test_backend_failures),
+        cmocka_unit_test(test_failures_with_two_under_way),
+        cmocka_unit_test(test_abort_with_two_under_way),
+        cmocka_unit_test(test_stops_at_random),
+        cmocka_unit_test(test_penalties),
         cmocka_unit_test(test_stop_tokens_and_bad_prompts),
         cmocka_unit_test(test_alive),
     };
-    return cmocka_run_group_tests(tests, open_model, close_model);
+    int failed = cmocka_run_group_tests_name("one step at a time", tests, open_model, close_model);
+    return failed + cmocka_run_group_tests_name("one step ahead", tests, ahead, close_model);
 }
