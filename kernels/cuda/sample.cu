@@ -39,6 +39,15 @@ struct team_size {
     size_t shared_bytes;
 };
 
+/* Of each step that may be in flight. */
+struct sampling_flight {
+    uint32_t *stage; /* pinned */
+    const struct batch *batch;
+    const uint32_t *head_row; /* the step's sample_head_row */
+    uint32_t n_on_host;
+    struct sample_result *host_results; /* [max_samples] */
+};
+
 struct sampling_device {
     struct team_size size, wide; /* of many samples; of up to WIDE_SAMPLES */
     uint32_t max_samples, n_vocab;
@@ -48,13 +57,7 @@ struct sampling_device {
     /* pinned */
     struct sample_answer *answers; /* [FLIGHTS][max_samples] */
     struct sample_place *tops;     /* [FLIGHTS][max_samples][SAMPLE_TOP_MAX] */
-    struct sampling_flight {
-        uint32_t *stage; /* pinned */
-        const struct batch *batch;
-        const uint32_t *head_row; /* the step's sample_head_row */
-        uint32_t n_on_host;
-        struct sample_result *host_results; /* [max_samples] */
-    } flights[FLIGHTS];
+    struct sampling_flight flights[FLIGHTS];
     float *host_row, *host_scratch; /* as host_results, for samples whose lists do not fit; made when first needed */
 };
 enum { HOST_TO_DO = 1, HOST_DONE }; /* sample_params.on_host; 0: the device's */

@@ -10,6 +10,8 @@
 
 #include <cmocka.h>
 
+#include <math.h>
+
 #include "base/check.h"
 #include "base/random.h"
 #include "kernels/backend.h"
@@ -168,8 +170,13 @@ static void run(struct world *world, bool ahead) {
     world->ops->close(world->backend);
 }
 
+/* Whether the host samples depends on who else is there, as the last row for nothing is: it comes to the same token, and to log-probabilities that differ in the last places. */
+static bool is_near(float a, float b) { return fabsf(a - b) <= 1e-5f * (1 + fabsf(a)); }
+
 static bool is_same(const struct sample_result *a, const struct sample_result *b) {
-    return a->token == b->token && a->logprob == b->logprob && a->n_top == b->n_top && memcmp(a->top, b->top, (size_t)a->n_top * sizeof *a->top) == 0;
+    bool same = a->token == b->token && is_near(a->logprob, b->logprob) && a->n_top == b->n_top;
+    for (int32_t i = 0; same && i < a->n_top; i++) same = a->top[i].token == b->top[i].token && is_near(a->top[i].logprob, b->top[i].logprob);
+    return same;
 }
 
 static void check_same(const struct backend_ops *ops, const struct program *program, enum kv_dtype dtype) {
