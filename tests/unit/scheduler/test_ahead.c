@@ -212,6 +212,23 @@ static void test_not_ahead(void **state) {
     fixture_free(f);
 }
 
+/* Whoever sits out a step for want of a row is not left out of the next one too. */
+static void test_somebody_sits_out(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new((struct scheduler_limits){.max_rows = 2});
+    struct scheduler_request forks = ask(f, 1, 7, 2, 20);
+    forks.n_candidates = 3;
+    add(f, forks);
+    steps(f, 2); /* the prompt; the forks' copies */
+    plan(f);
+    assert_int_equal(stats_of(f).running, 3);
+    assert_int_equal(f->plan->n_entries, 2);
+    assert_null(ahead(f));
+    commit(f);
+    drain(f, 60);
+    fixture_free(f);
+}
+
 /* Blocks that are not there are not fought for ahead: the plan that follows preempts. */
 static void test_no_blocks(void **state) {
     (void)state;
@@ -246,6 +263,7 @@ int main(void) {
         cmocka_unit_test(test_ends_by_length),
         cmocka_unit_test(test_while_somebody_waits),
         cmocka_unit_test(test_not_ahead),
+        cmocka_unit_test(test_somebody_sits_out),
         cmocka_unit_test(test_no_blocks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
