@@ -105,6 +105,7 @@ static bool open_client(struct client *client, struct setting setting, bool crow
     config.max_sequences = crowded ? 12 : 2;
     config.max_rows = crowded ? TOGETHER_ROWS : 512;
     config.prefix_cache = crowded;
+    config.run_ahead = crowded; /* alone, one step at a time: the others must say the same */
     config.step_ms = 10000; /* chunks are cut by max_rows, not by what this machine can do in a while */
     config.kv_memory = (uint64_t)backend_block_bytes(backend_find(setting.backend), program, setting.kv_dtype, true) * program_lanes(program) *
                        (model_len() / BLOCK_TOKENS) * 2;
@@ -150,10 +151,11 @@ static void run_together(struct setting setting) {
         finish_job(jobs[i], &together);
     }
     struct engine_stats stats = client_settled(&client);
-    print_message("  %s %s, kv %s, %s activations, %u threads: %u preemptions, %u partial prefix hits, %u forks, %u chunks, %u steps\n",
+    print_message("  %s %s, kv %s, %s activations, %u threads: %u preemptions, %u partial prefix hits, %u forks, %u chunks, %u steps, %u of them ahead\n",
                   setting.backend, setting.instruction_set, kv_dtype_name(setting.kv_dtype), setting.activations, setting.threads,
                   (unsigned)stats.preemptions, (unsigned)stats.prefix_partial_hits, (unsigned)stats.forks, (unsigned)stats.chunks,
-                  (unsigned)stats.steps);
+                  (unsigned)stats.steps, (unsigned)stats.steps_ahead);
+    assert_int_equal(stats.steps_ahead > 0, client.engine->runs_ahead);
     assert_true(stats.preemptions >= 8);
     assert_true(stats.prefix_partial_hits >= 8);
     if (kivi_bits(setting.kv_dtype))
