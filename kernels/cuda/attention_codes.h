@@ -27,7 +27,7 @@ template <int KV> ATTENTION_INLINE uint32_t view_of(uint32_t codes, uint32_t slo
 template <int KV>
 ATTENTION_INLINE struct piece_source source_of(const struct attention_args &args, uint2 ids, uint32_t slot, uint32_t end, uint32_t view) {
     struct piece_source source = {ids, {0, 0}, 0};
-    if constexpr (code_bits < KV >> 0) {
+    if constexpr (code_bits<KV> != 0) {
         source.coded = (1u << view) - 1;
         if (view < 1 && slot < end) source.places.x = args.place[ids.x];
         if (view < 2 && slot + BLOCK_TOKENS < end) source.places.y = args.place[ids.y];
@@ -94,7 +94,7 @@ template <int BITS> ATTENTION_INLINE void code_operand(uint32_t b[4], uint2 word
 /* As load_k: slots [16 slots, + 16) of the piece, dims [16 k, + 16); `at`: where they are in f16. */
 template <int KV, int DIMS>
 ATTENTION_INLINE void k_operand(uint32_t b[4], uint32_t at, const struct coded_piece &from, uint32_t slots, uint32_t k, uint32_t lane) {
-    if constexpr (code_bits < KV >> 0) {
+    if constexpr (code_bits<KV> != 0) {
         if (from.coded >> slots / 2 & 1) {
             constexpr uint32_t BITS = code_bits<KV>;
             const uint8_t *side = codes_at<KV, DIMS>(from, slots / 2);
@@ -111,7 +111,7 @@ ATTENTION_INLINE void k_operand(uint32_t b[4], uint32_t at, const struct coded_p
 /* As load_v: slots [16 k, + 16) of the piece, dims [16 pair, + 16). */
 template <int KV, int DIMS>
 ATTENTION_INLINE void v_operand(uint32_t b[4], uint32_t at, const struct coded_piece &from, uint32_t k, uint32_t pair, uint32_t lane) {
-    if constexpr (code_bits < KV >> 0) {
+    if constexpr (code_bits<KV> != 0) {
         if (from.coded >> k / 2 & 1) {
             constexpr uint32_t BITS = code_bits<KV>;
             const uint8_t *side = codes_at<KV, DIMS>(from, k / 2) + codes_side_bytes(BITS, from.dims);

@@ -235,38 +235,39 @@ ATTENTION_INLINE void write_partial(const struct attention_args &args, uint32_t 
     }
 }
 
-/* All partials of a lane are there: folds them in order. Each thread has four neighbouring dims of a query. */
+/* All partials of a lane are there: folds them in order. Each thread has four neighbouring dims of a query. Nothing branches between the loads and their use: the compiler would move each
+ * load behind the branch and wait for them one by one. What lies behind the last partial is one of which the query saw nothing. */
 template <int KV>
 ATTENTION_INLINE void merge_partials(const struct attention_args &args, const struct attention_lane &work, uint32_t head, uint32_t n_queries,
                                      uint32_t n_splits) {
     constexpr uint32_t AHEAD = 16; /* a long lane cut by several CTAs has a hundred partials, and nobody else works by then */
-    uint32_t count = 1 + n_splits - work.n_head, quarters = args.d / 4;
+    const uint32_t count = 1 + n_splits - work.n_head, quarters = args.d / 4, step = n_queries * args.d;
+    const bool accumulates = args.header->any_accumulates;
     for (uint32_t i = threadIdx.x; i < n_queries * quarters; i += ATTENTION_THREADS) {
-        uint32_t query = i / quarters, dim = i % quarters * 4;
+        const uint32_t query = i / quarters, dim = i % quarters * 4;
+        const float2 *const ml_at = args.partial_ml + work.partial + query;
+        const float *const o_at = args.partial_o + (size_t)(work.partial + query) * args.d + dim;
         float m = -INFINITY, l = 0;
         float4 o = {0, 0, 0, 0};
         for (uint32_t first = 0; first < count; first += AHEAD) {
             float2 ml[AHEAD];
             float4 part[AHEAD];
 #pragma unroll
-            for (uint32_t j = 0; j < AHEAD; j++) {
-                size_t at = work.partial + (size_t)min(first + j, count - 1) * n_queries + query;
-                ml[j] = __ldcg(&args.partial_ml[at]);
-                part[j] = __ldcg((const float4 *)(const void *)(args.partial_o + at * args.d + dim));
-            }
+            for (uint32_t j = 0; j < AHEAD; j++) ml[j] = __ldcg(ml_at + (size_t)min(first + j, count - 1) * n_queries);
+#pragma unroll
+            for (uint32_t j = 0; j < AHEAD; j++) part[j] = __ldcg((const float4 *)(const void *)(o_at + (size_t)min(first + j, count - 1) * step));
 #pragma unroll
             for (uint32_t j = 0; j < AHEAD; j++) {
-                if (first + j >= count) break;
-                struct merge_factors f = merge_max(&m, ml[j].x);
+                struct merge_factors f = merge_max(&m, first + j < count ? ml[j].x : -INFINITY);
                 l = fold(f, l, ml[j].y);
                 o.x = fold(f, o.x, part[j].x), o.y = fold(f, o.y, part[j].y), o.z = fold(f, o.z, part[j].z), o.w = fold(f, o.w, part[j].w);
             }
         }
-        float factor = result_factor<KV>(l);
+        const float factor = result_factor<KV>(l);
         __half2 *out = (__half2 *)(void *)(args.a + (size_t)query_row(args, work, query) * args.n_q + query_head(args, head, query) * args.d + dim);
         out[0] = result_pair(o.x, o.y, factor);
         out[1] = result_pair(o.z, o.w, factor);
-        if (dim == 0 && args.header->any_accumulates) write_row_sums(args, work, head, query, m, l);
+        if (dim == 0 && accumulates) write_row_sums(args, work, head, query, m, l);
     }
 }
 
@@ -299,16 +300,22 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
     __syncthreads();
 
     struct attention_lane work = read_lane(args, start.lane);
-    struct cursor ahead = {
-        start.lane, start.split * SPLIT_SLOTS, lane_slots(work), lane_slots(work), lane_blocks_of(args, work.table, start.lane % args.n_kv_heads),
-        work.codes_first, work.codes_last, 0, {}};
+    struct cursor ahead = {start.lane,
+                           start.split * SPLIT_SLOTS,
+                           lane_slots(work),
+                           lane_slots(work),
+                           lane_blocks_of(args, work.table, start.lane % args.n_kv_heads),
+                           work.codes_first,
+                           work.codes_last,
+                           0,
+                           {}};
     if (start.lane == stop.lane) ahead.end = min(ahead.end, stop.split * SPLIT_SLOTS);
     cursor_settle<KV>(args, &ahead, stop);
     uint32_t stage_to = 0, stage = 0, coded = 0; /* coded: two bits a stage, which of its blocks are codes */
     auto copy_next = [&]() {
         if (ahead.slot < ahead.end) {
             copy_piece<KV, DIMS>(args, pieces + stage_to * layout::bytes, ahead.source, ahead.length - ahead.slot);
-            if constexpr (code_bits<KV> > 0) coded = (coded & ~(3u << 2 * stage_to)) | ahead.source.coded << 2 * stage_to;
+            if constexpr (code_bits<KV> != 0) coded = (coded & ~(3u << 2 * stage_to)) | ahead.source.coded << 2 * stage_to;
             cursor_step<KV>(args, &ahead, stop);
         }
         copies_commit();
@@ -333,9 +340,10 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
             seen[half] = work.before + within / args.group + 1;
         }
         uint32_t codes[2] = {work.codes_first, work.codes_first};
-        if constexpr (code_bits<KV> > 0) {
+        if constexpr (code_bits<KV> != 0) {
             for (int half = 0; half < 2 && work.codes_first < work.codes_last; half++)
-                codes[half] = codes_before(args.positions, lane_blocks_of(args, work.table, head), seen[half] - 1, args.row_positions[work.first_row + seen[half] - 1 - work.before]);
+                codes[half] = codes_before(args.positions, lane_blocks_of(args, work.table, head), seen[half] - 1,
+                                           args.row_positions[work.first_row + seen[half] - 1 - work.before]);
         }
         uint32_t q[DIMS / 16][4];
         load_queries<KV, DIMS>(q, queries[0], queries[1], args.d, lane);
@@ -353,7 +361,8 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
                 uint32_t seen_here[2];
 #pragma unroll
                 for (int half = 0; half < 2; half++) seen_here[half] = view_of<KV>(codes[half], slot) == view ? seen[half] : 0;
-                decode_piece<KV, DIMS, TILES>(&split, q, shared, places::pieces + stage * layout::bytes, slot, seen_here, args.scale_log2, here, codes_dims(args.d));
+                decode_piece<KV, DIMS, TILES>(&split, q, shared, places::pieces + stage * layout::bytes, slot, seen_here, args.scale_log2, here,
+                                              codes_dims(args.d));
                 stage = stage + 1 == args.stages ? 0 : stage + 1;
             }
             if ((slot + PIECE_SLOTS) % SPLIT_SLOTS != 0 && slot + PIECE_SLOTS < end) continue;

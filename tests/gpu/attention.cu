@@ -1,6 +1,7 @@
 /* Attention on a device against a plain loop in double, and against itself: a row's result is the same bits whichever kernel, tile, cut and neighbours it had.
- *   attention [--check] [--bench] [--stages N]     without either: both
+ *   attention [--check] [--bench] [--only TEXT] [--stages N]     without either: both
  * --check-few: small heads alone, for a device that is slow (tests/host_device).
+ * --only TEXT: sizes whose names begin with it.
  * --stages: pieces of the decode kernel's ring in --bench, in place of what attention_open chose.
  * Exit status 1 if a result is wrong. Needs nothing but kernels/cuda/attention*.cu, close.h and base/. */
 #include "tests/gpu/attention_bench.cuh"
@@ -46,10 +47,11 @@ static uint32_t block_of(const struct check *c, uint32_t table, uint32_t lane, u
     const struct cuda *cuda = &c->world.cuda;
     return c->world.tables[((size_t)table * cuda->n_lanes + lane) * cuda->lane_blocks + slot / BLOCK_TOKENS];
 }
-static size_t block_bytes_of(const struct check *c) { return c->world.cuda.pool.bits ? c->world.cuda.pool.raw_bytes : c->world.cuda.pool.block_bytes; } /* as c->kv has them */
+static size_t block_bytes_of(const struct check *c) {
+    return c->world.cuda.pool.bits ? c->world.cuda.pool.raw_bytes : c->world.cuda.pool.block_bytes;
+} /* as c->kv has them */
 static size_t element_of(const struct check *c, uint32_t block, uint32_t v, uint32_t slot) {
-    return block * block_bytes_of(c) +
-           ((size_t)v * BLOCK_TOKENS + slot % BLOCK_TOKENS) * c->geometry.d * (c->geometry.dtype == KV_Q8 ? 1 : 2);
+    return block * block_bytes_of(c) + ((size_t)v * BLOCK_TOKENS + slot % BLOCK_TOKENS) * c->geometry.d * (c->geometry.dtype == KV_Q8 ? 1 : 2);
 }
 
 static void write_slot(struct check *c, uint32_t table, uint32_t lane, uint32_t slot, struct random *random) {
@@ -73,7 +75,8 @@ static void write_slot(struct check *c, uint32_t table, uint32_t lane, uint32_t 
 
 /* As row `row` of a sequence reads it. */
 static double kv_at(const struct check *c, const struct entry *e, uint32_t row, uint32_t lane, uint32_t v, uint32_t slot, uint32_t i) {
-    const uint32_t *blocks = &c->world.tables[((size_t)e->table * c->world.cuda.n_lanes + lane) * c->world.cuda.lane_blocks], block = blocks[slot / BLOCK_TOKENS];
+    const uint32_t *blocks = &c->world.tables[((size_t)e->table * c->world.cuda.n_lanes + lane) * c->world.cuda.lane_blocks],
+                   block = blocks[slot / BLOCK_TOKENS];
     if (c->world.cuda.pool.bits && row_reads_codes(&c->codes, blocks, slot / BLOCK_TOKENS, e->before[lane], row))
         return c->codes.numbers[(((size_t)block * 2 + v) * BLOCK_TOKENS + slot % BLOCK_TOKENS) * c->geometry.d + i];
     const uint8_t *at = c->kv + element_of(c, block, v, slot);
@@ -93,7 +96,7 @@ static void check_open(struct check *c, const struct geometry *geometry, struct 
     c->geometry.accumulators = true;
     for (uint32_t i = 0; i < N_CHECKED; i++) c->rows += sequences_to_check[i].n_rows;
     c->geometry.max_rows = c->rows;
-    snprintf(c->name, sizeof c->name, "%s d %u group %u", kv_dtype_name(geometry->dtype), geometry->d, geometry->group);
+    name_of(geometry, c->name, sizeof c->name);
     world_open(&c->world, &c->geometry, random);
     struct cuda *cuda = &c->world.cuda;
     size_t kv_bytes = cuda->pool.n_blocks * block_bytes_of(c), scales = (size_t)cuda->pool.n_blocks * 2 * BLOCK_TOKENS;
@@ -117,7 +120,8 @@ static void check_open(struct check *c, const struct geometry *geometry, struct 
             if (lane / HEADS != LAYER) continue;
             for (uint32_t slot = 0; slot < before[lane] + n_rows; slot++) write_slot(c, i, lane, slot, random);
             if (cuda->pool.bits)
-                place_lane(&c->codes, &c->world.tables[((size_t)i * cuda->n_lanes + lane) * cuda->lane_blocks], before[lane], before[lane] + n_rows, i % 2, random);
+                place_lane(&c->codes, &c->world.tables[((size_t)i * cuda->n_lanes + lane) * cuda->lane_blocks], before[lane], before[lane] + n_rows,
+                           i % 2, random);
         }
         for (uint32_t r = 0; r < n_rows; r++) row_positions[row + r] = NEXT_POSITION + (int32_t)r;
         c->entries[i] = {i, row, n_rows, before, n_rows * geometry->group > TILE_QUERIES, false};
@@ -436,7 +440,7 @@ static void check_all(void) {
     check_probe<KV_BF16>("bf16", &random);
     static const struct {
         uint32_t d, group;
-    } sizes[] = {{128, 4}, {64, 3}, {128, 1}, {64, 8}, {16, 4}, {32, 2}, {80, 4}, {20, 1}, {96, 16}, {128, 20}};
+    } sizes[] = {{128, 4}, {64, 3}, {128, 1}, {64, 8}, {16, 4}, {32, 2}, {80, 4}, {20, 1}, {96, 16}, {128, 20}, {72, 2}};
     static const enum kv_dtype dtypes[] = {KV_F16, KV_BF16, KV_Q8, KV_KIVI4, KV_KIVI2};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         for (size_t j = 0; j < sizeof dtypes / sizeof *dtypes; j++) {
@@ -446,6 +450,7 @@ static void check_all(void) {
             geometry.d = sizes[i].d;
             geometry.group = sizes[i].group;
             if (kivi_bits(geometry.dtype) && geometry.d % 8 != 0) continue; /* supported.cu */
+            if (!is_wanted(&geometry)) continue;
             check_one(&geometry, &random);
         }
     }
@@ -461,10 +466,12 @@ int main(int argc, char **argv) {
             check = few = true;
         else if (strcmp(argv[i], "--bench") == 0)
             bench = true;
+        else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc)
+            only = argv[++i];
         else if (strcmp(argv[i], "--stages") == 0 && i + 1 < argc && atoi(argv[i + 1]) >= 2 && atoi(argv[i + 1]) <= 4)
             stages = (uint32_t)atoi(argv[++i]);
         else {
-            fprintf(stderr, "usage: %s [--check | --check-few] [--bench] [--stages 2..4]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--check | --check-few] [--bench] [--only TEXT] [--stages 2..4]\n", argv[0]);
             return 2;
         }
     }

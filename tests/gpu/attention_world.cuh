@@ -35,6 +35,17 @@ struct geometry {
     bool accumulators;
 };
 
+static const char *only = ""; /* --only */
+
+static void name_of(const struct geometry *geometry, char *name, size_t bytes) {
+    snprintf(name, bytes, "%s d %u group %u", kv_dtype_name(geometry->dtype), geometry->d, geometry->group);
+}
+static bool is_wanted(const struct geometry *geometry) {
+    char name[64];
+    name_of(geometry, name, sizeof name);
+    return strncmp(name, only, strlen(only)) == 0;
+}
+
 struct world {
     struct cuda cuda;
     struct program program;
@@ -123,6 +134,7 @@ static void world_open(struct world *w, const struct geometry *g, struct random 
     arena.base = (uint8_t *)take(w, counted);
     arena.used = 0;
     CUDA_CHECK(cudaMemset(arena.base, 0xff, counted));
+    CUDA_CHECK(cudaDeviceSynchronize()); /* before attention_open's stream writes there */
     attention_lay_out(cuda, &arena);
     CHECK(arena.used == counted);
     struct error error;

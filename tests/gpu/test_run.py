@@ -81,6 +81,26 @@ class Stages(Case):
         self.assertEqual(steps["interrupted"]["status"], "interrupted")
         self.assertIn("interrupted", (self.folder / "out/summary.md").read_text())
 
+    def test_what_the_sanitizer_runs_compacts(self):
+        tool = self.folder / "compute-sanitizer"
+        tool.write_text("""#!/bin/sh
+while [ "$1" != --target-processes ]; do shift; done
+shift 2
+echo "========= COMPUTE-SANITIZER"
+"$@" || exit
+echo "========= ERROR SUMMARY: 0 errors"
+""")
+        tool.chmod(0o755)
+        path = f"{self.folder}:{os.environ['PATH']}"
+        command = [sys.executable, str(HERE / "run"), "--out", str(self.folder / "out"), "--backend", "cpu", "--small", "--build", str(BUILD), "--stage", "sanitizer"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, env={**os.environ, "PATH": path})
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        steps = self.steps("sanitizer")
+        for kind in ("memcheck", "racecheck"):
+            requests = [name for name in steps if name.startswith(f"{kind}-requests-")]
+            self.assertEqual(len(requests), 5, requests)
+            self.assertEqual({steps[name]["status"] for name in requests}, {"ok"})
+
     def test_what_is_wrong_is_said(self):
         for words in (["--stage", "nonesuch"], ["--model", "/nonesuch"], ["--build", "/nonesuch"]):
             done = subprocess.run([sys.executable, str(HERE / "run"), "--out", str(self.folder), *words], capture_output=True, text=True, timeout=DEADLINE)
@@ -132,6 +152,20 @@ class Pieces(unittest.TestCase):
         self.assertIn("3", clean_of("========= ERROR SUMMARY: 3 errors"))
         self.assertIn("1", clean_of("========= RACECHECK SUMMARY: 1 hazard displayed"))
         self.assertIn("no summary", clean_of("all is well"))
+
+    def test_what_was_compacted(self):
+        compressed_of = load("run").compressed_of
+
+        def output(*arms, errors=0):
+            runs = [{"policy": policy, "compressions": compressions, "slots_kept": kept} for policy, compressions, kept in arms]
+            return f"========= COMPUTE-SANITIZER\n{json.dumps({'runs': runs})}\n========= ERROR SUMMARY: {errors} errors"
+
+        self.assertIsNone(compressed_of(output(("none", 0, 1), ("h2o", 3, 0.7))))
+        self.assertIn("h2o", compressed_of(output(("kv_compress", 3, 0.7), ("h2o", 0, 1))))
+        self.assertIn("h2o", compressed_of(output(("h2o", 3, 1))))
+        self.assertIn("no run", compressed_of(output(("none", 0, 1))))
+        self.assertIn("2 error", compressed_of(output(("h2o", 3, 0.7), errors=2)))
+        self.assertIn("no run", compressed_of("========= ERROR SUMMARY: 0 errors"))
 
 
 if __name__ == "__main__":
