@@ -253,9 +253,8 @@ template <int KV, int DIMS> ATTENTION_INLINE void copy_scales(const struct atten
 }
 
 template <int KV, int DIMS> ATTENTION_INLINE void copy_piece(const struct attention_args &args, uint32_t to, const struct piece_source &source, uint32_t visible) {
-    if constexpr (code_bits<KV> > 0) {
-        copy_block<KV, DIMS>(args, to, source, 0, visible, true);
-        copy_block<KV, DIMS>(args, to, source, 1, visible, true);
+    if constexpr (code_bits<KV> != 0) {
+        copy_blocks<KV, DIMS, true>(args, to, source, visible);
         return;
     }
     const uint2 ids = source.ids;

@@ -113,8 +113,7 @@ ATTENTION_INLINE void gather_sums(const struct piece_sums *sums, unsigned long l
 template <int KV, int DIMS> ATTENTION_INLINE void copy_keys(const struct attention_args &args, uint8_t *shared, const struct piece_source &source, uint32_t visible) {
     using places = accumulate_shared<KV, DIMS>;
     if constexpr (code_bits<KV> > 0) {
-        copy_block<KV, DIMS>(args, shared_address(shared + places::k), source, 0, visible, false);
-        copy_block<KV, DIMS>(args, shared_address(shared + places::k), source, 1, visible, false);
+        copy_blocks<KV, DIMS, false>(args, shared_address(shared + places::k), source, visible);
     } else {
         copy_rows<KV, DIMS>(args, shared_address(shared + places::k), source.ids, 0, visible);
         copy_scales<KV, DIMS>(args, shared_address(shared + places::scales), source.ids, visible);
