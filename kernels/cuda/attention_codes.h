@@ -107,40 +107,6 @@ template <int BITS> ATTENTION_INLINE void code_operand(uint32_t b[4], uint2 word
     b[3] = pair_numbers<BITS>(other, other_pair + 1, scales.second);
 }
 
-/* As load_k: slots [16 slots, + 16) of the piece, dims [16 k, + 16); `at`: where they are in f16. */
-template <int KV, int DIMS>
-ATTENTION_INLINE void k_operand(uint32_t b[4], uint32_t at, const struct coded_piece &from, uint32_t slots, uint32_t k, uint32_t lane) {
-    if constexpr (code_bits<KV> != 0) {
-        if (from.coded >> slots / 2 & 1) {
-            constexpr uint32_t BITS = code_bits<KV>;
-            const uint8_t *side = codes_at<KV, DIMS>(from, slots / 2);
-            b[0] = b[1] = b[2] = b[3] = 0;
-            if (k * 16 < from.dims)
-                code_operand<BITS>(b, code_words<BITS>(side, k / 2 * 2 + slots % 2, lane), k % 2,
-                                   pair_scales_of(side + codes_bytes(BITS, from.dims) + k / 2 * 128, k % 2, lane));
-            return;
-        }
-    }
-    load_k<KV>(b, at);
-}
-
-/* As load_v: slots [16 k, + 16) of the piece, dims [16 pair, + 16). */
-template <int KV, int DIMS>
-ATTENTION_INLINE void v_operand(uint32_t b[4], uint32_t at, const struct coded_piece &from, uint32_t k, uint32_t pair, uint32_t lane) {
-    if constexpr (code_bits<KV> != 0) {
-        if (from.coded >> k / 2 & 1) {
-            constexpr uint32_t BITS = code_bits<KV>;
-            const uint8_t *side = codes_at<KV, DIMS>(from, k / 2) + codes_side_bytes(BITS, from.dims);
-            b[0] = b[1] = b[2] = b[3] = 0;
-            if (pair * 16 < from.dims)
-                code_operand<BITS>(b, code_words<BITS>(side, pair, lane), k % 2,
-                                   pair_scales_of(side + codes_bytes(BITS, from.dims) + pair / 2 * 128, k % 2, lane));
-            return;
-        }
-    }
-    load_v<KV>(b, at);
-}
-
 /* ---- products of blocks that are codes. Without a branch inside, for loads and conversions to overlap products ---- */
 
 /* s += q . k of slots [16 slots, + 16) of the piece. What would lie behind the codes' dims is taken from the first ones, times queries that are 0 there. */
@@ -185,5 +151,53 @@ ATTENTION_INLINE void multiply_coded_values(float o[][4], const uint32_t p[2][4]
             multiply<KV>(o[2 * i], p[step], b[0], b[1]);
             multiply<KV>(o[2 * i + 1], p[step], b[2], b[3]);
         }
+    }
+}
+
+/* ---- products of a whole piece, by one warp ---- */
+
+/* s += q . k of all slots. at: K's rows in f16, with k_offset. */
+template <int KV, int DIMS>
+ATTENTION_INLINE void multiply_keys(float s[][4], const uint32_t q[DIMS / 16][4], uint32_t at, const struct coded_piece &from, uint32_t lane) {
+    constexpr uint32_t GROUP = code_bits<KV> != 0 ? BLOCK_TOKENS / 16 : PIECE_SLOTS / 16; /* 16 slots each, that are all codes or none */
+#pragma unroll
+    for (uint32_t first = 0; first < PIECE_SLOTS / 16; first += GROUP) {
+        if constexpr (code_bits<KV> != 0) {
+            if (from.coded >> first / GROUP & 1) {
+#pragma unroll
+                for (uint32_t i = first; i < first + GROUP; i++) multiply_coded_keys<KV, DIMS>(s + 2 * i, q, from, i, lane);
+                continue;
+            }
+        }
+#pragma unroll
+        for (uint32_t k = 0; k < DIMS / 16; k++) {
+#pragma unroll
+            for (uint32_t i = first; i < first + GROUP; i++) {
+                uint32_t b[4];
+                load_k<KV>(b, at + i * 16 * piece<KV, DIMS>::pitch + k * dims_step<KV>);
+                multiply<KV>(s[2 * i], q[k], b[0], b[1]);
+                multiply<KV>(s[2 * i + 1], q[k], b[2], b[3]);
+            }
+        }
+    }
+}
+
+/* o += p . v of slots [16 k, + 16), all dims; p: of k - 1, k where k is odd, k, anything where it is even. at: V's rows in f16, with v_offset. Codes wait for the second half of their block. */
+template <int KV, int DIMS>
+ATTENTION_INLINE void multiply_values(float o[][4], const uint32_t p[2][4], uint32_t at, const struct coded_piece &from, uint32_t k, uint32_t lane) {
+    if constexpr (code_bits<KV> != 0) {
+        if (from.coded >> k / 2 & 1) {
+            if (k % 2 == 0) return;
+#pragma unroll
+            for (uint32_t i = 0; i < DIMS / 16; i += 2) multiply_coded_values<KV, DIMS, 2>(o + 2 * i, p, from, k / 2, i, lane);
+            return;
+        }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < DIMS / 16; i++) {
+        uint32_t b[4];
+        load_v<KV>(b, at + k * 16 * piece<KV, DIMS>::pitch + i * dims_step<KV>);
+        multiply<KV>(o[2 * i], p[k % 2], b[0], b[1]);
+        multiply<KV>(o[2 * i + 1], p[k % 2], b[2], b[3]);
     }
 }
