@@ -29,6 +29,7 @@
 
 #define KIVI_RESIDUAL 64
 #define KIVI_GROUP 32u     /* channels of a value that share a scale, as in all of the paper's settings */
+#define KIVI_NUMBER_END 65520.f /* numbers lie below: what rounds to f16's infinity begins here */
 #define KIVI_RAW_BLOCKS 3u /* of a lane, at most, are read in f16 by the next row: it and KIVI_RESIDUAL slots before it span no more */
 
 KIVI_INLINE uint32_t kivi_bits(enum kv_dtype dtype) { return dtype == KV_KIVI4 ? 4 : dtype == KV_KIVI2 ? 2 : 0; } /* 0: not KIVI */
@@ -58,7 +59,9 @@ KIVI_INLINE struct kivi_scale kivi_quantize(const float *x, size_t stride, uint3
         low = x[i * stride] < low ? x[i * stride] : low;
         high = x[i * stride] > high ? x[i * stride] : high;
     }
-    const struct kivi_scale made = {kivi_narrow((high - low) / levels), kivi_narrow(low)};
+    struct kivi_scale made = {kivi_narrow((high - low) / levels), kivi_narrow(low)};
+    /* What was rounded up could take the largest number beyond f16, in which devices have them; one scale lower it is at most `high`. */
+    if (levels * kivi_widen(made.scale) + low >= KIVI_NUMBER_END) made.scale--;
     const float scale = kivi_widen(made.scale);
     for (uint32_t i = 0; i < n; i++) {
         float code = scale > 0 ? (x[i * stride] - low) / scale : 0;

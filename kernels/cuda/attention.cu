@@ -185,7 +185,7 @@ static enum status allow_shared(attention_kernel kernel, size_t bytes, struct er
 /* CTAs an SM and pieces a CTA: as many pieces in flight as can be; of equals, more CTAs. */
 static enum status choose_stages(struct cuda *cuda, struct error *error) {
     struct attention_device *device = cuda->attention;
-    int most_in_flight = 0;
+    int best = 0;
     for (uint32_t stages = 2; stages <= STAGES_MAX; stages++) {
         size_t bytes = attention_decode_shared(cuda->pool.dtype, device->dims, stages);
         if (bytes > cuda->properties.sharedMemPerBlockOptin) break;
@@ -193,14 +193,15 @@ static enum status choose_stages(struct cuda *cuda, struct error *error) {
         if (status != STATUS_OK) return status;
         int ctas = 0;
         CUDA_TRY(error, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, device->decode, ATTENTION_THREADS, bytes));
-        int in_flight = ctas * (int)(stages - 1);
-        if (in_flight <= most_in_flight) continue;
-        most_in_flight = in_flight;
+        /* KIVI turns codes into numbers most of the time, which more warps hide more of; the others wait for copies, of which more pieces in flight make more. */
+        int worth = cuda->pool.bits ? ctas * (int)STAGES_MAX + (int)stages : ctas * (int)(stages - 1);
+        if (ctas == 0 || worth <= best) continue;
+        best = worth;
         device->stages = stages;
         device->decode_shared = bytes;
         device->ctas = (uint32_t)(ctas * cuda->properties.multiProcessorCount);
     }
-    if (most_in_flight == 0) return error_set(error, STATUS_UNSUPPORTED, "cuda attention: device %d has too little shared memory", cuda->device);
+    if (best == 0) return error_set(error, STATUS_UNSUPPORTED, "cuda attention: device %d has too little shared memory", cuda->device);
     if (device->ctas > CTAS_MAX) device->ctas = CTAS_MAX;
     return allow_shared(device->decode, device->decode_shared, error);
 }

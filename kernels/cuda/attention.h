@@ -252,16 +252,37 @@ template <int KV, int DIMS> ATTENTION_INLINE void copy_scales(const struct atten
     copy_16(to + (v * PIECE_SLOTS + in_piece) * sizeof(float), from, take);
 }
 
-template <int KV, int DIMS> ATTENTION_INLINE void copy_piece(const struct attention_args &args, uint32_t to, const struct piece_source &source, uint32_t visible) {
-    if constexpr (code_bits<KV> > 0) {
-        copy_block<KV, DIMS>(args, to, source, 0, visible, true);
-        copy_block<KV, DIMS>(args, to, source, 1, visible, true);
+/* K and V rows of a piece of which all is there, as are most: of DIMS dims, so that every distance is a constant. */
+template <int KV, int DIMS> ATTENTION_INLINE void copy_whole(const struct attention_args &args, uint32_t to, uint2 ids) {
+    using layout = piece<KV, DIMS>;
+    constexpr uint32_t columns = layout::row / 16, rows = ATTENTION_THREADS / columns;
+    const uint32_t row = threadIdx.x / columns, column = threadIdx.x % columns * 16;
+    const uint8_t *first = args.kv + ids.x * args.block_bytes + threadIdx.x * 16, *second = args.kv + ids.y * args.block_bytes + threadIdx.x * 16;
+    to += row * layout::pitch + column;
+#pragma unroll
+    for (uint32_t v = 0; v < 2; v++) {
+#pragma unroll
+        for (uint32_t i = 0; i < PIECE_SLOTS; i += rows)
+            copy_16(to + v * layout::k_bytes + i * layout::pitch,
+                    (i < BLOCK_TOKENS ? first : second) + (v * BLOCK_TOKENS + i % BLOCK_TOKENS) * layout::row, 16);
+    }
+}
+
+template <int KV, int DIMS>
+ATTENTION_INLINE void copy_piece(const struct attention_args &args, uint32_t to, const struct piece_source &source, uint32_t visible) {
+    if constexpr (code_bits<KV> != 0) {
+        copy_blocks<KV, DIMS, true>(args, to, source, visible);
         return;
     }
     const uint2 ids = source.ids;
-    copy_rows<KV, DIMS>(args, to, ids, 0, visible);
-    copy_rows<KV, DIMS>(args, to + piece<KV, DIMS>::k_bytes, ids, (size_t)BLOCK_TOKENS * args.row_bytes, visible);
-    copy_scales<KV, DIMS>(args, to + piece<KV, DIMS>::scales, ids, visible);
+    using layout = piece<KV, DIMS>;
+    if (args.row_bytes == layout::row && visible >= PIECE_SLOTS) {
+        copy_whole<KV, DIMS>(args, to, ids);
+    } else {
+        copy_rows<KV, DIMS>(args, to, ids, 0, visible);
+        copy_rows<KV, DIMS>(args, to + layout::k_bytes, ids, (size_t)BLOCK_TOKENS * args.row_bytes, visible);
+    }
+    copy_scales<KV, DIMS>(args, to + layout::scales, ids, visible);
 }
 
 /* Columns that no copy writes, when d is less than DIMS. */

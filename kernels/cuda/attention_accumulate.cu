@@ -76,16 +76,7 @@ ATTENTION_INLINE void add_tile(const struct attention_args &args, struct piece_s
     load_queries<KV, DIMS>(q, queries[0], queries[1], args.d, lane);
     float s[PIECE_TILES][4] = {};
     uint32_t k_at = shared_address(shared + places::k) + k_offset<KV, DIMS>(lane);
-#pragma unroll
-    for (int k = 0; k < DIMS / 16; k++) {
-#pragma unroll
-        for (int pair = 0; pair < PIECE_TILES / 2; pair++) {
-            uint32_t b[4];
-            k_operand<KV, DIMS>(b, k_at + pair * 16 * piece<KV, DIMS>::pitch + k * dims_step<KV>, from, pair, k, lane);
-            multiply<KV>(s[2 * pair], q[k], b[0], b[1]);
-            multiply<KV>(s[2 * pair + 1], q[k], b[2], b[3]);
-        }
-    }
+    multiply_keys<KV, DIMS>(s, q, k_at, from, lane);
     const float *scales = (const float *)(const void *)(shared + places::scales);
 #pragma unroll
     for (int i = 0; i < PIECE_TILES * 4; i++) {
@@ -112,9 +103,8 @@ ATTENTION_INLINE void gather_sums(const struct piece_sums *sums, unsigned long l
 /* The piece's keys to shared memory; waits for nothing. */
 template <int KV, int DIMS> ATTENTION_INLINE void copy_keys(const struct attention_args &args, uint8_t *shared, const struct piece_source &source, uint32_t visible) {
     using places = accumulate_shared<KV, DIMS>;
-    if constexpr (code_bits<KV> > 0) {
-        copy_block<KV, DIMS>(args, shared_address(shared + places::k), source, 0, visible, false);
-        copy_block<KV, DIMS>(args, shared_address(shared + places::k), source, 1, visible, false);
+    if constexpr (code_bits<KV> != 0) {
+        copy_blocks<KV, DIMS, false>(args, shared_address(shared + places::k), source, visible);
     } else {
         copy_rows<KV, DIMS>(args, shared_address(shared + places::k), source.ids, 0, visible);
         copy_scales<KV, DIMS>(args, shared_address(shared + places::scales), source.ids, visible);
@@ -132,7 +122,7 @@ ATTENTION_INLINE void accumulate_piece(const struct attention_args &args, uint8_
     unsigned long long *shared_sums = (unsigned long long *)(void *)(shared + places::sums);
     uint32_t first_row = slot > before ? slot - before : 0, tiles = (sequence.n_rows * args.group + TILE_QUERIES - 1) / TILE_QUERIES;
     uint32_t view = 0, views = 0; /* the first row's and the last's */
-    if constexpr (code_bits<KV> > 0) {
+    if constexpr (code_bits<KV> != 0) {
         view = view_of<KV>(codes_before(args.positions, blocks, before + first_row, args.row_positions[sequence.first_row + first_row]), slot);
         views = view_of<KV>(codes_before(args.positions, blocks, length - 1, args.row_positions[sequence.first_row + sequence.n_rows - 1]), slot);
     }

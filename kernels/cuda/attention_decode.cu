@@ -105,12 +105,16 @@ ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t 
     const struct coded_piece from = {shared + piece_at, coded, dims};
     float s[2][4] = {};
     uint32_t k_at = shared_address(shared) + piece_at + k_offset<KV, DIMS>(lane) + warp * 16 * layout::pitch;
+    if (code_bits<KV> != 0 && coded >> warp / 2 & 1) {
+        if constexpr (code_bits<KV> != 0) multiply_coded_keys<KV, DIMS>(s, q, from, warp, lane);
+    } else {
 #pragma unroll
-    for (int k = 0; k < DIMS / 16; k++) {
-        uint32_t b[4];
-        k_operand<KV, DIMS>(b, k_at + k * dims_step<KV>, from, warp, k, lane);
-        multiply<KV>(s[0], q[k], b[0], b[1]);
-        multiply<KV>(s[1], q[k], b[2], b[3]);
+        for (int k = 0; k < DIMS / 16; k++) {
+            uint32_t b[4];
+            load_k<KV>(b, k_at + k * dims_step<KV>);
+            multiply<KV>(s[0], q[k], b[0], b[1]);
+            multiply<KV>(s[1], q[k], b[2], b[3]);
+        }
     }
     const float *scales = (const float *)(const void *)(shared + piece_at + layout::scales);
     float largest[2] = {-INFINITY, -INFINITY};
@@ -163,17 +167,30 @@ ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t 
     uint32_t p_at = shared_address(shared) + places::p + (lane % 16) * P_PITCH + lane / 16 * 16;
     uint32_t v_at = shared_address(shared) + piece_at + layout::k_bytes + v_offset<KV, DIMS>(lane) + warp * (TILES / 2) * dims_step<KV>;
 #pragma unroll
-    for (int k = 0; k < PIECE_SLOTS / 16; k++) {
-        uint32_t p[4];
-        load_matrices_4(p, p_at + k * 32);
-        multiply<KV>(l, p, ones<KV>(), ones<KV>());
-        if constexpr (KV == KV_Q8) load_matrices_4(p, p_at + places::p_bytes + k * 32);
+    for (uint32_t block = 0; block < PIECE_SLOTS / BLOCK_TOKENS; block++) {
+        uint32_t p[2][4];
 #pragma unroll
-        for (int pair = 0; pair < TILES / 2; pair++) {
-            uint32_t b[4];
-            v_operand<KV, DIMS>(b, v_at + k * 16 * layout::pitch + pair * dims_step<KV>, from, k, warp * (TILES / 2) + pair, lane);
-            multiply<KV>(split->o[2 * pair], p, b[0], b[1]);
-            multiply<KV>(split->o[2 * pair + 1], p, b[2], b[3]);
+        for (uint32_t step = 0; step < 2; step++) {
+            const uint32_t at = p_at + (2 * block + step) * 32;
+            load_matrices_4(p[step], at);
+            multiply<KV>(l, p[step], ones<KV>(), ones<KV>());
+            if constexpr (KV == KV_Q8) load_matrices_4(p[step], at + places::p_bytes);
+        }
+        if constexpr (code_bits<KV> != 0) {
+            if (coded >> block & 1) {
+                multiply_coded_values<KV, DIMS, TILES / 2>(split->o, p, from, block, warp * (TILES / 2), lane);
+                continue;
+            }
+        }
+#pragma unroll
+        for (uint32_t step = 0; step < 2; step++) {
+#pragma unroll
+            for (int pair = 0; pair < TILES / 2; pair++) {
+                uint32_t b[4];
+                load_v<KV>(b, v_at + (2 * block + step) * 16 * layout::pitch + pair * dims_step<KV>);
+                multiply<KV>(split->o[2 * pair], p[step], b[0], b[1]);
+                multiply<KV>(split->o[2 * pair + 1], p[step], b[2], b[3]);
+            }
         }
     }
     split->l[0] = l[0];

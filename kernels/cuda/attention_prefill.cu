@@ -39,16 +39,7 @@ ATTENTION_INLINE void prefill_piece(struct part<DIMS> *split, const uint32_t q[D
     const struct coded_piece from = {at, coded, dims};
     float s[PIECE_TILES][4] = {};
     uint32_t k_at = shared_address(at) + k_offset<KV, DIMS>(lane), v_at = shared_address(at) + layout::k_bytes + v_offset<KV, DIMS>(lane);
-#pragma unroll
-    for (int k = 0; k < DIMS / 16; k++) {
-#pragma unroll
-        for (int pair = 0; pair < PIECE_TILES / 2; pair++) {
-            uint32_t b[4];
-            k_operand<KV, DIMS>(b, k_at + pair * 16 * layout::pitch + k * dims_step<KV>, from, pair, k, lane);
-            multiply<KV>(s[2 * pair], q[k], b[0], b[1]);
-            multiply<KV>(s[2 * pair + 1], q[k], b[2], b[3]);
-        }
-    }
+    multiply_keys<KV, DIMS>(s, q, k_at, from, lane);
     const float *scales = (const float *)(const void *)(at + layout::scales);
     if constexpr (KV == KV_Q8) {
 #pragma unroll
@@ -80,32 +71,27 @@ ATTENTION_INLINE void prefill_piece(struct part<DIMS> *split, const uint32_t q[D
         for (int i = 0; i < 4; i++) split->o[t][i] = __fmul_rn(split->o[t][i], a[i / 2]);
     }
     float l[4] = {__fmul_rn(split->l[0], a[0]), 0, __fmul_rn(split->l[1], a[1]), 0};
+    uint32_t p[2][4];
 #pragma unroll
     for (int k = 0; k < PIECE_SLOTS / 16; k++) {
-        uint32_t p[4];
+        uint32_t *const now = p[k % 2];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int tile = 2 * k + i / 2, half = i % 2;
             s[tile][2 * half] = weight_of(s[tile][2 * half], scale_log2, m[half]);
             s[tile][2 * half + 1] = weight_of(s[tile][2 * half + 1], scale_log2, m[half]);
-            p[i] = pack<KV>(s[tile][2 * half], s[tile][2 * half + 1]);
+            now[i] = pack<KV>(s[tile][2 * half], s[tile][2 * half + 1]);
         }
-        multiply<KV>(l, p, ones<KV>(), ones<KV>());
+        multiply<KV>(l, now, ones<KV>(), ones<KV>());
         if constexpr (KV == KV_Q8) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int tile = 2 * k + i / 2, half = i % 2;
                 float2 scale = *(const float2 *)(const void *)(scales + PIECE_SLOTS + tile * 8 + lane % 4 * 2);
-                p[i] = pack<KV>(with_v_scale(s[tile][2 * half], scale.x), with_v_scale(s[tile][2 * half + 1], scale.y));
+                now[i] = pack<KV>(with_v_scale(s[tile][2 * half], scale.x), with_v_scale(s[tile][2 * half + 1], scale.y));
             }
         }
-#pragma unroll
-        for (int pair = 0; pair < DIMS / 16; pair++) {
-            uint32_t b[4];
-            v_operand<KV, DIMS>(b, v_at + k * 16 * layout::pitch + pair * dims_step<KV>, from, k, pair, lane);
-            multiply<KV>(split->o[2 * pair], p, b[0], b[1]);
-            multiply<KV>(split->o[2 * pair + 1], p, b[2], b[3]);
-        }
+        multiply_values<KV, DIMS>(split->o, p, v_at, from, k, lane);
     }
     split->l[0] = l[0];
     split->l[1] = l[2];
@@ -150,7 +136,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, DIMS == 64 ? 3 : 2) prefill
     uint32_t warp_seen_least = before + min(warp_first, n_queries - 1) / args.group + 1;
     uint32_t warp_seen_most = before + min(warp_first + TILE_QUERIES - 1, n_queries - 1) / args.group + 1;
     uint32_t codes[2] = {}, codes_first = 0, codes_last = 0; /* of the thread's queries, and of all */
-    if constexpr (code_bits<KV> > 0) {
+    if constexpr (code_bits<KV> != 0) {
         auto codes_of = [&](uint32_t slots) { return codes_before(args.positions, blocks, slots - 1, args.row_positions[sequence.first_row + slots - 1 - before]); };
         codes_first = codes_of(before + tile.first_query / args.group + 1);
         codes_last = codes_of(end);
@@ -193,7 +179,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, DIMS == 64 ? 3 : 2) prefill
                 seen_here[half] = same ? (int32_t)(seen[half] - slot) : 0;
                 mine = mine && same;
             }
-            if constexpr (code_bits<KV> > 0) mine = __all_sync(0xffffffffu, mine);
+            if constexpr (code_bits<KV> != 0) mine = __all_sync(0xffffffffu, mine);
             prefill_piece<KV, DIMS>(&split, q, shared + stage * layout::bytes, seen_here, mine && slot + PIECE_SLOTS <= warp_seen_least, args.scale_log2, here, codes_dims(args.d));
         }
         if (walk.slot != slot && (walk.slot % SPLIT_SLOTS == 0 || walk.slot >= end)) {

@@ -18,12 +18,12 @@ extern "C" {
 
 static_assert(KIVI_GROUP == 32 && BLOCK_TOKENS == 32, "32 k are a word's pairs and, of V, a group's slots");
 
-static inline __host__ __device__ uint32_t codes_dims(uint32_t d) { return (d + KIVI_GROUP - 1) / KIVI_GROUP * KIVI_GROUP; }
-static inline __host__ __device__ uint32_t codes_bytes(uint32_t bits, uint32_t dims) { return BLOCK_TOKENS * dims * bits / 8; } /* of K or V */
-static inline __host__ __device__ uint32_t codes_side_bytes(uint32_t bits, uint32_t dims) {
+static constexpr __host__ __device__ uint32_t codes_dims(uint32_t d) { return (d + KIVI_GROUP - 1) / KIVI_GROUP * KIVI_GROUP; }
+static constexpr __host__ __device__ uint32_t codes_bytes(uint32_t bits, uint32_t dims) { return BLOCK_TOKENS * dims * bits / 8; } /* of K or V */
+static constexpr __host__ __device__ uint32_t codes_side_bytes(uint32_t bits, uint32_t dims) {
     return codes_bytes(bits, dims) + dims * (uint32_t)sizeof(struct kivi_scale); /* V: dims / 32 groups of 32 slots, as many */
 }
-static inline __host__ __device__ uint32_t codes_block_bytes(uint32_t bits, uint32_t d) { return 2 * codes_side_bytes(bits, codes_dims(d)); }
+static constexpr __host__ __device__ uint32_t codes_block_bytes(uint32_t bits, uint32_t d) { return 2 * codes_side_bytes(bits, codes_dims(d)); }
 
 enum { WHICH_K, WHICH_V };
 
@@ -65,17 +65,19 @@ CODES_INLINE uint32_t bits_of(__half2 pair) {
     return bits;
 }
 
-/* A pair's numbers rounded to f16, once: codes are exact in f16, so is their product with the scale inside the fused operation. What that takes beyond f16's range (the scale may be rounded
- * up) is its largest number; a minimum is finite and codes add to it, so that the other end cannot be left. */
-CODES_INLINE uint32_t code_numbers(__half2 codes, uint2 scales) {
-    return bits_of(__hmin2(__hfma2(codes, half2_of(scales.x), half2_of(scales.y)), half2_of(0x7bff7bffu)));
-}
+/* A pair's numbers rounded to f16, once: codes are exact in f16, so is their product with the scale inside the fused operation. They lie in f16's range (kivi_quantize). */
+CODES_INLINE uint32_t code_numbers(__half2 codes, uint2 scales) { return bits_of(__hfma2(codes, half2_of(scales.x), half2_of(scales.y))); }
 
 /* The codes of pair `pair` of a word, exactly: under an exponent of 2^10, c << s is 1024 + 2^s c. */
 template <int BITS> CODES_INLINE __half2 pair_codes(uint32_t word, int pair) {
+    constexpr uint32_t LOWEST = ((1u << BITS) - 1) * 0x00010001u;
     constexpr int A_BYTE = 8 / BITS; /* pairs whose codes lie in bits 0 to 7 and 16 to 23 */
     const int shift = pair % A_BYTE * BITS;
-    const uint32_t biased = (word >> (pair / A_BYTE * 8) & (((1u << BITS) - 1) * 0x00010001u << shift)) | 0x64006400u;
+    const uint32_t shifted = word >> (pair / A_BYTE * 8), zero = 0x64006400u;
+    const uint32_t biased = shift == 0          ? masked_into<LOWEST>(zero, shifted)
+                            : shift == BITS     ? masked_into<LOWEST << BITS>(zero, shifted)
+                            : shift == 2 * BITS ? masked_into<LOWEST << 2 * BITS>(zero, shifted)
+                                                : masked_into<LOWEST << 3 * BITS>(zero, shifted);
     if (shift == 0) return __hsub2(half2_of(biased), half2_of(0x64006400u));
     const uint32_t step = (uint32_t)(15 - shift) << 10, minus = 0x8000u | (uint32_t)(25 - shift) << 10; /* 2^-shift, -1024 times that */
     return __hfma2(half2_of(biased), half2_of(step | step << 16), half2_of(minus | minus << 16));

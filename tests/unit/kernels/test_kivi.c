@@ -40,6 +40,7 @@ static void test_codes(void **state) {
         float low = x[0], high = x[0], step = float_from_f16(scale.scale);
         for (uint32_t i = 0; i < n; i++) low = fminf(low, x[2 * i]), high = fmaxf(high, x[2 * i]);
         assert_true(isfinite(step) && float_from_f16(scale.minimum) == low);
+        assert_int_not_equal(f16_from_float(kivi_number((uint8_t)levels, scale)), 0x7c00);
         /* The step's rounding is multiplied by the code; below 2^-24 there is no f16. */
         float bound = (high - low) / levels * (0.5f + levels * 0x1p-11f) + levels * 0x1p-25f;
         for (uint32_t i = 0; i < n; i++) {
