@@ -160,8 +160,9 @@ INLINE void product_tile(enum tensor_type type, const uint32_t planes, const uin
             struct unpacked u;
             unpack(type, strip, b, part, &u);
             vb quads[8];
+            if (planes == 1)
 #pragma GCC unroll 8
-            for (int j = 0; planes == 1 && j < 8; j++) quads[j] = u.quad[j];
+                for (int j = 0; j < 8; j++) quads[j] = u.quad[j];
             for (size_t line = 0; line < n_lines; line++) __builtin_prefetch((const void *)(fetch + (b * n_lines + line) * 64));
 #pragma GCC unroll 12
             for (int r = 0; r < n_rows; r++)
