@@ -4,6 +4,7 @@ Bodies first (a table of fields and values), then the wire: framing that could s
 import itertools
 import json
 import random
+import re
 import select
 import unittest
 import unittest.mock
@@ -477,13 +478,23 @@ class Framing(harness.DaemonCase):
             with self.subTest(case=case):
                 self.smuggle(b"GET /v1/models HTTP/1.1\nHost: localhost" + case)
 
+    def first_of_ours(self, request):
+        """The answer. libmicrohttpd says the same in HTML where the bytes come between our look at the connection and its own: then once more, and three times running is no accident."""
+        for _ in range(3):
+            with self.daemon.connect_seen() as connection:
+                connection.try_send(request)
+                connection.try_shutdown()
+                answer = connection.read_to_end()
+            if not re.search(rb"\r\nContent-Type: text/html|\r\n\r\n<html", answer, re.I):
+                break
+            self.assertRegex(answer, rb"^HTTP/1\.1 4")
+        return answer
+
     def test_malformed_request_lines(self):
         for case in (b"GET", b"GET /", b"GET  /health HTTP/1.1", b"GET /health", b"GET /health HTTP/9.9", b"GET /health HTTP/1.1 x", b"GET /health http/1.1", b"\x16\x03\x01\x02\x00\x01\x00",
                      b"GET health HTTP/1.1", b"GET http://evil.example/health HTTP/1.1", b"CONNECT evil.example:443 HTTP/1.1", b"G\x00T /health HTTP/1.1", b"SSH-2.0-x", b"PRI * HTTP/2.0"):
-            with self.subTest(case=case), self.daemon.connect_seen() as connection:
-                connection.try_send(case + b"\r\nHost: localhost\r\n\r\n")
-                connection.try_shutdown()
-                answer = connection.read_to_end()
+            with self.subTest(case=case):
+                answer = self.first_of_ours(case + b"\r\nHost: localhost\r\n\r\n")
                 self.assertNotIn(b"\r\n200 ", answer)
                 if not answer.startswith(b"HTTP/1.1 200"):
                     self.assertRegex(answer, rb"^HTTP/1\.1 (400|403|404|405|505) ")
