@@ -141,9 +141,8 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
     http->hooks.finished(http->hooks.context, exchange);
     uncharge(exchange);
     exchange->connection->exchange = NULL;
-    /* libmicrohttpd may read, or have read, the next request at once. */
     bool goes_on = !exchange->last && !exchange->close && !exchange->aborted && !http->draining;
-    if (!exchange->connection->gone && !(goes_on && wire_look(exchange->connection))) connection_watch(exchange->connection);
+    if (goes_on && !exchange->connection->gone) wire_answered(exchange->connection);
     if (exchange->previous)
         exchange->previous->next = exchange->next;
     else
@@ -263,21 +262,6 @@ void exchange_broken(struct exchange *exchange, const struct guard_refusal *refu
     if (!refuse_body(exchange, &error)) wire_refuse(exchange->connection, exchange->id, &error);
 }
 
-bool exchange_truncated(struct exchange *exchange) {
-    struct api_error error;
-    struct http *http = exchange->connection->http;
-    const char *length = exchange_header(exchange, "Content-Length");
-    ssize_t n = recv(exchange->connection->socket, http->look, HTTP_LOOK_BYTES, MSG_PEEK | MSG_DONTWAIT);
-    if (n < 0 || n == HTTP_LOOK_BYTES) return false; /* the peer is gone, or there is more to come than can be seen */
-    bool whole = length ? exchange->body_seen + (size_t)n >= strtoull(length, NULL, 10) : n >= 4 && memcmp(http->look + n - 4, "\r\n\r\n", 4) == 0;
-    if (whole) return false;
-    api_error_set(&error, 400, "invalid_request_error", "truncated_body", NULL, "The request's body ends before its end: %zu bytes of it came.",
-                  exchange->body_seen + (length ? (size_t)n : 0));
-    if (!refuse_body(exchange, &error)) return false;
-    while (recv(exchange->connection->socket, http->look, HTTP_LOOK_BYTES, MSG_DONTWAIT) > 0) {} /* unread bytes would turn the close into a reset */
-    return true;
-}
-
 /* The path of a target, which proxies and some clients write with the host in front of it (RFC 9112 3.2.2). *authority: that host, as long as it is one, or empty. */
 static const char *path_of(const char *target, char authority[AUTHORITY_BYTES]) {
     authority[0] = '\0';
@@ -352,14 +336,11 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     http->exchanges = exchange;
     http->n_exchanges++;
     connection->exchange = exchange;
-    connection->begun = false;
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));
     connection_deadline(connection, http->limits.body_timeout_s);
-    const char *length = exchange_header(exchange, "Content-Length"), *follows = exchange_header(exchange, "Connection");
+    const char *follows = exchange_header(exchange, "Connection");
     exchange->last = strcmp(version, "HTTP/1.0") == 0 || (follows && strcasestr(follows, "close"));
-    wire_began(connection, exchange_header(exchange, "Transfer-Encoding") != NULL, length ? strtoull(length, NULL, 10) : 0);
-    connection_watch(connection);
     if (!refuse(exchange, mhd, version, authority)) http->hooks.headers(http->hooks.context, exchange);
     if (exchange->status == 0) return MHD_YES;
     exchange->discard = true;
@@ -394,8 +375,6 @@ static enum MHD_Result take_body(struct exchange *exchange, const char *bytes, s
     buffer_append(&exchange->body, bytes, n);
     exchange->body_charged += n;
     http->body_bytes += n;
-    /* libmicrohttpd would find the end before we do, and just close. (Of a chunked body it may hold more than it has handed out.) */
-    if (exchange_header(exchange, "Content-Length") && wire_ended(exchange->connection)) (void)exchange_truncated(exchange);
     return MHD_YES;
 }
 
@@ -409,7 +388,6 @@ enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const
     if (exchange->state == EXCHANGE_BODY) { /* all is in */
         exchange->connection->deadline_ns = 0;
         exchange->state = EXCHANGE_ASKED;
-        connection_watch(exchange->connection);
         if (exchange->aborted) return MHD_NO; /* it has been answered on the wire */
         if (exchange->status)
             exchange->state = EXCHANGE_ANSWER;

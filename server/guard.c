@@ -188,7 +188,7 @@ enum guard_chunked guard_chunks(struct guard_chunks *chunks, const char *bytes, 
 static bool refuse_fields(const char *bytes, size_t length, size_t fields, enum version version, struct guard_refusal *refusal) {
     struct guard guard = {0};
     const char *line;
-    size_t at = fields, n = 1, used;
+    size_t at = fields, n = 1;
     for (size_t count = 0; next_line(bytes, length, &at, &line, &n) && n > 0; count++) {
         if (count == GUARD_FIELDS_MAX) return refuse(refusal, 431, "header_too_large", "too many header fields");
         head_field(&guard, line, n);
@@ -197,66 +197,37 @@ static bool refuse_fields(const char *bytes, size_t length, size_t fields, enum 
     if ((whole ? at : length) > GUARD_HEAD_MAX) return refuse(refusal, 431, "header_too_large", "the header fields are too long");
     /* libmicrohttpd does not wait for the end of a head to stumble over a field. */
     const char *problem = whole ? guard_verdict(&guard, version != VERSION_1_0) : guard.problem;
-    if (problem) return refuse(refusal, 400, "bad_framing", problem);
-    struct guard_chunks chunks = {0};
-    return whole && guard.transfer_encodings > 0 && guard_chunks(&chunks, bytes + at, length - at, &used, refusal) == GUARD_CHUNKS_BROKEN;
+    return problem && refuse(refusal, 400, "bad_framing", problem);
 }
 
-/* Those in front of a request are nobody's (RFC 9112 2.2). */
-static size_t empty_lines(const char *bytes, size_t length) {
+size_t guard_empty_lines(const char *bytes, size_t length) {
     size_t at = 0;
     while (at < length && (bytes[at] == '\n' || (bytes[at] == '\r' && at + 1 < length && bytes[at + 1] == '\n'))) at++;
     return at;
 }
 
-/* Could the empty line that ends a head be here, or its second half? */
-static bool may_end_head(const char *bytes, size_t length) {
+bool guard_bytes(const char *bytes, size_t length, struct guard_refusal *refusal) {
     const char *line;
-    size_t at = 0, n;
-    while (next_line(bytes, length, &at, &line, &n))
-        if (n == 0) return true;
-    return false;
-}
-
-bool guard_bytes(const char *bytes, size_t length, uint64_t before, struct guard_refusal *refusal) {
-    const bool first = before == 0;
-    /* What was taken ends no head. */
-    if (!first && before != GUARD_UNKNOWN && before + length > GUARD_HEAD_MAX && (before > GUARD_HEAD_MAX || !may_end_head(bytes, length)))
-        return refuse(refusal, 431, "header_too_large", "the header fields are too long");
-    const char *line;
-    size_t at = first ? empty_lines(bytes, length) : 0, n = 0;
+    size_t at = guard_empty_lines(bytes, length), n = 0;
     const size_t begin = at;
     bool whole = next_line(bytes, length, &at, &line, &n);
-    if (first && (whole ? n : length - begin) > GUARD_LINE_MAX) return refuse(refusal, 414, "uri_too_long", "the request line is too long");
+    if ((whole ? n : length - begin) > GUARD_LINE_MAX) return refuse(refusal, 414, "uri_too_long", "the request line is too long");
     if (!whole) return false;
+    if (!is_request_line(line, n)) return refuse(refusal, 400, "bad_request_line", "the request line is not METHOD TARGET HTTP/1.1");
     enum version version = version_of(line, n);
-    if (first && !is_request_line(line, n)) return refuse(refusal, 400, "bad_request_line", "the request line is not METHOD TARGET HTTP/1.1");
-    if (first && version == VERSION_OTHER) return refuse(refusal, 505, "http_version_not_supported", "the versions spoken are HTTP/1.0 and HTTP/1.1");
-    if (version == VERSION_NONE || version == VERSION_OTHER) return false;
+    if (version == VERSION_OTHER) return refuse(refusal, 505, "http_version_not_supported", "the versions spoken are HTTP/1.0 and HTTP/1.1");
     return refuse_fields(bytes + begin, length - begin, at - begin, version, refusal);
 }
 
-size_t guard_head(const char *bytes, size_t length) {
-    const char *line;
-    size_t at = empty_lines(bytes, length), n;
-    while (next_line(bytes, length, &at, &line, &n))
-        if (n == 0) return at;
-    return 0;
-}
-
-bool guard_cut_short(const char *bytes, size_t length) {
+size_t guard_head(const char *bytes, size_t length, struct guard_framing *framing) {
     struct guard guard = {0};
     const char *line;
-    size_t at = 0, n = 0;
-    if (!next_line(bytes, length, &at, &line, &n) || !is_request_line(line, n)) return false;
-    bool whole = false;
-    while (!whole && next_line(bytes, length, &at, &line, &n)) {
-        whole = n == 0;
-        if (!whole) head_field(&guard, line, n);
-    }
-    if (!whole) return true;
-    if (guard.transfer_encodings) return length - at < 4 || memcmp(bytes + length - 4, "\r\n\r\n", 4) != 0;
-    return length - at < guard.content_length;
+    size_t at = guard_empty_lines(bytes, length), n;
+    bool whole = next_line(bytes, length, &at, &line, &n);
+    while (whole && (whole = next_line(bytes, length, &at, &line, &n)) && n > 0) head_field(&guard, line, n);
+    if (!whole) return 0;
+    *framing = (struct guard_framing){guard.transfer_encodings > 0, guard.content_lengths ? guard.content_length : 0};
+    return at;
 }
 
 /* The name in "name:port": brackets stay. false: malformed. */
