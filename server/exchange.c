@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <sys/socket.h>
 
 #include "base/check.h"
 #include "base/clock.h"
@@ -251,9 +250,12 @@ static bool refuse_body(struct exchange *exchange, const struct api_error *error
 
 bool exchange_late(struct exchange *exchange) {
     struct api_error error;
+    if (exchange->state != EXCHANGE_BODY) return false;
     api_error_set(&error, 408, "invalid_request_error", "request_timeout", NULL, "The request's body was not complete within %u s.",
                   exchange->connection->http->limits.body_timeout_s);
-    return refuse_body(exchange, &error);
+    if (!refuse_body(exchange, &error))
+        wire_refuse(exchange->connection, exchange->id, &error); /* its answer, an error too, would have come behind the body */
+    return true;
 }
 
 void exchange_broken(struct exchange *exchange, const struct guard_refusal *refusal) {
@@ -273,12 +275,9 @@ static const char *path_of(const char *target, char authority[AUTHORITY_BYTES]) 
 }
 
 /* Framing, Host, Origin and size. true: refused, an answer is set. */
-static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const char *version, const char *authority) {
+static bool refuse(struct exchange *exchange, const struct guard *guard, const char *problem, const char *authority) {
     const struct http_limits *limits = &exchange->connection->http->limits;
-    struct guard guard = {0};
     struct api_error error = {0};
-    (void)MHD_get_connection_values_n(mhd, MHD_HEADER_KIND, visit_field, &guard);
-    const char *problem = guard_verdict(&guard, strcmp(version, "HTTP/1.0") != 0);
     if (problem) {
         /* What follows on this connection cannot be trusted to be what it seems: nothing of it is read. */
         exchange->close = true;
@@ -297,7 +296,7 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
         reply_error(exchange, &error);
         return true;
     }
-    if (guard.encoded && (guard.content_lengths || guard.transfer_encodings)) {
+    if (guard->encoded && (guard->content_lengths || guard->transfer_encodings)) {
         exchange_add_header(exchange, "Accept-Encoding", "identity");
         api_error_set(&error, 415, "invalid_request_error", "unsupported_content_encoding", NULL,
                       "The body has a Content-Encoding: only plain JSON is read.");
@@ -322,7 +321,7 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
 
 static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, const char *url, const char *method, const char *version, void **slot) {
     struct connection *connection = connection_of(mhd);
-    if (!connection || connection->gone || connection->refused || http->stopping) return MHD_NO;
+    if (!connection || !wire_began(connection) || connection->gone || connection->refused || http->stopping) return MHD_NO;
     struct exchange *exchange = check_calloc(1, sizeof *exchange);
     exchange->connection = connection;
     exchange->started_ns = clock_now_ns();
@@ -339,13 +338,18 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));
     connection_deadline(connection, http->limits.body_timeout_s);
-    const char *follows = exchange_header(exchange, "Connection");
-    exchange->last = strcmp(version, "HTTP/1.0") == 0 || (follows && strcasestr(follows, "close"));
-    if (!refuse(exchange, mhd, version, authority)) http->hooks.headers(http->hooks.context, exchange);
+    struct guard guard = {0};
+    (void)MHD_get_connection_values_n(mhd, MHD_HEADER_KIND, visit_field, &guard);
+    const bool http_1_1 = strcmp(version, "HTTP/1.0") != 0;
+    exchange->last = guard.close || !(http_1_1 || guard.keep_alive);
+    if (!refuse(exchange, &guard, guard_verdict(&guard, http_1_1), authority)) http->hooks.headers(http->hooks.context, exchange);
     if (exchange->status == 0) return MHD_YES;
     exchange->discard = true;
     /* Queued before its body, an answer ends the connection: only where that is wanted, or the client waits for 100 Continue. */
-    if (exchange->finished_body || exchange_header(exchange, "Expect")) return queue_answer(exchange);
+    if (exchange->finished_body || exchange_header(exchange, "Expect")) {
+        exchange->close = true;
+        return queue_answer(exchange);
+    }
     return MHD_YES;
 }
 

@@ -9,7 +9,9 @@
 struct guard {
     unsigned content_lengths, transfer_encodings, hosts;
     unsigned long long content_length; /* of the last one, where nothing is wrong */
+    unsigned cookies;                  /* at most: as libmicrohttpd divides them */
     bool encoded;                      /* a Content-Encoding other than identity: nothing wrong, but nothing that is understood here */
+    bool close, keep_alive;            /* what Connection says */
     const char *problem;               /* first thing wrong; NULL: none so far */
 };
 
@@ -24,6 +26,9 @@ const char *guard_verdict(const struct guard *guard, bool http_1_1);
 #define GUARD_LINE_MAX 8192u  /* bytes of a request line */
 #define GUARD_HEAD_MAX 16384u /* of a request line and its fields */
 #define GUARD_FIELDS_MAX 128u
+#define GUARD_PARTS_MAX 128u  /* arguments of a query and cookies, which it lists one by one */
+#define GUARD_EMPTY_MAX 1024u /* bytes of empty lines in front of a request */
+#define GUARD_CHUNK_MAX 1024u /* of the line that begins a chunk; the last one's with all fields behind it */
 
 struct guard_refusal {
     int status;
@@ -47,8 +52,9 @@ size_t guard_head(const char *bytes, size_t length, struct guard_framing *framin
 struct guard_chunks {
     uint64_t size; /* of the chunk: read so far, or left */
     uint8_t state;
-    bool digits; /* there were some; of a trailer field: its colon */
-    bool empty;  /* the line that ends now has nothing in it */
+    uint16_t length; /* bytes of the line, of the last chunk with all fields behind it */
+    bool digits;     /* there were some; of a trailer field: its colon */
+    bool empty;      /* the line that ends now has nothing in it */
 };
 enum guard_chunked { GUARD_CHUNKS_GO_ON, GUARD_CHUNKS_END, GUARD_CHUNKS_BROKEN /* and why */ };
 /* *used: bytes that are of the body. Not to be called again after anything but GO_ON. */

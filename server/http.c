@@ -92,8 +92,10 @@ static void on_socket(uv_poll_t *watcher, int status, int events) {
     http_pump(connection->http);
     (void)uv_poll_stop(watcher); /* level-triggered */
     connection->half_closed = true;
+    const struct exchange *exchange = connection->exchange;
+    if (status >= 0 && exchange && exchange->state == EXCHANGE_QUEUED && !exchange->streaming) return; /* the whole answer is on its way */
     /* A request that came together with the end of the stream, and can be answered at once, is: half of all shell one-liners do that. The next tick cuts what is left. */
-    if (status >= 0 && (!connection->exchange || connection->exchange->state == EXCHANGE_BODY))
+    if (status >= 0 && (!exchange || exchange->state == EXCHANGE_BODY))
         connection->deadline_ns = clock_now_ns();
     else
         cut(connection);
@@ -267,9 +269,9 @@ enum status http_start(struct http **result, uv_loop_t *loop, const char *host, 
     struct MHD_OptionItem options[] = {
         {MHD_OPTION_LISTEN_SOCKET, listener, NULL},
         {MHD_OPTION_CONNECTION_LIMIT, (intptr_t)limits->max_connections + HTTP_RESERVE, NULL},
-        {MHD_OPTION_CONNECTION_TIMEOUT, 0, NULL}, /* ours are absolute */
-        {MHD_OPTION_CONNECTION_MEMORY_LIMIT, 32768, NULL},
-        {MHD_OPTION_STRICT_FOR_CLIENT, 0, NULL}, /* a missing Host is the guard's: 1 answers it with two heads */
+        {MHD_OPTION_CONNECTION_TIMEOUT, 0, NULL},          /* ours are absolute */
+        {MHD_OPTION_CONNECTION_MEMORY_LIMIT, 65536, NULL}, /* half of it to read into; and what guard.h lets pass, twice where it is cookies */
+        {MHD_OPTION_STRICT_FOR_CLIENT, 0, NULL},           /* a missing Host is the guard's: 1 answers it with two heads */
         {MHD_OPTION_END, 0, NULL},
     };
     /* The logger comes first: options before it would speak to stderr. */

@@ -25,10 +25,12 @@ struct connection {
     uv_poll_t watcher;
     /* Where in the stream of requests the bytes are that libmicrohttpd reads next (wire.c). */
     enum { PART_HEAD, PART_BODY, PART_CHUNKS } part;
+    uint32_t heads;             /* that libmicrohttpd has got and not yet made an exchange of */
+    uint32_t empty;             /* bytes of empty lines since the last request */
     struct buffer head;         /* what came of a request's head, where it is not all here */
     uint64_t body_left;         /* bytes of a body with a length */
     struct guard_chunks chunks; /* a body in chunks */
-    struct guard_refusal next;  /* of a request behind those that are still to be answered; no problem: none */
+    struct guard_refusal wrong; /* of a request behind those that are still to be answered; no problem: none */
     uint64_t dropped;           /* bytes that came after a refusal */
     bool half_closed;           /* the peer has sent its last byte */
     bool gone;                  /* the peer left, or a deadline passed */
@@ -48,7 +50,7 @@ struct exchange {
     struct exchange *next, *previous;
     struct connection *connection;
     enum exchange_state state;
-    bool suspended, streaming, discard, head, close, counted, finished_body, aborted;
+    bool suspended, streaming, discard, close, finished_body, aborted;
     bool last; /* no request may follow it on its connection */
     char method[24], path[256], id[REQUEST_ID_MAX + 1], notes[320];
     struct buffer body, out;
@@ -92,6 +94,8 @@ struct http {
 void wire_check(void);
 /* One run of libmicrohttpd, with its reading seen. */
 void wire_run(struct http *http);
+/* A request is to become an exchange. false: it was never seen here. */
+bool wire_began(struct connection *connection);
 /* An exchange has ended and its connection goes on: says what is wrong with the request behind it, if that is known. */
 void wire_answered(struct connection *connection);
 /* A whole error answer, and the end of our side. What the peer still sends is dropped. */

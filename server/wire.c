@@ -13,6 +13,7 @@
 #include "server/reply.h"
 
 #define HEAD_KEPT (GUARD_HEAD_MAX + 1u) /* more of a head is not needed to refuse it */
+#define DROPS_MAX 32                    /* reads in a row of what is dropped */
 
 /* Whose daemon runs on this thread just now. All other reading passes. */
 static _Thread_local struct http *reading;
@@ -81,8 +82,14 @@ bool wire_late(struct connection *connection) {
     return true;
 }
 
+bool wire_began(struct connection *connection) {
+    if (connection->heads == 0) return false;
+    connection->heads--;
+    return true;
+}
+
 void wire_answered(struct connection *connection) {
-    if (connection->next.problem && !connection->refused) malformed(connection, &connection->next);
+    if (connection->wrong.problem && connection->heads == 0 && !connection->refused) malformed(connection, &connection->wrong);
 }
 
 /* ---- what is read ---- */
@@ -95,29 +102,39 @@ static ssize_t nothing(void) {
 
 /* After a refusal: what the peer still sends is dropped until it has read that and leaves, since unread bytes would turn the close into a reset and the refusal would be lost. */
 static ssize_t drop(struct connection *connection, ssize_t n) {
-    char scratch[4096];
-    const uint64_t most = 4 * connection->http->limits.max_body + (1u << 20);
-    while (n > 0 && connection->dropped <= most) {
+    char scratch[8192];
+    for (int i = 0; i < DROPS_MAX && n > 0; i++) {
         connection->dropped += (uint64_t)n;
         n = recvfrom(connection->socket, scratch, sizeof scratch, MSG_DONTWAIT, NULL, NULL);
     }
-    return n > 0 ? 0 : n; /* somebody who goes on for ever is cut off */
+    if (connection->dropped > 4 * connection->http->limits.max_body + (1u << 20)) return 0; /* somebody who goes on for ever is cut off */
+    return n > 0 ? nothing() : n; /* others get their turn; more will come, or the deadline */
 }
 
 /* Where in these bytes the walk is. A request may have begun in an earlier piece, and end in a later one. */
 struct walk {
     const char *bytes;
     size_t length, at;
-    size_t start;   /* of the request that `at` is in, or 0 where it began earlier */
-    bool began;     /* its head was not yet whole when these bytes came: libmicrohttpd does not know it */
-    uint32_t ended; /* requests */
+    size_t start; /* of the request that `at` is in, or 0 where it began earlier */
+    bool began;   /* its head was not yet whole when these bytes came: libmicrohttpd does not know it */
 };
 
 static void end_request(struct connection *connection, struct walk *walk) {
     connection->part = PART_HEAD;
     walk->start = walk->at;
     walk->began = true;
-    walk->ended++;
+}
+
+static bool skip_empty(struct connection *connection, size_t n, struct guard_refusal *refusal) {
+    connection->empty += (uint32_t)n; /* of a piece no longer than libmicrohttpd's buffer */
+    if (connection->empty <= GUARD_EMPTY_MAX) return true;
+    *refusal = (struct guard_refusal){400, "bad_request_line", "too many empty lines stand in front of it"};
+    return false;
+}
+
+/* To what is kept of a head comes a piece without a line's end: nothing new can be wrong with it but its length. */
+static bool worth_a_look(const char *bytes, size_t kept, size_t length) {
+    return memchr(bytes + kept, '\n', length - kept) || length > (memchr(bytes, '\n', kept) ? GUARD_HEAD_MAX : GUARD_LINE_MAX);
 }
 
 /* The head, up to its end or that of the bytes. false: refused. */
@@ -125,7 +142,9 @@ static bool walk_head(struct connection *connection, struct walk *walk, struct g
     struct buffer *head = &connection->head;
     struct guard_framing framing;
     if (head->length == 0) {
-        walk->start = walk->at += guard_empty_lines(walk->bytes + walk->at, walk->length - walk->at);
+        size_t empty = guard_empty_lines(walk->bytes + walk->at, walk->length - walk->at);
+        if (!skip_empty(connection, empty, refusal)) return false;
+        walk->start = walk->at += empty;
         if (walk->at == walk->length) return true;
     }
     const size_t kept = head->length, left = walk->length - walk->at, piece = left < HEAD_KEPT - kept ? left : HEAD_KEPT - kept;
@@ -135,17 +154,24 @@ static bool walk_head(struct connection *connection, struct walk *walk, struct g
         buffer_append(head, bytes, piece);
         bytes = head->bytes;
         length = head->length;
+        if (!worth_a_look(bytes, kept, length)) {
+            walk->at += piece;
+            return true;
+        }
     }
     if (guard_bytes(bytes, length, refusal)) return false;
     size_t end = guard_head(bytes, length, &framing);
     if (end == 0) { /* fewer than HEAD_KEPT, or they were refused */
         walk->at += piece;
         if (kept == 0) buffer_append(head, bytes, piece);
-        buffer_consume(head, guard_empty_lines(head->bytes, head->length));
-        return true;
+        size_t empty = guard_empty_lines(head->bytes, head->length); /* of a line end that came in two pieces */
+        buffer_consume(head, empty);
+        return skip_empty(connection, empty, refusal);
     }
     walk->at += end - kept;
     buffer_done(head);
+    connection->heads++;
+    connection->empty = 0;
     connection->chunks = (struct guard_chunks){0};
     connection->body_left = framing.length;
     connection->part = framing.chunked ? PART_CHUNKS : PART_BODY;
@@ -179,8 +205,9 @@ static bool walk_on(struct connection *connection, struct walk *walk, struct gua
 
 /* Something in the request at walk->start is wrong, be it that it ends before its end. How much of the bytes libmicrohttpd gets: those of requests before it. */
 static ssize_t stop(struct connection *connection, const struct walk *walk, const struct guard_refusal *refusal) {
-    if (walk->began && (walk->ended || connection->exchange)) { /* those are answered first */
-        connection->next = *refusal;
+    if (walk->began && connection->part != PART_HEAD) connection->heads--; /* its own */
+    if (walk->began && (connection->heads > 0 || connection->exchange)) {  /* those are answered first */
+        connection->wrong = *refusal;
         return walk->start ? (ssize_t)walk->start : nothing();
     }
     if (walk->began) {
@@ -207,7 +234,7 @@ static ssize_t received(struct connection *connection, const char *bytes, ssize_
     if (n < 0) return n;
     if (connection->gone) return 0;
     if (connection->refused) return drop(connection, n);
-    if (connection->next.problem) return n == 0 ? 0 : drop(connection, n); /* behind a request that will be refused */
+    if (connection->wrong.problem) return n == 0 ? 0 : drop(connection, n); /* behind a request that will be refused */
     struct walk walk = {.bytes = bytes, .length = (size_t)n, .began = connection->part == PART_HEAD};
     while (walk.at < walk.length)
         if (!walk_on(connection, &walk, &refusal)) return stop(connection, &walk, &refusal);

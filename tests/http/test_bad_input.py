@@ -506,7 +506,8 @@ class Framing(harness.DaemonCase):
                 connection.try_send(bytes(data))
                 connection.try_shutdown()
                 answer = connection.read_to_end()
-            self.assertRegex(answer, rb"^HTTP/1\.[01] [1245]\d\d ", bytes(data))
+            if answer:  # a good one that takes time has nobody to wait for it any more
+                self.assertRegex(answer, rb"^HTTP/1\.[01] [1245]\d\d ", bytes(data))
             self.assertNotIn(b"<html", answer, bytes(data))
             if i % 20 == 0:
                 self.assertWorks()

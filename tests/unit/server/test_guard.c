@@ -50,7 +50,7 @@ static void test_heads(void **state) {
         "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
         "GET / HTTP/1.0\r\n\r\n",
         "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9223372036854775807\r\n\r\nrest: \x01\r\n",
-        "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\tchunked \r\nX-Empty:\r\n\r\n",
+        "POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\tchunked\r\nX-Empty:\r\n\r\n",
         "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n", /* not complete: nothing is said yet */
     };
     static const char *const wrong[] = {
@@ -70,6 +70,7 @@ static void test_heads(void **state) {
         "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
         "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\t\r\n\r\n", /* libmicrohttpd takes none with a blank behind it */
         "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1 \r\n\r\n",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked \r\n\r\n",
         "GET / HTTP/1.2\r\nHost: a\r\nX y: z\r\n\r\n", /* read as 1.1 */
         "GET / HTTP/1.1\r\nnonsense\r\n",              /* not complete, and wrong already */
         "GET / HTTP/1.1\r\nHost: a\r\n folded: x\r\nY",
