@@ -203,6 +203,7 @@ static enum MHD_Result queue_answer(struct exchange *exchange) {
     if (!response) return MHD_NO;
     common_headers(exchange, response);
     if (exchange->streaming) {
+        exchange->last |= exchange->http_1_0; /* which knows no chunks: it ends with the connection */
         (void)MHD_add_response_header(response, "Cache-Control", "no-cache");
         (void)MHD_add_response_header(response, "X-Accel-Buffering", "no"); /* nginx */
     }
@@ -340,9 +341,9 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     connection_deadline(connection, http->limits.body_timeout_s);
     struct guard guard = {0};
     (void)MHD_get_connection_values_n(mhd, MHD_HEADER_KIND, visit_field, &guard);
-    const bool http_1_1 = strcmp(version, "HTTP/1.0") != 0;
-    exchange->last = guard.close || !(http_1_1 || guard.keep_alive);
-    if (!refuse(exchange, &guard, guard_verdict(&guard, http_1_1), authority)) http->hooks.headers(http->hooks.context, exchange);
+    exchange->http_1_0 = strcmp(version, "HTTP/1.0") == 0;
+    exchange->last = guard.close || (exchange->http_1_0 && !guard.keep_alive);
+    if (!refuse(exchange, &guard, guard_verdict(&guard, !exchange->http_1_0), authority)) http->hooks.headers(http->hooks.context, exchange);
     if (exchange->status == 0) return MHD_YES;
     exchange->discard = true;
     /* Queued before its body, an answer ends the connection: only where that is wanted, or the client waits for 100 Continue. */

@@ -51,6 +51,7 @@ struct exchange {
     struct connection *connection;
     enum exchange_state state;
     bool suspended, streaming, discard, close, finished_body, aborted;
+    bool http_1_0;
     bool last; /* no request may follow it on its connection */
     char method[24], path[256], id[REQUEST_ID_MAX + 1], notes[320];
     struct buffer body, out;

@@ -22,7 +22,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-#define REQUESTS_MAX 64u /* of one input: looked at; the input is cut where more would fit */
+#define REQUESTS_MAX 2560u /* of one input: looked at; the input is cut where more would fit. More bytes than libmicrohttpd has memory for */
 #define BODY_MAX 2048u
 #define TURNS_MAX 4000 /* of the loop, until a connection must have ended */
 #define QUIET_TURNS 6  /* without a byte: nothing more will come of itself */
