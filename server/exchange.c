@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <sys/socket.h>
 
 #include "base/check.h"
 #include "base/clock.h"
@@ -141,9 +140,8 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
     http->hooks.finished(http->hooks.context, exchange);
     uncharge(exchange);
     exchange->connection->exchange = NULL;
-    /* libmicrohttpd may read, or have read, the next request at once. */
     bool goes_on = !exchange->last && !exchange->close && !exchange->aborted && !http->draining;
-    if (!exchange->connection->gone && !(goes_on && wire_look(exchange->connection))) connection_watch(exchange->connection);
+    if (goes_on && !exchange->connection->gone) wire_answered(exchange->connection);
     if (exchange->previous)
         exchange->previous->next = exchange->next;
     else
@@ -205,6 +203,7 @@ static enum MHD_Result queue_answer(struct exchange *exchange) {
     if (!response) return MHD_NO;
     common_headers(exchange, response);
     if (exchange->streaming) {
+        exchange->last |= exchange->http_1_0; /* which knows no chunks: it ends with the connection */
         (void)MHD_add_response_header(response, "Cache-Control", "no-cache");
         (void)MHD_add_response_header(response, "X-Accel-Buffering", "no"); /* nginx */
     }
@@ -252,30 +251,18 @@ static bool refuse_body(struct exchange *exchange, const struct api_error *error
 
 bool exchange_late(struct exchange *exchange) {
     struct api_error error;
+    if (exchange->state != EXCHANGE_BODY) return false;
     api_error_set(&error, 408, "invalid_request_error", "request_timeout", NULL, "The request's body was not complete within %u s.",
                   exchange->connection->http->limits.body_timeout_s);
-    return refuse_body(exchange, &error);
+    if (!refuse_body(exchange, &error))
+        wire_refuse(exchange->connection, exchange->id, &error); /* its answer, an error too, would have come behind the body */
+    return true;
 }
 
 void exchange_broken(struct exchange *exchange, const struct guard_refusal *refusal) {
     struct api_error error;
     api_error_set(&error, refusal->status, "invalid_request_error", refusal->code, NULL, "The request is malformed: %s.", refusal->problem);
     if (!refuse_body(exchange, &error)) wire_refuse(exchange->connection, exchange->id, &error);
-}
-
-bool exchange_truncated(struct exchange *exchange) {
-    struct api_error error;
-    struct http *http = exchange->connection->http;
-    const char *length = exchange_header(exchange, "Content-Length");
-    ssize_t n = recv(exchange->connection->socket, http->look, HTTP_LOOK_BYTES, MSG_PEEK | MSG_DONTWAIT);
-    if (n < 0 || n == HTTP_LOOK_BYTES) return false; /* the peer is gone, or there is more to come than can be seen */
-    bool whole = length ? exchange->body_seen + (size_t)n >= strtoull(length, NULL, 10) : n >= 4 && memcmp(http->look + n - 4, "\r\n\r\n", 4) == 0;
-    if (whole) return false;
-    api_error_set(&error, 400, "invalid_request_error", "truncated_body", NULL, "The request's body ends before its end: %zu bytes of it came.",
-                  exchange->body_seen + (length ? (size_t)n : 0));
-    if (!refuse_body(exchange, &error)) return false;
-    while (recv(exchange->connection->socket, http->look, HTTP_LOOK_BYTES, MSG_DONTWAIT) > 0) {} /* unread bytes would turn the close into a reset */
-    return true;
 }
 
 /* The path of a target, which proxies and some clients write with the host in front of it (RFC 9112 3.2.2). *authority: that host, as long as it is one, or empty. */
@@ -289,12 +276,9 @@ static const char *path_of(const char *target, char authority[AUTHORITY_BYTES]) 
 }
 
 /* Framing, Host, Origin and size. true: refused, an answer is set. */
-static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const char *version, const char *authority) {
+static bool refuse(struct exchange *exchange, const struct guard *guard, const char *problem, const char *authority) {
     const struct http_limits *limits = &exchange->connection->http->limits;
-    struct guard guard = {0};
     struct api_error error = {0};
-    (void)MHD_get_connection_values_n(mhd, MHD_HEADER_KIND, visit_field, &guard);
-    const char *problem = guard_verdict(&guard, strcmp(version, "HTTP/1.0") != 0);
     if (problem) {
         /* What follows on this connection cannot be trusted to be what it seems: nothing of it is read. */
         exchange->close = true;
@@ -313,7 +297,7 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
         reply_error(exchange, &error);
         return true;
     }
-    if (guard.encoded && (guard.content_lengths || guard.transfer_encodings)) {
+    if (guard->encoded && (guard->content_lengths || guard->transfer_encodings)) {
         exchange_add_header(exchange, "Accept-Encoding", "identity");
         api_error_set(&error, 415, "invalid_request_error", "unsupported_content_encoding", NULL,
                       "The body has a Content-Encoding: only plain JSON is read.");
@@ -338,7 +322,7 @@ static bool refuse(struct exchange *exchange, struct MHD_Connection *mhd, const 
 
 static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, const char *url, const char *method, const char *version, void **slot) {
     struct connection *connection = connection_of(mhd);
-    if (!connection || connection->gone || connection->refused || http->stopping) return MHD_NO;
+    if (!connection || !wire_began(connection) || connection->gone || connection->refused || http->stopping) return MHD_NO;
     struct exchange *exchange = check_calloc(1, sizeof *exchange);
     exchange->connection = connection;
     exchange->started_ns = clock_now_ns();
@@ -352,19 +336,21 @@ static enum MHD_Result begin(struct http *http, struct MHD_Connection *mhd, cons
     http->exchanges = exchange;
     http->n_exchanges++;
     connection->exchange = exchange;
-    connection->begun = false;
     *slot = exchange;
     choose_id(exchange, exchange_header(exchange, "x-request-id"));
     connection_deadline(connection, http->limits.body_timeout_s);
-    const char *length = exchange_header(exchange, "Content-Length"), *follows = exchange_header(exchange, "Connection");
-    exchange->last = strcmp(version, "HTTP/1.0") == 0 || (follows && strcasestr(follows, "close"));
-    wire_began(connection, exchange_header(exchange, "Transfer-Encoding") != NULL, length ? strtoull(length, NULL, 10) : 0);
-    connection_watch(connection);
-    if (!refuse(exchange, mhd, version, authority)) http->hooks.headers(http->hooks.context, exchange);
+    struct guard guard = {0};
+    (void)MHD_get_connection_values_n(mhd, MHD_HEADER_KIND, visit_field, &guard);
+    exchange->http_1_0 = strcmp(version, "HTTP/1.0") == 0;
+    exchange->last = guard.close || (exchange->http_1_0 && !guard.keep_alive);
+    if (!refuse(exchange, &guard, guard_verdict(&guard, !exchange->http_1_0), authority)) http->hooks.headers(http->hooks.context, exchange);
     if (exchange->status == 0) return MHD_YES;
     exchange->discard = true;
     /* Queued before its body, an answer ends the connection: only where that is wanted, or the client waits for 100 Continue. */
-    if (exchange->finished_body || exchange_header(exchange, "Expect")) return queue_answer(exchange);
+    if (exchange->finished_body || exchange_header(exchange, "Expect")) {
+        exchange->close = true;
+        return queue_answer(exchange);
+    }
     return MHD_YES;
 }
 
@@ -394,8 +380,6 @@ static enum MHD_Result take_body(struct exchange *exchange, const char *bytes, s
     buffer_append(&exchange->body, bytes, n);
     exchange->body_charged += n;
     http->body_bytes += n;
-    /* libmicrohttpd would find the end before we do, and just close. (Of a chunked body it may hold more than it has handed out.) */
-    if (exchange_header(exchange, "Content-Length") && wire_ended(exchange->connection)) (void)exchange_truncated(exchange);
     return MHD_YES;
 }
 
@@ -409,7 +393,6 @@ enum MHD_Result exchange_handle(void *context, struct MHD_Connection *mhd, const
     if (exchange->state == EXCHANGE_BODY) { /* all is in */
         exchange->connection->deadline_ns = 0;
         exchange->state = EXCHANGE_ASKED;
-        connection_watch(exchange->connection);
         if (exchange->aborted) return MHD_NO; /* it has been answered on the wire */
         if (exchange->status)
             exchange->state = EXCHANGE_ANSWER;

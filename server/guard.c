@@ -5,7 +5,7 @@
 #include <string.h>
 #include <strings.h>
 
-#define GUARD_CHUNK_MAX (1ull << 40) /* more than any body may have */
+#define CHUNK_SIZE_MAX (1ull << 40) /* more than any body may have */
 
 /* RFC 9110 5.6.2: the characters of a field name. */
 static bool is_token(const char *text, size_t length) {
@@ -18,6 +18,25 @@ static bool is_token(const char *text, size_t length) {
 }
 
 static bool is(const char *name, size_t length, const char *wanted) { return length == strlen(wanted) && strncasecmp(name, wanted, length) == 0; }
+
+static unsigned count(const char *bytes, size_t length, char a, char b) {
+    unsigned n = 0;
+    for (size_t i = 0; i < length; i++) n += bytes[i] == a || bytes[i] == b;
+    return n;
+}
+
+/* A list of tokens, comma-separated. */
+static bool has_token(const char *list, size_t length, const char *wanted) {
+    for (size_t at = 0; at < length;) {
+        const char *comma = memchr(list + at, ',', length - at), *token = list + at;
+        size_t n = comma ? (size_t)(comma - token) : length - at;
+        at += n + 1;
+        for (; n && (*token == ' ' || *token == '\t'); n--) token++;
+        while (n && (token[n - 1] == ' ' || token[n - 1] == '\t')) n--;
+        if (is(token, n, wanted)) return true;
+    }
+    return false;
+}
 
 void guard_field(struct guard *guard, const char *name, size_t name_length, const char *value, size_t value_length) {
     const char *problem = NULL;
@@ -39,6 +58,11 @@ void guard_field(struct guard *guard, const char *name, size_t name_length, cons
         guard->hosts++;
     } else if (is(name, name_length, "Content-Encoding")) {
         guard->encoded |= value_length > 0 && !is(value, value_length, "identity");
+    } else if (is(name, name_length, "Connection")) {
+        guard->close |= has_token(value, value_length, "close");
+        guard->keep_alive |= has_token(value, value_length, "keep-alive");
+    } else if (is(name, name_length, "Cookie")) {
+        guard->cookies += 1 + count(value, value_length, ';', ',');
     }
     if (problem && !guard->problem) guard->problem = problem;
 }
@@ -99,10 +123,11 @@ static void head_field(struct guard *guard, const char *line, size_t length) {
     }
     const char *value = colon + 1, *end = line + length;
     while (value < end && (*value == ' ' || *value == '\t')) value++;
-    /* libmicrohttpd takes no length with a blank behind it. */
-    bool trimmed = !is(line, (size_t)(colon - line), "Content-Length");
+    /* Of these libmicrohttpd reads a blank behind the value as a part of it. */
+    const size_t name = (size_t)(colon - line);
+    bool trimmed = !is(line, name, "Content-Length") && !is(line, name, "Transfer-Encoding");
     while (trimmed && end > value && (end[-1] == ' ' || end[-1] == '\t')) end--;
-    guard_field(guard, line, (size_t)(colon - line), value, (size_t)(end - value));
+    guard_field(guard, line, name, value, (size_t)(end - value));
 }
 
 enum chunk_state { CHUNK_SIZE, CHUNK_EXTENSION, CHUNK_SIZE_LF, CHUNK_DATA, CHUNK_DATA_END, CHUNK_DATA_LF, TRAILER_BEGIN, TRAILER, TRAILER_LF };
@@ -131,12 +156,17 @@ static enum guard_chunked trailer_end(struct guard_chunks *chunks, unsigned char
 
 static enum guard_chunked chunk_byte(struct guard_chunks *chunks, unsigned char c, struct guard_refusal *refusal) {
     static const char size[] = "a chunk's size is malformed", end[] = "a chunk does not end where its size says";
+    if (chunks->state >= CHUNK_DATA && chunks->state < TRAILER_BEGIN)
+        chunks->length = 0;
+    else if (++chunks->length > GUARD_CHUNK_MAX)
+        return chunks->state < CHUNK_DATA ? broken(refusal, 400, "bad_framing", "the line of a chunk's size is too long")
+                                          : broken(refusal, 431, "header_too_large", "the trailer fields are too long");
     switch ((enum chunk_state)chunks->state) {
     case CHUNK_SIZE:
         if (isxdigit(c)) {
             chunks->digits = true;
             chunks->size = chunks->size << 4 | (uint64_t)(c <= '9' ? c - '0' : tolower(c) - 'a' + 10);
-            if (chunks->size > GUARD_CHUNK_MAX) return broken(refusal, 413, "body_too_large", "a chunk's size is beyond all bodies");
+            if (chunks->size > CHUNK_SIZE_MAX) return broken(refusal, 413, "body_too_large", "a chunk's size is beyond all bodies");
             break;
         }
         /* Nor does libmicrohttpd take a blank behind it. */
@@ -144,7 +174,7 @@ static enum guard_chunked chunk_byte(struct guard_chunks *chunks, unsigned char 
         chunks->state = c == ';' ? CHUNK_EXTENSION : c == '\r' ? CHUNK_SIZE_LF : chunks->size ? CHUNK_DATA : TRAILER_BEGIN;
         break;
     case CHUNK_EXTENSION:
-    case CHUNK_SIZE_LF: /* to libmicrohttpd a bare CR ends a line too */
+    case CHUNK_SIZE_LF:
         if (c == '\n')
             chunks->state = chunks->size ? CHUNK_DATA : TRAILER_BEGIN;
         else if (chunks->state == CHUNK_SIZE_LF || (c < 0x20 && c != '\t' && c != '\r'))
@@ -185,78 +215,52 @@ enum guard_chunked guard_chunks(struct guard_chunks *chunks, const char *bytes, 
 }
 
 /* The fields of a request whose line is there: `fields` is where they begin. */
-static bool refuse_fields(const char *bytes, size_t length, size_t fields, enum version version, struct guard_refusal *refusal) {
+static bool refuse_fields(const char *bytes, size_t length, size_t fields, enum version version, unsigned arguments, struct guard_refusal *refusal) {
     struct guard guard = {0};
     const char *line;
-    size_t at = fields, n = 1, used;
-    for (size_t count = 0; next_line(bytes, length, &at, &line, &n) && n > 0; count++) {
-        if (count == GUARD_FIELDS_MAX) return refuse(refusal, 431, "header_too_large", "too many header fields");
+    size_t at = fields, n = 1;
+    for (size_t n_fields = 0; next_line(bytes, length, &at, &line, &n) && n > 0; n_fields++) {
+        if (n_fields == GUARD_FIELDS_MAX) return refuse(refusal, 431, "header_too_large", "too many header fields");
         head_field(&guard, line, n);
     }
     const bool whole = n == 0;
     if ((whole ? at : length) > GUARD_HEAD_MAX) return refuse(refusal, 431, "header_too_large", "the header fields are too long");
+    if (arguments + guard.cookies > GUARD_PARTS_MAX) return refuse(refusal, 431, "header_too_large", "too many query arguments and cookies");
     /* libmicrohttpd does not wait for the end of a head to stumble over a field. */
     const char *problem = whole ? guard_verdict(&guard, version != VERSION_1_0) : guard.problem;
-    if (problem) return refuse(refusal, 400, "bad_framing", problem);
-    struct guard_chunks chunks = {0};
-    return whole && guard.transfer_encodings > 0 && guard_chunks(&chunks, bytes + at, length - at, &used, refusal) == GUARD_CHUNKS_BROKEN;
+    return problem && refuse(refusal, 400, "bad_framing", problem);
 }
 
-/* Those in front of a request are nobody's (RFC 9112 2.2). */
-static size_t empty_lines(const char *bytes, size_t length) {
+size_t guard_empty_lines(const char *bytes, size_t length) {
     size_t at = 0;
     while (at < length && (bytes[at] == '\n' || (bytes[at] == '\r' && at + 1 < length && bytes[at + 1] == '\n'))) at++;
     return at;
 }
 
-/* Could the empty line that ends a head be here, or its second half? */
-static bool may_end_head(const char *bytes, size_t length) {
+bool guard_bytes(const char *bytes, size_t length, struct guard_refusal *refusal) {
     const char *line;
-    size_t at = 0, n;
-    while (next_line(bytes, length, &at, &line, &n))
-        if (n == 0) return true;
-    return false;
-}
-
-bool guard_bytes(const char *bytes, size_t length, uint64_t before, struct guard_refusal *refusal) {
-    const bool first = before == 0;
-    /* What was taken ends no head. */
-    if (!first && before != GUARD_UNKNOWN && before + length > GUARD_HEAD_MAX && (before > GUARD_HEAD_MAX || !may_end_head(bytes, length)))
-        return refuse(refusal, 431, "header_too_large", "the header fields are too long");
-    const char *line;
-    size_t at = first ? empty_lines(bytes, length) : 0, n = 0;
+    size_t at = guard_empty_lines(bytes, length), n = 0;
     const size_t begin = at;
     bool whole = next_line(bytes, length, &at, &line, &n);
-    if (first && (whole ? n : length - begin) > GUARD_LINE_MAX) return refuse(refusal, 414, "uri_too_long", "the request line is too long");
+    if ((whole ? n : length - begin) > GUARD_LINE_MAX) return refuse(refusal, 414, "uri_too_long", "the request line is too long");
     if (!whole) return false;
+    if (!is_request_line(line, n)) return refuse(refusal, 400, "bad_request_line", "the request line is not METHOD TARGET HTTP/1.1");
     enum version version = version_of(line, n);
-    if (first && !is_request_line(line, n)) return refuse(refusal, 400, "bad_request_line", "the request line is not METHOD TARGET HTTP/1.1");
-    if (first && version == VERSION_OTHER) return refuse(refusal, 505, "http_version_not_supported", "the versions spoken are HTTP/1.0 and HTTP/1.1");
-    if (version == VERSION_NONE || version == VERSION_OTHER) return false;
-    return refuse_fields(bytes + begin, length - begin, at - begin, version, refusal);
+    if (version == VERSION_OTHER) return refuse(refusal, 505, "http_version_not_supported", "the versions spoken are HTTP/1.0 and HTTP/1.1");
+    const char *query = memchr(line, '?', n);
+    unsigned arguments = query ? 1 + count(query, (size_t)(line + n - query), '&', '&') : 0;
+    return refuse_fields(bytes + begin, length - begin, at - begin, version, arguments, refusal);
 }
 
-size_t guard_head(const char *bytes, size_t length) {
-    const char *line;
-    size_t at = empty_lines(bytes, length), n;
-    while (next_line(bytes, length, &at, &line, &n))
-        if (n == 0) return at;
-    return 0;
-}
-
-bool guard_cut_short(const char *bytes, size_t length) {
+size_t guard_head(const char *bytes, size_t length, struct guard_framing *framing) {
     struct guard guard = {0};
     const char *line;
-    size_t at = 0, n = 0;
-    if (!next_line(bytes, length, &at, &line, &n) || !is_request_line(line, n)) return false;
-    bool whole = false;
-    while (!whole && next_line(bytes, length, &at, &line, &n)) {
-        whole = n == 0;
-        if (!whole) head_field(&guard, line, n);
-    }
-    if (!whole) return true;
-    if (guard.transfer_encodings) return length - at < 4 || memcmp(bytes + length - 4, "\r\n\r\n", 4) != 0;
-    return length - at < guard.content_length;
+    size_t at = guard_empty_lines(bytes, length), n;
+    bool whole = next_line(bytes, length, &at, &line, &n);
+    while (whole && (whole = next_line(bytes, length, &at, &line, &n)) && n > 0) head_field(&guard, line, n);
+    if (!whole) return 0;
+    *framing = (struct guard_framing){guard.transfer_encodings > 0, guard.content_lengths ? guard.content_length : 0};
+    return at;
 }
 
 /* The name in "name:port": brackets stay. false: malformed. */

@@ -15,8 +15,8 @@
 #include "base/check.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "server/acked.h"
 #include "server/http_internal.h"
-#include "server/taken.h"
 
 #define PUMP_SPINS 16
 
@@ -45,7 +45,7 @@ static void run(struct http *http) {
     bool more = true;
     for (int spin = 0; more && spin < PUMP_SPINS; spin++) {
         http->closed_one = false;
-        (void)MHD_run(http->daemon);
+        wire_run(http);
         /* After a close the accept socket is offered again only at the beginning of the next run. */
         bool due = MHD_get_timeout(http->daemon, &timeout) == MHD_YES;
         more = (due && timeout == 0) || http->closed_one;
@@ -85,36 +85,35 @@ static void cut(struct connection *connection) {
     (void)shutdown(connection->socket, SHUT_RDWR);
 }
 
+/* The peer has sent its last byte, or the connection is broken. */
 static void on_socket(uv_poll_t *watcher, int status, int events) {
     struct connection *connection = watcher->data;
-    struct http *http = connection->http;
-    http_pump(http);
-    if (status >= 0 && !(events & UV_DISCONNECT)) { /* bytes: the first look at them is ours */
-        if (!connection->exchange && !connection->gone)
-            (void)wire_look(connection);
-        else if (wire_wants_body(connection) && wire_body(connection))
-            cut(connection);
-        else
-            connection_watch(connection);
-        return;
-    }
+    (void)events;
+    http_pump(connection->http);
     (void)uv_poll_stop(watcher); /* level-triggered */
     connection->half_closed = true;
+    const struct exchange *exchange = connection->exchange;
+    if (status >= 0 && exchange && exchange->state == EXCHANGE_QUEUED && !exchange->streaming) return; /* the whole answer is on its way */
     /* A request that came together with the end of the stream, and can be answered at once, is: half of all shell one-liners do that. The next tick cuts what is left. */
-    bool reading = connection->exchange && connection->exchange->state == EXCHANGE_BODY && !exchange_truncated(connection->exchange);
-    if (status >= 0 && (!connection->exchange || reading)) {
-        if (!connection->gone && !reading) (void)wire_look(connection);
+    if (status >= 0 && (!exchange || exchange->state == EXCHANGE_BODY))
         connection->deadline_ns = clock_now_ns();
-        return;
-    }
-    cut(connection);
+    else
+        cut(connection);
 }
 
-/* New bytes are looked at between requests and in a body; the peer's leaving always. */
-void connection_watch(struct connection *connection) {
-    if (connection->half_closed) return;
-    bool look = connection->exchange ? wire_wants_body(connection) : !connection->gone;
-    (void)uv_poll_start(&connection->watcher, look ? UV_DISCONNECT | UV_READABLE : UV_DISCONNECT, on_socket);
+struct connection *http_connection(const struct http *http, int socket) {
+    return (size_t)socket < http->n_sockets ? http->by_socket[socket] : NULL;
+}
+
+/* Descriptors are small numbers: the limit of open files bounds them. */
+static void remember(struct http *http, int socket, struct connection *connection) {
+    if ((size_t)socket >= http->n_sockets) {
+        size_t n = (size_t)socket + 64;
+        http->by_socket = check_realloc(http->by_socket, n, sizeof *http->by_socket);
+        memset(http->by_socket + http->n_sockets, 0, (n - http->n_sockets) * sizeof *http->by_socket);
+        http->n_sockets = n;
+    }
+    http->by_socket[socket] = connection;
 }
 
 static void watcher_closed(uv_handle_t *handle) { free(handle->data); }
@@ -134,9 +133,9 @@ static void connection_opened(struct http *http, struct MHD_Connection *mhd, voi
     (void)setsockopt(connection->socket, SOL_SOCKET, SO_SNDBUF, &send_bytes, sizeof send_bytes);
     CHECK(uv_poll_init_socket(http->loop, &connection->watcher, connection->socket) == 0);
     connection->watcher.data = connection;
+    CHECK(uv_poll_start(&connection->watcher, UV_DISCONNECT, on_socket) == 0);
+    remember(http, connection->socket, connection);
     *slot = connection;
-    /* libmicrohttpd reads at once after this. */
-    if (!wire_look(connection)) connection_watch(connection);
 }
 
 /* libmicrohttpd closes the socket after this. */
@@ -149,7 +148,8 @@ static void connection_closed(struct connection *connection) {
     if (connection->next) connection->next->previous = connection->previous;
     http->n_connections--;
     http->closed_one = true;
-    buffer_done(&connection->ahead);
+    buffer_done(&connection->head);
+    remember(http, connection->socket, NULL);
     (void)uv_poll_stop(&connection->watcher);
     uv_close((uv_handle_t *)&connection->watcher, watcher_closed);
 }
@@ -251,6 +251,7 @@ static void on_mhd_log(void *context, const char *format, va_list args) {
 
 enum status http_start(struct http **result, uv_loop_t *loop, const char *host, uint16_t port, const struct http_limits *limits,
                        const struct http_hooks *hooks, struct error *error) {
+    wire_check();
     struct http *http = check_calloc(1, sizeof *http);
     int listener = -1;
     http->loop = loop;
@@ -268,9 +269,9 @@ enum status http_start(struct http **result, uv_loop_t *loop, const char *host, 
     struct MHD_OptionItem options[] = {
         {MHD_OPTION_LISTEN_SOCKET, listener, NULL},
         {MHD_OPTION_CONNECTION_LIMIT, (intptr_t)limits->max_connections + HTTP_RESERVE, NULL},
-        {MHD_OPTION_CONNECTION_TIMEOUT, 0, NULL}, /* ours are absolute */
-        {MHD_OPTION_CONNECTION_MEMORY_LIMIT, 32768, NULL},
-        {MHD_OPTION_STRICT_FOR_CLIENT, 0, NULL}, /* a missing Host is the guard's: 1 answers it with two heads */
+        {MHD_OPTION_CONNECTION_TIMEOUT, 0, NULL},          /* ours are absolute */
+        {MHD_OPTION_CONNECTION_MEMORY_LIMIT, 65536, NULL}, /* half of it to read into; and what guard.h lets pass, twice where it is cookies */
+        {MHD_OPTION_STRICT_FOR_CLIENT, 0, NULL},           /* a missing Host is the guard's: 1 answers it with two heads */
         {MHD_OPTION_END, 0, NULL},
     };
     /* The logger comes first: options before it would speak to stderr. */
@@ -286,7 +287,6 @@ enum status http_start(struct http **result, uv_loop_t *loop, const char *host, 
     int epoll = MHD_get_daemon_info(http->daemon, MHD_DAEMON_INFO_EPOLL_FD)->epoll_fd;
     CHECK(uv_poll_init(loop, &http->epoll, epoll) == 0 && uv_timer_init(loop, &http->timer) == 0 && uv_timer_init(loop, &http->tick) == 0);
     CHECK(uv_check_init(loop, &http->check) == 0 && uv_idle_init(loop, &http->idle) == 0);
-    http->look = check_calloc(HTTP_LOOK_BYTES, 1);
     http->epoll.data = http->timer.data = http->tick.data = http->check.data = http;
     CHECK(uv_check_start(&http->check, on_check) == 0);
     CHECK(uv_poll_start(&http->epoll, UV_READABLE, on_epoll) == 0);
@@ -335,6 +335,6 @@ void http_stop(struct http *http) {
 }
 
 void http_free(struct http *http) {
-    free(http->look);
+    free(http->by_socket);
     free(http);
 }

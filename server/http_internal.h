@@ -11,8 +11,6 @@
 #define HTTP_RESERVE 32    /* connections beyond max_connections that are still accepted, so that /health answers when all others are taken */
 #define HTTP_BODIES_MAX 32 /* memory of all bodies together: so many times max_body */
 #define EXCHANGE_HEADERS_MAX 6
-#define HTTP_LOOK_BYTES 32768
-#define PLACE_UNKNOWN UINT64_MAX
 #define HTTP_LINGER_S 1       /* between a refusal on the wire and the cut: a reset would take the answer away */
 #define HTTP_SEND_BYTES 65536 /* of a socket's buffer */
 
@@ -25,17 +23,19 @@ struct connection {
     uint64_t deadline_ns; /* 0: none */
     uint64_t acked;       /* bytes that the peer had taken when a deadline of an answer last passed */
     uv_poll_t watcher;
-    /* What came and was looked at before libmicrohttpd read it. Places in the stream of the connection's bytes, or PLACE_UNKNOWN. */
-    uint64_t next_at;    /* where the next request begins, or one that is no exchange yet */
-    uint64_t seen_at;    /* how far was looked, without a gap; PLACE_UNKNOWN: libmicrohttpd was faster in this request */
-    struct buffer ahead; /* bytes from next_at to seen_at, where there are any */
-    struct guard_chunks chunks;
-    bool in_chunks;   /* next_at moves on with seen_at until the last one has come */
-    bool half_closed; /* the peer has sent its last byte */
-    bool gone;        /* the peer left, or a deadline passed */
-    bool begun;       /* bytes of a request came, and it is not yet an exchange */
-    bool refused;     /* answered on the wire: what still comes is read and dropped */
-    bool nul_in_path; /* of the request whose line came last: what libmicrohttpd hands on as its path ends there */
+    /* Where in the stream of requests the bytes are that libmicrohttpd reads next (wire.c). */
+    enum { PART_HEAD, PART_BODY, PART_CHUNKS } part;
+    uint32_t heads;             /* that libmicrohttpd has got and not yet made an exchange of */
+    uint32_t empty;             /* bytes of empty lines since the last request */
+    struct buffer head;         /* what came of a request's head, where it is not all here */
+    uint64_t body_left;         /* bytes of a body with a length */
+    struct guard_chunks chunks; /* a body in chunks */
+    struct guard_refusal wrong; /* of a request behind those that are still to be answered; no problem: none */
+    uint64_t dropped;           /* bytes that came after a refusal */
+    bool half_closed;           /* the peer has sent its last byte */
+    bool gone;                  /* the peer left, or a deadline passed */
+    bool refused;               /* answered on the wire: what still comes is read and dropped */
+    bool nul_in_path;           /* of the request whose line came last: what libmicrohttpd hands on as its path ends there */
 };
 
 enum exchange_state {
@@ -50,7 +50,8 @@ struct exchange {
     struct exchange *next, *previous;
     struct connection *connection;
     enum exchange_state state;
-    bool suspended, streaming, discard, head, close, counted, finished_body, aborted;
+    bool suspended, streaming, discard, close, finished_body, aborted;
+    bool http_1_0;
     bool last; /* no request may follow it on its connection */
     char method[24], path[256], id[REQUEST_ID_MAX + 1], notes[320];
     struct buffer body, out;
@@ -75,10 +76,11 @@ struct http {
     struct http_hooks hooks;
     uv_poll_t epoll;
     uv_timer_t timer, tick;
-    uv_check_t check; /* runs libmicrohttpd behind all watchers of this turn: they look at new bytes first */
+    uv_check_t check; /* runs libmicrohttpd once a turn, behind all watchers */
     uv_idle_t idle;   /* active while a run is due: the loop does not sleep before it */
-    char *look;       /* HTTP_LOOK_BYTES, for peeking */
     struct connection *connections;
+    struct connection **by_socket; /* n_sockets of them, NULL where there is none */
+    size_t n_sockets;
     struct exchange *exchanges;
     uint32_t n_connections, n_exchanges;
     uint64_t body_bytes;
@@ -88,18 +90,16 @@ struct http {
     uint64_t next_id;
 };
 
-/* wire.c: what is said on a socket behind libmicrohttpd's back, while it has nothing to say there itself. */
-/* Looks at the bytes of a request that begins. true: refused, and the connection is cut. */
-bool wire_look(struct connection *connection);
-/* A request became an exchange, with a body of so many bytes or in chunks: where the next one begins. */
-void wire_began(struct connection *connection, bool chunked, uint64_t length);
-/* Looks at the bytes of a body that came, and of what may be behind it. true: refused, and the connection is to be cut. */
-bool wire_body(struct connection *connection);
-/* There may be more of that to look at. */
-bool wire_wants_body(const struct connection *connection);
-/* The peer has sent its last byte, be it seen yet or not. */
-bool wire_ended(const struct connection *connection);
-/* A whole error answer, and the end of our side. What the peer still sends is libmicrohttpd's to read and drop. */
+/* wire.c: what is read from a socket before libmicrohttpd gets it, and what is said there behind its back. */
+/* The program was built so that libmicrohttpd's reading can be seen. */
+void wire_check(void);
+/* One run of libmicrohttpd, with its reading seen. */
+void wire_run(struct http *http);
+/* A request is to become an exchange. false: it was never seen here. */
+bool wire_began(struct connection *connection);
+/* An exchange has ended and its connection goes on: says what is wrong with the request behind it, if that is known. */
+void wire_answered(struct connection *connection);
+/* A whole error answer, and the end of our side. What the peer still sends is dropped. */
 void wire_refuse(struct connection *connection, const char *id, const struct api_error *error);
 /* A deadline passed. true: a request had begun and is answered with 408; the client gets HTTP_LINGER_S to read it. */
 bool wire_late(struct connection *connection);
@@ -110,11 +110,9 @@ void exchange_completed(void *context, struct MHD_Connection *mhd, void **slot, 
 void exchange_gone(struct exchange *exchange);
 /* The body is not in and the deadline passed. false: an answer was made already. */
 bool exchange_late(struct exchange *exchange);
-/* The framing of its body is broken: said on the wire, whatever the answer would have been. The connection is to be cut. */
+/* Its body is broken, or not all of it came: said on the wire, whatever the answer would have been. */
 void exchange_broken(struct exchange *exchange, const struct guard_refusal *refusal);
-/* The peer has sent its last byte while the body is read. true: bytes of it are missing, which is said. */
-bool exchange_truncated(struct exchange *exchange);
 /* http.c */
-void connection_watch(struct connection *connection);
+struct connection *http_connection(const struct http *http, int socket);
 struct connection *connection_of(struct MHD_Connection *mhd);
 void connection_deadline(struct connection *connection, uint32_t seconds);

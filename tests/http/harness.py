@@ -106,17 +106,6 @@ class Daemon:
     def connect(self, **options):
         return raw.Connection(self.address, **options)
 
-    def connect_seen(self, **options):
-        """A connection that the server has taken and found empty, and now it sleeps: what is sent then wakes it, and its guard looks first. While it is awake libmicrohttpd may."""
-        connection = self.connect(**options)
-        self.get("/health")  # came later
-        end = time.monotonic() + raw.TIMEOUT
-        stat = pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat")  # the loop is the first thread
-        while stat.read_text().rpartition(")")[2].split()[0] != "S":
-            if time.monotonic() > end:
-                raise AssertionError("the server never sleeps")
-        return connection
-
     def request(self, method, path, body=b"", headers=()):
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()

@@ -4,7 +4,6 @@ Bodies first (a table of fields and values), then the wire: framing that could s
 import itertools
 import json
 import random
-import re
 import select
 import unittest
 import unittest.mock
@@ -410,15 +409,15 @@ class Limits(harness.DaemonCase):
 
     def test_large_headers(self):
         for headers in ({"X-Large": "x" * 60_000}, {f"X-{i}": "y" * 20 for i in range(5000)}, {"Authorization": "Bearer " + "k" * 100_000}):
-            with self.daemon.connect_seen() as connection:
+            with self.daemon.connect() as connection:
                 connection.try_send(raw.request_bytes("GET", "/health", headers=headers))
                 self.assertError(connection.read_response(), 431)
                 self.assertTrue(connection.is_closed())
-        with self.daemon.connect_seen() as connection:
+        with self.daemon.connect() as connection:
             connection.try_send(raw.request_bytes("GET", "/health?" + "a" * 100_000))
             self.assertError(connection.read_response(), 414)
             self.assertTrue(connection.is_closed())
-        with self.daemon.connect_seen() as connection:  # piece by piece, and no end
+        with self.daemon.connect() as connection:  # piece by piece, and no end
             for part in [b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ", *[b"y" * 1000] * 40]:
                 connection.try_send(part)
                 self.assertEqual(self.daemon.get("/health").status, 200)  # what came before was read
@@ -436,12 +435,9 @@ class Framing(harness.DaemonCase):
 
     def smuggle(self, head, body=b"", allowed=(400,)):
         """Sends it; nothing but one error in OpenAI's form may come back, and the connection must close."""
-        with self.daemon.connect_seen() as connection:
+        with self.daemon.connect() as connection:
             connection.try_send(head.replace(b"\n", b"\r\n") + b"\r\n\r\n" + body)
-            try:
-                response = connection.read_response()
-            except raw.Closed:
-                return  # hung up without a word
+            response = connection.read_response()
             self.assertIn(response.status, allowed, response)
             self.assertEqual(response.header("Connection"), "close", response)
             rest = connection.read_to_end()
@@ -478,23 +474,14 @@ class Framing(harness.DaemonCase):
             with self.subTest(case=case):
                 self.smuggle(b"GET /v1/models HTTP/1.1\nHost: localhost" + case)
 
-    def first_of_ours(self, request):
-        """The answer. libmicrohttpd says the same in HTML where the bytes come between our look at the connection and its own: then once more, and three times running is no accident."""
-        for _ in range(3):
-            with self.daemon.connect_seen() as connection:
-                connection.try_send(request)
-                connection.try_shutdown()
-                answer = connection.read_to_end()
-            if not re.search(rb"\r\nContent-Type: text/html|\r\n\r\n<html", answer, re.I):
-                break
-            self.assertRegex(answer, rb"^HTTP/1\.1 4")
-        return answer
-
     def test_malformed_request_lines(self):
         for case in (b"GET", b"GET /", b"GET  /health HTTP/1.1", b"GET /health", b"GET /health HTTP/9.9", b"GET /health HTTP/1.1 x", b"GET /health http/1.1", b"\x16\x03\x01\x02\x00\x01\x00",
                      b"GET health HTTP/1.1", b"GET http://evil.example/health HTTP/1.1", b"CONNECT evil.example:443 HTTP/1.1", b"G\x00T /health HTTP/1.1", b"SSH-2.0-x", b"PRI * HTTP/2.0"):
             with self.subTest(case=case):
-                answer = self.first_of_ours(case + b"\r\nHost: localhost\r\n\r\n")
+                with self.daemon.connect() as connection:
+                    connection.try_send(case + b"\r\nHost: localhost\r\n\r\n")
+                    connection.try_shutdown()
+                    answer = connection.read_to_end()
                 self.assertNotIn(b"\r\n200 ", answer)
                 if not answer.startswith(b"HTTP/1.1 200"):
                     self.assertRegex(answer, rb"^HTTP/1\.1 (400|403|404|405|505) ")
@@ -519,8 +506,9 @@ class Framing(harness.DaemonCase):
                 connection.try_send(bytes(data))
                 connection.try_shutdown()
                 answer = connection.read_to_end()
-            if answer:
+            if answer:  # a good one that takes time has nobody to wait for it any more
                 self.assertRegex(answer, rb"^HTTP/1\.[01] [1245]\d\d ", bytes(data))
+            self.assertNotIn(b"<html", answer, bytes(data))
             if i % 20 == 0:
                 self.assertWorks()
         self.assertWorks()
@@ -589,7 +577,6 @@ class Framing(harness.DaemonCase):
         body = json.dumps({"model": self.daemon.model, "prompt": "a", "max_tokens": 1}).encode()
         chunked = raw.request_bytes("POST", "/v1/completions", headers={"Transfer-Encoding": "chunked", "Content-Type": "application/json"})
         whole = raw.request_bytes("POST", "/v1/completions", body)
-        answered = 0
         for request in (*(whole[: cut - len(body)] for cut in (0, 1, len(body) // 2, len(body) - 1)), chunked + b"20\r\n{", chunked + b"1\r\n{\r\n"):
             for at_once in (True, False):  # or when the server waits for the rest
                 with self.subTest(request=request[-40:], at_once=at_once), self.daemon.connect() as connection:
@@ -597,14 +584,8 @@ class Framing(harness.DaemonCase):
                     if not at_once:
                         self.assertWorks()
                     connection.try_shutdown()
-                    try:
-                        response = connection.read_response()
-                    except raw.Closed:  # the end came just as libmicrohttpd was reading: seldom
-                        continue
-                    self.assertError(response, 400, None, code="truncated_body")
+                    self.assertError(connection.read_response(), 400, None, code="truncated_body")
                     self.assertTrue(connection.is_closed())
-                    answered += 1
-        self.assertGreaterEqual(answered, 4)  # of 12
         with self.daemon.connect() as connection:  # whole, and wrong: the end of the stream does not take the answer away
             connection.send(whole[: -len(body)])
             self.assertWorks()

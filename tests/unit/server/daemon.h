@@ -16,7 +16,6 @@
 
 struct daemon {
     pthread_t thread;
-    pid_t thread_id;
     struct config config;
     struct server_setup setup;
     struct tokenizer *tokenizer;
@@ -66,7 +65,6 @@ static void ready(void *context, const char *url) {
 
 static void *run(void *context) {
     struct daemon *daemon = context;
-    daemon->thread_id = gettid();
     daemon->status = server_run(&daemon->setup, &daemon->error);
     say(daemon, 'e');
     return NULL;
