@@ -85,7 +85,8 @@ static enum status open_text(struct eval *eval, struct error *error) {
     size_t span = eval->n_prompt + EVAL_GOLD + 1, wanted = config->eval.windows ? span : 0;
     if (!config->eval.text[0]) { /* made up: as much as is read */
         wanted = span * config->eval.windows;
-        if (config->eval.stream >= wanted) wanted = (size_t)config->eval.stream + 1;
+        size_t streams = (size_t)config->eval.stream * config->eval.streams;
+        if (streams >= wanted) wanted = streams + 1;
     } else if (config->eval.stream && wanted < 2) {
         wanted = 2;
     }
@@ -95,6 +96,7 @@ static enum status open_text(struct eval *eval, struct error *error) {
     if (config->eval.windows) eval->overlap = eval_windows_overlap(config->eval.windows, span, total);
     eval->n_stream = config->eval.stream;
     if (eval->n_stream >= total) eval->n_stream = (uint32_t)(total - 1);
+    eval->n_streams = eval->n_stream == total - 1 ? 1 : config->eval.streams; /* all of the text is one stream */
     return STATUS_OK;
 }
 

@@ -179,10 +179,12 @@ struct eval_cell {
     struct eval_score scores[EVAL_KINDS];
 };
 
+/* The same window of all streams. */
 struct eval_stream_window {
-    uint32_t from, to; /* tokens */
-    double ppl;
-    double ppl_anew; /* of the same tokens, by a stream that began EVAL_STREAM_BUDGET tokens before them */
+    uint32_t from, to;  /* tokens of a stream */
+    double nll;         /* summed over them and the streams */
+    double nll_anew;    /* of the same tokens, by streams that began EVAL_STREAM_BUDGET tokens before them */
+    double least, most; /* perplexity of one stream */
 };
 
 struct eval {
@@ -198,11 +200,15 @@ struct eval {
     double keep[EVAL_KEEP_MAX];
     struct eval_cell cells[EVAL_CELLS_MAX]; /* cells[0]: the full cache */
     bool overlap;
-    uint32_t n_stream, n_stream_windows;
+    uint32_t n_stream, n_streams, n_stream_windows; /* tokens of a stream, streams, windows of a stream */
     struct eval_stream_window *stream;
     uint64_t work_done, work_all; /* for the progress bar */
     struct progress *progress;
 };
+/* Perplexity over the tokens of all streams; anew: of the same tokens by streams that are short; and by that of the first two windows together, when no stream has grown long. */
+double eval_stream_ppl(const struct eval *eval, const struct eval_stream_window *window);
+double eval_stream_ppl_anew(const struct eval *eval, const struct eval_stream_window *window);
+double eval_stream_against_first(const struct eval *eval, const struct eval_stream_window *window);
 /* The plan of a cell for a prompt of n tokens. */
 struct kv_plan eval_plan(const struct eval *eval, const struct eval_cell *cell, uint32_t n_tokens, uint64_t seed);
 void eval_step_done(struct eval *eval, uint64_t work);

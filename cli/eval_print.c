@@ -133,14 +133,24 @@ static void print_differences(const struct eval *eval, FILE *out) {
 
 static void print_stream(const struct eval *eval, FILE *out) {
     if (!eval->n_stream_windows) return;
+    bool many = eval->n_streams > 1;
+    fprintf(out, "\nstreaming_llm over %" PRIu32 " tokens%s, %u tokens a head", eval->n_stream,
+            eval->n_stream < eval->config->eval.stream ? " (all that the text has)" : "", EVAL_STREAM_BUDGET);
+    if (many) fprintf(out, "; %" PRIu32 " streams that begin evenly over the text", eval->n_streams);
     fprintf(out,
-            "\nstreaming_llm over %" PRIu32 " tokens%s, %u tokens a head:\n\n"
-            "|   from |     to | perplexity | begun anew |\n| -----: | -----: | ---------: | ---------: |\n",
-            eval->n_stream, eval->n_stream < eval->config->eval.stream ? " (all that the text has)" : "", EVAL_STREAM_BUDGET);
-    for (uint32_t i = 0; i < eval->n_stream_windows; i++)
-        fprintf(out, "| %6" PRIu32 " | %6" PRIu32 " | %10.3f | %10.3f |\n", eval->stream[i].from, eval->stream[i].to, eval->stream[i].ppl,
-                eval->stream[i].ppl_anew);
-    fprintf(out, "\nbegun anew: the same tokens by a stream that began %u tokens before them; what differs is the stream's length, not the text.\n",
+            ":\n\n|   from |     to | perplexity | begun anew | by the first two |%s\n| -----: | -----: | ---------: | ---------: | ---------------: "
+            "|%s\n",
+            many ? "   one stream alone |" : "", many ? " -----------------: |" : "");
+    for (uint32_t i = 0; i < eval->n_stream_windows; i++) {
+        const struct eval_stream_window *window = &eval->stream[i];
+        fprintf(out, "| %6" PRIu32 " | %6" PRIu32 " | %10.3f | %10.3f | %+14.1f %% |", window->from, window->to, eval_stream_ppl(eval, window),
+                eval_stream_ppl_anew(eval, window), 100 * (eval_stream_against_first(eval, window) - 1));
+        if (many) fprintf(out, " %8.3f..%8.3f |", window->least, window->most);
+        fputc('\n', out);
+    }
+    fprintf(out,
+            "\nbegun anew: the same tokens by a stream that began %u tokens before them; what differs is the stream's length, not the text.\n"
+            "by the first two: perplexity by that of the first two windows together; what differs is the text too.\n",
             EVAL_STREAM_BUDGET);
 }
 
@@ -265,14 +275,18 @@ static void write_tasks(struct json_writer *json, const struct eval *eval) {
 }
 
 static void write_stream(struct json_writer *json, const struct eval *eval) {
+    key_unsigned(json, "streams", eval->n_streams);
     json_key(json, "stream");
     json_array(json);
     for (uint32_t i = 0; i < eval->n_stream_windows; i++) {
         json_object(json);
         key_unsigned(json, "from", eval->stream[i].from);
         key_unsigned(json, "to", eval->stream[i].to);
-        key_double(json, "ppl", eval->stream[i].ppl);
-        key_double(json, "ppl_anew", eval->stream[i].ppl_anew);
+        key_double(json, "ppl", eval_stream_ppl(eval, &eval->stream[i]));
+        key_double(json, "ppl_anew", eval_stream_ppl_anew(eval, &eval->stream[i]));
+        key_double(json, "by_first_two", eval_stream_against_first(eval, &eval->stream[i]));
+        key_double(json, "ppl_least", eval->stream[i].least);
+        key_double(json, "ppl_most", eval->stream[i].most);
         json_object_end(json);
     }
     json_array_end(json);

@@ -2,7 +2,7 @@
  * for; distances do not. See eval.h. Main thread.
  *
  * Some pages are harder than others. So each window is read a second time, by a stream that began only one budget before it: what the two differ by is what the length of the
- * stream has done. */
+ * stream has done. And there may be several streams, whose windows lie on different pages. */
 #include <math.h>
 
 #include "base/check.h"
@@ -51,25 +51,62 @@ static enum status read_to(struct stream *stream, uint32_t to, double *nll, stru
 }
 
 uint64_t eval_stream_work(const struct eval *eval) {
-    return 2ull * eval->n_stream + (uint64_t)(eval->n_stream / EVAL_STREAM_WINDOW) * EVAL_STREAM_BUDGET;
+    return eval->n_streams * (2ull * eval->n_stream + (uint64_t)(eval->n_stream / EVAL_STREAM_WINDOW) * EVAL_STREAM_BUDGET);
 }
 
-enum status eval_stream(struct eval *eval, struct error *error) {
-    struct stream stream = begin_at(eval, 0);
+static uint64_t tokens_of(const struct eval *eval, const struct eval_stream_window *window) {
+    return (uint64_t)eval->n_streams * (window->to - window->from);
+}
+
+double eval_stream_ppl(const struct eval *eval, const struct eval_stream_window *window) {
+    return exp(window->nll / (double)tokens_of(eval, window));
+}
+
+double eval_stream_ppl_anew(const struct eval *eval, const struct eval_stream_window *window) {
+    return exp(window->nll_anew / (double)tokens_of(eval, window));
+}
+
+double eval_stream_against_first(const struct eval *eval, const struct eval_stream_window *window) {
+    double nll = 0;
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < 2 && i < eval->n_stream_windows; i++) {
+        nll += eval->stream[i].nll;
+        n += tokens_of(eval, &eval->stream[i]);
+    }
+    return eval_stream_ppl(eval, window) / exp(nll / (double)n);
+}
+
+/* One stream from token `start` of the text on, whole, and then each of its windows by a stream of its own. */
+static enum status read_stream(struct eval *eval, uint32_t start, struct error *error) {
+    struct stream stream = begin_at(eval, start);
     double nll;
-    for (uint32_t from = 0; from < eval->n_stream; from += EVAL_STREAM_WINDOW) {
-        uint32_t left = eval->n_stream - from, n = left < EVAL_STREAM_WINDOW ? left : EVAL_STREAM_WINDOW;
-        enum status status = read_to(&stream, from + n, &nll, error);
+    for (uint32_t i = 0; i < eval->n_stream_windows; i++) {
+        struct eval_stream_window *window = &eval->stream[i];
+        enum status status = read_to(&stream, start + window->to, &nll, error);
         if (status != STATUS_OK) return status;
-        eval->stream[eval->n_stream_windows++] = (struct eval_stream_window){.from = from, .to = from + n, .ppl = exp(nll / n)};
+        double ppl = exp(nll / (window->to - window->from));
+        window->nll += nll;
+        window->least = fmin(window->least, ppl);
+        window->most = fmax(window->most, ppl);
     }
     for (uint32_t i = 0; i < eval->n_stream_windows; i++) {
         struct eval_stream_window *window = &eval->stream[i];
-        stream = begin_at(eval, window->from > EVAL_STREAM_BUDGET ? window->from - EVAL_STREAM_BUDGET : 0);
-        enum status status = read_to(&stream, window->from, &nll, error);
-        if (status == STATUS_OK) status = read_to(&stream, window->to, &nll, error);
+        stream = begin_at(eval, start + (window->from > EVAL_STREAM_BUDGET ? window->from - EVAL_STREAM_BUDGET : 0));
+        enum status status = read_to(&stream, start + window->from, &nll, error);
+        if (status == STATUS_OK) status = read_to(&stream, start + window->to, &nll, error);
         if (status != STATUS_OK) return status;
-        window->ppl_anew = exp(nll / (window->to - window->from));
+        window->nll_anew += nll;
     }
     return STATUS_OK;
+}
+
+enum status eval_stream(struct eval *eval, struct error *error) {
+    for (uint32_t from = 0; from < eval->n_stream; from += EVAL_STREAM_WINDOW) {
+        uint32_t left = eval->n_stream - from, n = left < EVAL_STREAM_WINDOW ? left : EVAL_STREAM_WINDOW;
+        eval->stream[eval->n_stream_windows++] = (struct eval_stream_window){.from = from, .to = from + n, .least = INFINITY};
+    }
+    enum status status = STATUS_OK;
+    for (uint32_t i = 0; i < eval->n_streams && status == STATUS_OK; i++)
+        status = read_stream(eval, (uint32_t)eval_window_start(i, eval->n_streams, eval->n_stream + 1u, eval->text.list.count), error);
+    return status;
 }

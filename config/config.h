@@ -97,6 +97,7 @@ struct config {
         uint32_t windows, prompt;   /* prompt: tokens; 0: auto */
         uint32_t tasks;             /* of each kind, beside each window */
         uint32_t stream;            /* tokens; 0: off */
+        uint32_t streams;
         bool json;
         char svg[CONFIG_TEXT];    /* file; empty: none */
         char dummy[CONFIG_WORDS]; /* as bench's */

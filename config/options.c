@@ -189,6 +189,8 @@ const struct option_info command_options[] = {
      .help = "synthetic tasks of each kind beside each window; 0: none"},
     {.key = "eval.stream", .type = OPTION_COUNT, FIELD(eval.stream), .initial = "off", .min = 0, .max = 2147483647, .zero = "off", .argument = "TOKENS", .commands = COMMAND_EVAL,
      .help = "read that many tokens of the text in one stream as well, under streaming_llm with 1024 tokens a head"},
+    {.key = "eval.streams", .type = OPTION_COUNT, FIELD(eval.streams), .initial = "1", .min = 1, .max = 1000, .argument = "N", .commands = COMMAND_EVAL,
+     .help = "streams that begin evenly over the text: what is told of a window is of all of them, so that a hard page counts for less"},
     {.key = "eval.json", .type = OPTION_BOOL, FIELD(eval.json), .initial = "false", .commands = COMMAND_EVAL,
      .help = "print one JSON object and nothing else"},
     {.key = "eval.svg", .type = OPTION_TEXT, FIELD(eval.svg), .initial = "", .argument = "FILE", .commands = COMMAND_EVAL,

@@ -1,5 +1,6 @@
 """kvasir eval: its options, its JSON, and what must hold for any model: nothing evicted is nothing lost, equal shares take equal blocks, the same run gives the same numbers."""
 import json
+import math
 import os
 import re
 import unittest
@@ -124,13 +125,33 @@ class Eval(Case):
         self.assertAlmostEqual(second["ppl"] / second["ppl_anew"], 1, delta=0.2)
         longer = self.result("--text", path, "--windows", "0", "--stream", "1000000")["stream"]
         self.assertEqual(longer[-1]["to"], len(TEXT) - 1)  # what the text has
-        self.assertEqual(longer[0], result["stream"][0])
+        self.assertEqual([longer[0][key] for key in ("ppl", "ppl_anew")], [first[key] for key in ("ppl", "ppl_anew")])
         with_rows = self.result("--text", path, "--windows", "1", "--prompt", "128", "--tasks", "0", "--policies", "random", "--stream", "100")
         self.assertEqual((len(with_rows["rows"]), [w["to"] for w in with_rows["stream"]]), (3, [100]))
         # Positions beyond the 8,192 that the shape was made for.
         made_up = self.result("--windows", "0", "--stream", "10000")["stream"]
         self.assertEqual([window["to"] for window in made_up], [4096, 8192, 10000])
         self.assertIn("streaming_llm over 5000 tokens", self.eval("--text", path, "--windows", "0", "--stream", "5000"))
+
+    def test_streams(self):
+        """Several streams begin evenly over the text; a window tells of all of them."""
+        path = self.file("text.txt", TEXT)
+        both = self.result("--text", path, "--windows", "0", "--stream", "5000", "--streams", "2")
+        first = self.result("--text", path, "--windows", "0", "--stream", "5000")
+        behind = self.result("--text", self.file("end.txt", TEXT[-5001:]), "--windows", "0", "--stream", "5000")  # a token a byte
+        self.assertEqual((both["streams"], first["streams"]), (2, 1))
+        for all_of, *singles in zip(both["stream"], first["stream"], behind["stream"]):
+            for key in ("ppl", "ppl_anew"):
+                self.assertAlmostEqual(all_of[key], math.sqrt(singles[0][key] * singles[1][key]), delta=1e-6 * all_of[key])
+            ppl = [single["ppl"] for single in singles]
+            self.assertAlmostEqual(all_of["ppl_least"], min(ppl), delta=1e-6 * min(ppl))
+            self.assertAlmostEqual(all_of["ppl_most"], max(ppl), delta=1e-6 * max(ppl))
+        n = [window["to"] - window["from"] for window in both["stream"]]
+        mean = math.exp(sum(w * math.log(window["ppl"]) for w, window in zip(n, both["stream"])) / sum(n))
+        for window in both["stream"]:
+            self.assertAlmostEqual(window["by_first_two"], window["ppl"] / mean, delta=1e-6)
+        self.assertIn("2 streams", self.eval("--text", path, "--windows", "0", "--stream", "5000", "--streams", "2"))
+        self.assertEqual(self.result("--text", path, "--windows", "0", "--stream", "1000000", "--streams", "3")["streams"], 1)
 
     def test_picture(self):
         path = os.path.join(self.folder.name, "a.svg")
