@@ -41,6 +41,8 @@ struct sim_choice {
     int32_t tokens[LEN_MAX];
     int32_t known[LEN_MAX]; /* what the scheduler may read: tokens, once they are committed */
     uint32_t n_tokens;
+    uint64_t hashes[LEN_MAX + 1]; /* of the first tokens: [i] of i of them, up to n_hashed */
+    uint32_t n_hashed;
     bool ended, has_table;
     struct kept lanes[LANES_MAX];
 };
@@ -94,21 +96,27 @@ static _Noreturn void failed(const struct sim *sim, const char *what) {
 }
 #define EXPECT(condition, what) ((condition) ? (void)0 : failed(sim, what))
 
-static uint64_t history_hash(const int32_t *tokens, uint32_t count) {
-    uint64_t hash = 1;
-    for (uint32_t i = 0; i < count; i++) hash = random_mix(hash ^ (uint64_t)(uint32_t)tokens[i]);
-    return hash;
+static void put_token(struct sim_choice *choice, uint32_t at, int32_t token) {
+    choice->tokens[at] = token;
+    if (choice->n_hashed > at) choice->n_hashed = at;
 }
 
-static uint64_t slot_value(const struct sim_choice *choice, uint32_t position, uint32_t lane) {
-    return history_hash(choice->tokens, position + 1) ^ random_mix(lane);
+static uint64_t history_hash(struct sim_choice *choice, uint32_t count) {
+    choice->hashes[0] = 1;
+    for (uint32_t *n = &choice->n_hashed; *n < count; ++*n)
+        choice->hashes[*n + 1] = random_mix(choice->hashes[*n] ^ (uint64_t)(uint32_t)choice->tokens[*n]);
+    return choice->hashes[count];
 }
 
-static int32_t next_token(const struct sim_choice *choice, uint32_t candidate, uint32_t n_tokens) {
-    return (int32_t)(random_mix(history_hash(choice->tokens, n_tokens) ^ candidate) >> 32 & 3);
+static uint64_t slot_value(struct sim_choice *choice, uint32_t position, uint32_t lane) {
+    return history_hash(choice, position + 1) ^ random_mix(lane);
 }
 
-static bool is_last(const struct sim_choice *choice, uint32_t n_tokens) { return history_hash(choice->tokens, n_tokens) % 61 == 0; }
+static int32_t next_token(struct sim_choice *choice, uint32_t candidate, uint32_t n_tokens) {
+    return (int32_t)(random_mix(history_hash(choice, n_tokens) ^ candidate) >> 32 & 3);
+}
+
+static bool is_last(struct sim_choice *choice, uint32_t n_tokens) { return history_hash(choice, n_tokens) % 61 == 0; }
 
 /* A backend that could go on from three blocks of four. */
 static bool resumes(void *context, const uint32_t *ids) {
@@ -410,9 +418,9 @@ static bool draw_token(struct sim *sim, struct sim_request *request, uint32_t ca
     struct sim_choice *choice = &request->choices[candidate];
     if (choice->ended) return false;
     if (candidate > 0 && n_tokens == request->n_prompt)
-        memcpy(choice->tokens, request->choices[0].tokens, request->n_prompt * sizeof *choice->tokens);
+        for (uint32_t i = 0; i < n_tokens; i++) put_token(choice, i, request->choices[0].tokens[i]);
     EXPECT(n_tokens < request->n_prompt + request->max_new, "a token too many");
-    choice->tokens[n_tokens] = next_token(choice, candidate, n_tokens);
+    put_token(choice, n_tokens, next_token(choice, candidate, n_tokens));
     return is_last(choice, n_tokens + 1);
 }
 

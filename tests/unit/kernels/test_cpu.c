@@ -21,7 +21,11 @@
 #include "tests/support/quantize.h"
 #include "tests/support/tiny_program.h"
 
-enum { MOST_ROWS = 97 };
+#ifdef __SANITIZE_THREAD__ /* products are one thread's, with nothing to race: some numbers of rows instead of each */
+enum { MOST_ROWS = 97, ROWS_STEP = 16 };
+#else
+enum { MOST_ROWS = 97, ROWS_STEP = 1 };
+#endif
 
 struct matrix {
     struct tensor tensor;
@@ -130,7 +134,7 @@ static void check_product(const struct cpu_isa *isa, enum tensor_type type, uint
     float weights[512];
     for (uint32_t strip = 0; strip < panel.n_strips; strip++) {
         for (uint32_t r = 0; r < MOST_ROWS; r++) multiply(isa, &panel, strip, &rows, r, 1, single + r);
-        for (uint32_t n = 1; n <= MOST_ROWS; n++) {
+        for (uint32_t n = 1; n <= MOST_ROWS; n += ROWS_STEP) {
             memset(many, 0xff, sizeof many);
             multiply(isa, &panel, strip, &rows, 0, n, many);
             if (memcmp(single, many, n * sizeof *many) != 0)
