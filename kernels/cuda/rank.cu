@@ -82,23 +82,50 @@ static __device__ inline int32_t position_of(const struct lane_jobs &jobs, const
     return jobs.pool.positions[(size_t)jobs.ids[job.first_id + slot / BLOCK_TOKENS] * BLOCK_TOKENS + slot % BLOCK_TOKENS];
 }
 
-/* Grid: splits; a thread a slot. */
-static __global__ void __launch_bounds__(THREADS) fold_kernel(const struct fold_pass pass) {
-    const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
-    const uint32_t slot = (blockIdx.x - job.first_split) * SPLIT_SLOTS + threadIdx.x, n = job.n_slots;
-    if (slot >= n) return;
-    float score;
-    if (pass.source == RANK_SCORES) {
-        score = folded(pass, pass.raw + job.slots_before * pass.group, n, slot);
-        if (pass.value_power > 0) {
-            const float norm = pass.norms[job.slots_before + slot];
-            score = __fmul_rn(score, pass.value_power == 2 ? __fmul_rn(norm, norm) : norm);
-        }
-    } else {
+static __device__ float score_of(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot) {
+    if (pass.source != RANK_SCORES) {
         const int32_t position = position_of(pass.jobs, job, slot);
-        score = pass.source == RANK_POSITIONS ? (float)position : random_of(pass.seed, (uint32_t)position);
+        return pass.source == RANK_POSITIONS ? (float)position : random_of(pass.seed, (uint32_t)position);
     }
-    pass.scores[job.slots_before + slot] = score;
+    const float score = folded(pass, pass.raw + job.slots_before * pass.group, job.n_slots, slot);
+    if (pass.value_power == 0) return score;
+    const float norm = pass.norms[job.slots_before + slot];
+    return __fmul_rn(score, pass.value_power == 2 ? __fmul_rn(norm, norm) : norm);
+}
+
+/* Slots of a block that is codes get one key, the highest among them (select_join); a warp has a block. */
+static __device__ uint32_t joined_key(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot, uint32_t key) {
+    const uint32_t end = slot / BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS;
+    if (end > job.n_slots || !kivi_reads_codes(position_of(pass.jobs, job, end - 1), pass.next)) return key;
+    for (int other = WARP / 2; other > 0; other /= 2) key = max(key, __shfl_xor_sync(0xffffffffu, key, other));
+    if (slot % BLOCK_TOKENS == 0) atomicAdd(pass.n_joined + job.lane, (uint32_t)BLOCK_TOKENS);
+    return key;
+}
+
+/* The key of a slot that has this score. All threads of the block, also those behind the lane's last slot. */
+static __device__ void put_key(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot, float score) {
+    bool stays = false;
+    if (slot < job.n_slots) {
+        const int32_t position = position_of(pass.jobs, job, slot);
+        stays = position < pass.protect_below || position > pass.protect_above;
+        uint32_t key = stays ? RANK_PROTECTED : select_key(score);
+        if (pass.n_joined) key = joined_key(pass, job, slot, key);
+        pass.keys[job.slots_before + slot] = key;
+        stays = key == RANK_PROTECTED;
+    }
+    const int count = __syncthreads_count(stays);
+    if (threadIdx.x == 0 && count > 0) atomicAdd(pass.n_protected + job.lane, (uint32_t)count);
+}
+
+/* Grid: splits; a thread a slot. KEYS: scores are wanted for keys alone, each slot's for its own. */
+template <bool KEYS> static __global__ void __launch_bounds__(THREADS) fold_kernel(const struct fold_pass pass) {
+    const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
+    const uint32_t slot = (blockIdx.x - job.first_split) * SPLIT_SLOTS + threadIdx.x;
+    const float score = slot < job.n_slots ? score_of(pass, job, slot) : 0;
+    if constexpr (KEYS)
+        put_key(pass, job, slot, score);
+    else if (slot < job.n_slots)
+        pass.scores[job.slots_before + slot] = score;
 }
 
 /* Grid: jobs. The first lane of a layer, where no lane of it is empty and all hold the same positions, averages all of them. */
@@ -126,36 +153,16 @@ static __global__ void __launch_bounds__(THREADS) layer_mean_kernel(const struct
     }
 }
 
-/* Slots of a block that is codes get one key, the highest among them (select_join); a warp has a block. */
-static __device__ uint32_t joined_key(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot, uint32_t key) {
-    const uint32_t end = slot / BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS;
-    if (end > job.n_slots || !kivi_reads_codes(position_of(pass.jobs, job, end - 1), pass.next)) return key;
-    for (int other = WARP / 2; other > 0; other /= 2) key = max(key, __shfl_xor_sync(0xffffffffu, key, other));
-    if (slot % BLOCK_TOKENS == 0) atomicAdd(pass.n_joined + job.lane, (uint32_t)BLOCK_TOKENS);
-    return key;
-}
-
 /* Grid: splits; a thread a slot. */
 static __global__ void __launch_bounds__(THREADS) key_kernel(const struct fold_pass pass) {
     const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
     const uint32_t slot = (blockIdx.x - job.first_split) * SPLIT_SLOTS + threadIdx.x;
-    bool stays = false;
-    if (slot < job.n_slots) {
-        const int32_t position = position_of(pass.jobs, job, slot);
-        stays = position < pass.protect_below || position > pass.protect_above;
-        const float score = pass.scores[job.slots_before + slot];
-        uint32_t key = stays ? RANK_PROTECTED : select_key(score);
-        if (pass.n_joined) key = joined_key(pass, job, slot, key);
-        pass.keys[job.slots_before + slot] = key;
-        stays = key == RANK_PROTECTED;
-    }
-    const int count = __syncthreads_count(stays);
-    if (threadIdx.x == 0 && count > 0) atomicAdd(pass.n_protected + job.lane, (uint32_t)count);
+    put_key(pass, job, slot, slot < job.n_slots ? pass.scores[job.slots_before + slot] : 0);
 }
 
 static void rank_pass(struct cuda *cuda, const struct rank_request *request, uint32_t first, const struct pass_plan *plan, float *scores) {
     struct score_device *score = cuda->score;
-    const bool scored = request->source == RANK_SCORES;
+    const bool scored = request->source == RANK_SCORES, at_once = !request->layer_mean && !scores;
     const struct lane_jobs jobs = stage_pass(cuda, &request->score, first, plan);
     struct fold_pass pass = {};
     pass.jobs = jobs;
@@ -180,12 +187,12 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
             score_pass(cuda, &norms, &jobs, score->numbers + plan->n_slots * pass.group);
         }
     }
-    launch(fold_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
+    launch(at_once ? fold_kernel<true> : fold_kernel<false>, jobs.n_splits, THREADS, 0, cuda->stream, pass);
     if (request->layer_mean) launch(layer_mean_kernel, jobs.n_jobs, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
     if (scores) read_back(cuda, scores + score->lane_at[first], pass.scores, plan->n_slots * sizeof *scores);
     /* The pass's lists are still there: what waiting set free is written again only by copies that come later on the stream. */
-    launch(key_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
+    if (!at_once) launch(key_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
 }
 
