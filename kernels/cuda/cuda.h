@@ -6,6 +6,7 @@
  *   supported.cu  what is refused
  *   weights.cu    tensors to the device; products.cu  their products
  *   rows.cu       what is done row by row: embedding, norms, rope + append (+ rings), activation
+ *   hadamard.h    q8: what keys are cached under
  *   codes.h       KIVI: how codes lie; close.cu  filled blocks become codes; residual.cu  which blocks are kept in f16 as well
  *   attention.cu  attention over per-lane tables, accumulated attention
  *   services.cu   copies, reading; compact.cu  compaction; sinks.cu  shifted sinks; score.cu, score_window.cu  scores of cached slots; rank.cu  which of them stay
@@ -64,7 +65,7 @@ struct device_layer {
     float *q_norm, *k_norm;           /* [d]; NULL: none */
 };
 
-/* The KV pool: block b is K [BLOCK_TOKENS][d], then V the same, at kv + b * block_bytes. 16-bit elements, or int8 with a scale for each slot's K and V. Of KIVI dtypes kv holds codes
+/* The KV pool: block b is K [BLOCK_TOKENS][d], then V the same, at kv + b * block_bytes. 16-bit elements, or int8 with a scale for each slot's K and V, K transformed (hadamard.h). Of KIVI dtypes kv holds codes
  * (codes.h), and the f16 blocks of the residual lie apart. */
 struct device_pool {
     enum kv_dtype dtype; /* all but KV_F32 */
@@ -167,7 +168,7 @@ struct cuda {
     uint32_t *tables; /* block ids on the device */
     struct tables_host *tables_host; /* what of them is already there */
 
-    /* rings; queries in the 16-bit type that attention computes with: bf16 for KV_BF16, else f16 */
+    /* rings; queries in the 16-bit type that attention computes with: bf16 for KV_BF16, else f16; of q8 transformed, as they meet the keys (hadamard.h) */
     uint16_t *ring_queries; /* [n_rings][n_layers][ring_rows][n_q], position p at p % ring_rows */
     float *ring_sinks;      /* [n_rings][n_lanes][sink_slots][d] */
 
@@ -176,7 +177,7 @@ struct cuda {
     __half *h;        /* n_embd: normed */
     float2 *rope;     /* rope_dims / 2: cos and sin of the row's position, magnitude included */
     float *qkv;       /* n_q + 2 n_kv */
-    uint16_t *q;      /* n_q: rotated, f16 or bf16 as in rings */
+    uint16_t *q;      /* n_q: rotated, and all else, as in rings */
     __half *a;        /* n_q: attention's result */
     __half *gate_up;  /* 2 n_ff */
     __half *g;        /* n_ff */

@@ -82,23 +82,50 @@ static __device__ inline int32_t position_of(const struct lane_jobs &jobs, const
     return jobs.pool.positions[(size_t)jobs.ids[job.first_id + slot / BLOCK_TOKENS] * BLOCK_TOKENS + slot % BLOCK_TOKENS];
 }
 
-/* Grid: splits; a thread a slot. */
-static __global__ void __launch_bounds__(THREADS) fold_kernel(const struct fold_pass pass) {
-    const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
-    const uint32_t slot = (blockIdx.x - job.first_split) * SPLIT_SLOTS + threadIdx.x, n = job.n_slots;
-    if (slot >= n) return;
-    float score;
-    if (pass.source == RANK_SCORES) {
-        score = folded(pass, pass.raw + job.slots_before * pass.group, n, slot);
-        if (pass.value_power > 0) {
-            const float norm = pass.norms[job.slots_before + slot];
-            score = __fmul_rn(score, pass.value_power == 2 ? __fmul_rn(norm, norm) : norm);
-        }
-    } else {
+static __device__ float score_of(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot) {
+    if (pass.source != RANK_SCORES) {
         const int32_t position = position_of(pass.jobs, job, slot);
-        score = pass.source == RANK_POSITIONS ? (float)position : random_of(pass.seed, (uint32_t)position);
+        return pass.source == RANK_POSITIONS ? (float)position : random_of(pass.seed, (uint32_t)position);
     }
-    pass.scores[job.slots_before + slot] = score;
+    const float score = folded(pass, pass.raw + job.slots_before * pass.group, job.n_slots, slot);
+    if (pass.value_power == 0) return score;
+    const float norm = pass.norms[job.slots_before + slot];
+    return __fmul_rn(score, pass.value_power == 2 ? __fmul_rn(norm, norm) : norm);
+}
+
+/* Slots of a block that is codes get one key, the highest among them (select_join); a warp has a block. */
+static __device__ uint32_t joined_key(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot, uint32_t key) {
+    const uint32_t end = slot / BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS;
+    if (end > job.n_slots || !kivi_reads_codes(position_of(pass.jobs, job, end - 1), pass.next)) return key;
+    for (int other = WARP / 2; other > 0; other /= 2) key = max(key, __shfl_xor_sync(0xffffffffu, key, other));
+    if (slot % BLOCK_TOKENS == 0) atomicAdd(pass.n_joined + job.lane, (uint32_t)BLOCK_TOKENS);
+    return key;
+}
+
+/* The key of a slot that has this score. All threads of the block, also those behind the lane's last slot. */
+static __device__ void put_key(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot, float score) {
+    bool stays = false;
+    if (slot < job.n_slots) {
+        const int32_t position = position_of(pass.jobs, job, slot);
+        stays = position < pass.protect_below || position > pass.protect_above;
+        uint32_t key = stays ? RANK_PROTECTED : select_key(score);
+        if (pass.n_joined) key = joined_key(pass, job, slot, key);
+        pass.keys[job.slots_before + slot] = key;
+        stays = key == RANK_PROTECTED;
+    }
+    const int count = __syncthreads_count(stays);
+    if (threadIdx.x == 0 && count > 0) atomicAdd(pass.n_protected + job.lane, (uint32_t)count);
+}
+
+/* Grid: splits; a thread a slot. KEYS: scores are wanted for keys alone, each slot's for its own. */
+template <bool KEYS> static __global__ void __launch_bounds__(THREADS) fold_kernel(const struct fold_pass pass) {
+    const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
+    const uint32_t slot = (blockIdx.x - job.first_split) * SPLIT_SLOTS + threadIdx.x;
+    const float score = slot < job.n_slots ? score_of(pass, job, slot) : 0;
+    if constexpr (KEYS)
+        put_key(pass, job, slot, score);
+    else if (slot < job.n_slots)
+        pass.scores[job.slots_before + slot] = score;
 }
 
 /* Grid: jobs. The first lane of a layer, where no lane of it is empty and all hold the same positions, averages all of them. */
@@ -126,36 +153,16 @@ static __global__ void __launch_bounds__(THREADS) layer_mean_kernel(const struct
     }
 }
 
-/* Slots of a block that is codes get one key, the highest among them (select_join); a warp has a block. */
-static __device__ uint32_t joined_key(const struct fold_pass &pass, const struct lane_job &job, uint32_t slot, uint32_t key) {
-    const uint32_t end = slot / BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS;
-    if (end > job.n_slots || !kivi_reads_codes(position_of(pass.jobs, job, end - 1), pass.next)) return key;
-    for (int other = WARP / 2; other > 0; other /= 2) key = max(key, __shfl_xor_sync(0xffffffffu, key, other));
-    if (slot % BLOCK_TOKENS == 0) atomicAdd(pass.n_joined + job.lane, (uint32_t)BLOCK_TOKENS);
-    return key;
-}
-
 /* Grid: splits; a thread a slot. */
 static __global__ void __launch_bounds__(THREADS) key_kernel(const struct fold_pass pass) {
     const struct lane_job job = pass.jobs.job[job_of(pass.jobs, blockIdx.x)];
     const uint32_t slot = (blockIdx.x - job.first_split) * SPLIT_SLOTS + threadIdx.x;
-    bool stays = false;
-    if (slot < job.n_slots) {
-        const int32_t position = position_of(pass.jobs, job, slot);
-        stays = position < pass.protect_below || position > pass.protect_above;
-        const float score = pass.scores[job.slots_before + slot];
-        uint32_t key = stays ? RANK_PROTECTED : select_key(score);
-        if (pass.n_joined) key = joined_key(pass, job, slot, key);
-        pass.keys[job.slots_before + slot] = key;
-        stays = key == RANK_PROTECTED;
-    }
-    const int count = __syncthreads_count(stays);
-    if (threadIdx.x == 0 && count > 0) atomicAdd(pass.n_protected + job.lane, (uint32_t)count);
+    put_key(pass, job, slot, slot < job.n_slots ? pass.scores[job.slots_before + slot] : 0);
 }
 
 static void rank_pass(struct cuda *cuda, const struct rank_request *request, uint32_t first, const struct pass_plan *plan, float *scores) {
     struct score_device *score = cuda->score;
-    const bool scored = request->source == RANK_SCORES;
+    const bool scored = request->source == RANK_SCORES, at_once = !request->layer_mean && !scores;
     const struct lane_jobs jobs = stage_pass(cuda, &request->score, first, plan);
     struct fold_pass pass = {};
     pass.jobs = jobs;
@@ -180,12 +187,12 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
             score_pass(cuda, &norms, &jobs, score->numbers + plan->n_slots * pass.group);
         }
     }
-    launch(fold_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
+    launch(at_once ? fold_kernel<true> : fold_kernel<false>, jobs.n_splits, THREADS, 0, cuda->stream, pass);
     if (request->layer_mean) launch(layer_mean_kernel, jobs.n_jobs, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
     if (scores) read_back(cuda, scores + score->lane_at[first], pass.scores, plan->n_slots * sizeof *scores);
     /* The pass's lists are still there: what waiting set free is written again only by copies that come later on the stream. */
-    launch(key_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
+    if (!at_once) launch(key_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -216,13 +223,16 @@ void cuda_rank(struct backend *backend, const struct rank_request *request, uint
 
 /* ---- counting keys by a byte ---- */
 
+/* A block of threads has a lane. There are fewer lanes than a device has warps at a time, and the longest one decides: as many threads as a block may have. */
+enum { CHOICE_THREADS = 1024, CHOICE_WARPS = CHOICE_THREADS / WARP, BYTES = 256, COUNTERS = 8 };
+
 struct ranked_lane {
     const uint32_t *keys;
     uint32_t n_slots;
 };
 
-/* Inclusive sums of one number a thread, in all threads' order. */
-static __device__ uint32_t scan_threads(uint32_t x, uint32_t *shared) {
+/* Inclusive sums of one number a thread, in all threads' order; *total: of all. */
+static __device__ uint32_t scan_threads(uint32_t x, uint32_t *shared, uint32_t *total) {
     const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     for (uint32_t distance = 1; distance < WARP; distance *= 2) {
         const uint32_t y = __shfl_up_sync(0xffffffffu, x, distance);
@@ -231,30 +241,35 @@ static __device__ uint32_t scan_threads(uint32_t x, uint32_t *shared) {
     __syncthreads(); /* what was read of the sums before */
     if (lane == WARP - 1) shared[warp] = x;
     __syncthreads();
-    for (uint32_t w = 0; w < warp; w++) x += shared[w];
+    *total = 0;
+    for (uint32_t w = 0; w < CHOICE_WARPS; w++) {
+        const uint32_t sum = shared[w];
+        if (w < warp) x += sum;
+        *total += sum;
+    }
     return x;
 }
 
 struct byte_counts {
-    uint32_t counts[WARPS][256]; /* a warp has its own: most keys share their high bytes */
-    uint32_t sums[WARPS];
+    uint32_t counts[COUNTERS][BYTES]; /* warps take turns: most keys share their high bytes */
+    uint32_t sums[CHOICE_WARPS];
 };
 
-/* Thread t: how many keys of the lane begin with `prefix` (under `mask`) and have a byte <= t at `shift`. Protected keys count only if `all`. */
+/* Thread t < BYTES: how many keys of the lane begin with `prefix` (under `mask`) and have a byte <= t at `shift`. Protected keys count only if `all`. */
 static __device__ uint32_t count_bytes(const struct ranked_lane &lane, uint32_t prefix, uint32_t mask, int shift, bool all,
                                        struct byte_counts *shared) {
-    const uint32_t t = threadIdx.x, warp = t / WARP;
+    const uint32_t t = threadIdx.x;
     __syncthreads();
-    for (int w = 0; w < WARPS; w++) shared->counts[w][t] = 0;
+    for (uint32_t i = t; i < COUNTERS * BYTES; i += CHOICE_THREADS) shared->counts[i / BYTES][i % BYTES] = 0;
     __syncthreads();
-    for (uint32_t i = t; i < lane.n_slots; i += THREADS) {
+    for (uint32_t i = t; i < lane.n_slots; i += CHOICE_THREADS) {
         const uint32_t key = lane.keys[i];
-        if ((all || key != RANK_PROTECTED) && (key & mask) == prefix) atomicAdd(&shared->counts[warp][key >> shift & 255], 1u);
+        if ((all || key != RANK_PROTECTED) && (key & mask) == prefix) atomicAdd(&shared->counts[t / WARP % COUNTERS][key >> shift & (BYTES - 1)], 1u);
     }
     __syncthreads();
-    uint32_t count = 0;
-    for (int w = 0; w < WARPS; w++) count += shared->counts[w][t];
-    return scan_threads(count, shared->sums);
+    uint32_t count = 0, total;
+    for (uint32_t c = 0; t < BYTES && c < COUNTERS; c++) count += shared->counts[c][t];
+    return scan_threads(count, shared->sums, &total);
 }
 
 /* ---- cut ---- */
@@ -270,21 +285,21 @@ struct cut_pass {
 };
 
 /* Grid: lanes. Round r: takes over the byte that round r - 1 found, counts the next one. Round 4 only takes over. */
-static __global__ void __launch_bounds__(THREADS) cut_kernel(const struct cut_pass pass, int round) {
+static __global__ void __launch_bounds__(CHOICE_THREADS) cut_kernel(const struct cut_pass pass, int round) {
     __shared__ struct byte_counts shared;
     const uint32_t lane = blockIdx.x, group = lane / pass.lanes_each, needed = pass.needed[group], t = threadIdx.x;
     if (needed == 0) {
         if (round == 4 && t == 0) pass.out[lane] = {0, 0};
         return;
     }
-    const uint32_t *freed = pass.freed + (size_t)group * 4 * 256;
-    uint32_t *counted = pass.counted + (size_t)lane * 256;
+    const uint32_t *freed = pass.freed + (size_t)group * 4 * BYTES;
+    uint32_t *counted = pass.counted + (size_t)lane * BYTES;
     uint32_t prefix = 0, mask = 0, byte = 0;
     for (int r = 0; r < round; r++) { /* the least byte that frees enough; sums do not fall from byte to byte */
-        byte = (uint32_t)__syncthreads_count(freed[r * 256 + t] < needed);
-        if (byte > 255) byte = 255;
+        byte = (uint32_t)__syncthreads_count(t < BYTES && freed[r * BYTES + t] < needed);
+        if (byte > BYTES - 1) byte = BYTES - 1;
         prefix |= byte << (24 - 8 * r);
-        mask |= 255u << (24 - 8 * r);
+        mask |= (BYTES - 1u) << (24 - 8 * r);
     }
     const uint32_t before = round > 0 && byte > 0 ? counted[byte - 1] : 0, upto = round > 0 ? counted[byte] : 0;
     const uint32_t below = (round > 0 ? pass.below[lane] : 0) + before;
@@ -296,9 +311,10 @@ static __global__ void __launch_bounds__(THREADS) cut_kernel(const struct cut_pa
     }
     const struct ranked_lane ranked = {pass.keys + pass.lanes[lane].x, pass.lanes[lane].y};
     const uint32_t count = count_bytes(ranked, prefix, mask, 24 - 8 * round, false, &shared);
+    if (t >= BYTES) return;
     counted[t] = count;
     const uint32_t units = select_units(ranked.n_slots, pass.n_protected[lane], pass.unit, below + count);
-    if (units > 0) atomicAdd(pass.freed + ((size_t)group * 4 + (uint32_t)round) * 256 + t, units);
+    if (units > 0) atomicAdd(pass.freed + ((size_t)group * 4 + (uint32_t)round) * BYTES + t, units);
 }
 
 static uint2 *stage_lanes(const struct cuda *cuda, uint2 *lanes) {
@@ -322,8 +338,8 @@ void cuda_cut(struct backend *backend, const struct cut_request *request, struct
     pass.lanes_each = request->lanes_each, pass.unit = request->unit;
     pass.below = score->cut_below, pass.counted = score->cut_counted, pass.freed = score->cut_freed;
     pass.out = (struct cut_lane *)(void *)score->back_host;
-    CUDA_CHECK(cudaMemsetAsync(pass.freed, 0, (size_t)groups * 4 * 256 * sizeof(uint32_t), cuda->stream));
-    for (int round = 0; round <= 4; round++) launch(cut_kernel, cuda->n_lanes, THREADS, 0, cuda->stream, pass, round);
+    CUDA_CHECK(cudaMemsetAsync(pass.freed, 0, (size_t)groups * 4 * BYTES * sizeof(uint32_t), cuda->stream));
+    for (int round = 0; round <= 4; round++) launch(cut_kernel, cuda->n_lanes, CHOICE_THREADS, 0, cuda->stream, pass, round);
     CUDA_CHECK(cudaGetLastError());
     stage_wait(cuda);
     memcpy(lanes, pass.out, cuda->n_lanes * sizeof *lanes);
@@ -341,19 +357,19 @@ struct keep_pass {
 
 /* The key of ascending rank `rank` (< n), how many are below it and how many equal. */
 static __device__ uint32_t key_of_rank(const struct ranked_lane &lane, uint32_t rank, uint32_t *below, uint32_t *equal, struct byte_counts *shared) {
-    __shared__ uint32_t cumulative[256];
+    __shared__ uint32_t cumulative[BYTES];
     uint32_t prefix = 0, mask = 0;
     *below = *equal = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
         const uint32_t count = count_bytes(lane, prefix, mask, shift, true, shared);
-        const uint32_t byte = (uint32_t)__syncthreads_count(*below + count <= rank);
-        cumulative[threadIdx.x] = count;
+        const uint32_t byte = (uint32_t)__syncthreads_count(threadIdx.x < BYTES && *below + count <= rank);
+        if (threadIdx.x < BYTES) cumulative[threadIdx.x] = count;
         __syncthreads();
         const uint32_t before = byte > 0 ? cumulative[byte - 1] : 0;
         *below += before;
         *equal = cumulative[byte] - before;
         prefix |= byte << shift;
-        mask |= 255u << shift;
+        mask |= (BYTES - 1u) << shift;
         __syncthreads();
     }
     return prefix;
@@ -362,7 +378,7 @@ static __device__ uint32_t key_of_rank(const struct ranked_lane &lane, uint32_t 
 /* KIVI: of the slots at the threshold the first equal_kept stay, and of those in joined blocks whole blocks: if one cannot, nothing behind it stays either (select_keep_joined). */
 static __device__ uint32_t whole_blocks_kept(const struct ranked_lane &lane, uint32_t threshold, uint32_t equal_kept, uint32_t joined) {
     uint32_t n = 0; /* such slots in joined blocks */
-    for (uint32_t begin = 0; begin < joined; begin += THREADS) {
+    for (uint32_t begin = 0; begin < joined; begin += CHOICE_THREADS) {
         const uint32_t slot = begin + threadIdx.x;
         n += (uint32_t)__syncthreads_count(slot < joined && lane.keys[slot] == threshold);
     }
@@ -370,13 +386,13 @@ static __device__ uint32_t whole_blocks_kept(const struct ranked_lane &lane, uin
 }
 
 /* Grid: lanes. */
-static __global__ void __launch_bounds__(THREADS) keep_kernel(const struct keep_pass pass) {
+static __global__ void __launch_bounds__(CHOICE_THREADS) keep_kernel(const struct keep_pass pass) {
     __shared__ struct byte_counts shared;
     __shared__ uint32_t first_gone;
     const uint32_t lane = blockIdx.x, t = threadIdx.x;
     const struct ranked_lane ranked = {pass.keys + pass.lanes[lane].x, pass.lanes[lane].y};
     const uint32_t n = ranked.n_slots, evictable = n - pass.n_protected[lane], evict = pass.evict[lane] < evictable ? pass.evict[lane] : evictable;
-    uint32_t *kept = pass.kept + pass.lanes[lane].x, threshold = 0, equal_kept = 0, n_keep = 0, n_equal = 0;
+    uint32_t *kept = pass.kept + pass.lanes[lane].x, threshold = 0, equal_kept = 0, n_above = 0, n_equal = 0;
     if (t == 0) first_gone = n;
     if (evict > 0) {
         uint32_t below, equal;
@@ -385,22 +401,24 @@ static __global__ void __launch_bounds__(THREADS) keep_kernel(const struct keep_
         if (pass.n_joined) equal_kept = whole_blocks_kept(ranked, threshold, equal_kept, pass.n_joined[lane]);
     }
     __syncthreads();
-    for (uint32_t begin = 0; begin < n; begin += THREADS) {
+    for (uint32_t begin = 0; begin < n; begin += CHOICE_THREADS) {
         const uint32_t slot = begin + t;
         const bool mine = slot < n;
         const uint32_t key = mine ? ranked.keys[slot] : 0;
-        const bool equals = mine && evict > 0 && key == threshold;
-        const uint32_t equal_rank = n_equal + scan_threads(equals, shared.sums) - equals;
-        n_equal += (uint32_t)__syncthreads_count(equals);
-        const bool stays = mine && (evict == 0 || key > threshold || (equals && equal_rank < equal_kept));
-        const uint32_t at = n_keep + scan_threads(stays, shared.sums) - stays;
-        n_keep += (uint32_t)__syncthreads_count(stays);
-        if (stays)
-            kept[at] = slot;
-        else if (mine)
-            atomicMin(&first_gone, slot);
+        const bool above = mine && (evict == 0 || key > threshold), equals = mine && evict > 0 && key == threshold;
+        static_assert(CHOICE_THREADS < 1 << 16, "both counts in one sum, a half each");
+        const uint32_t own = (uint32_t)above | (uint32_t)equals << 16;
+        uint32_t total;
+        const uint32_t before = scan_threads(own, shared.sums, &total) - own, equal_before = n_equal + (before >> 16);
+        const bool stays = above || (equals && equal_before < equal_kept);
+        if (stays) kept[n_above + (before & 0xffff) + min(equal_before, equal_kept)] = slot;
+        const uint32_t gone = __ballot_sync(0xffffffffu, mine && !stays);
+        if (t % WARP == 0 && gone) atomicMin(&first_gone, slot + (uint32_t)__ffs((int)gone) - 1);
+        n_above += total & 0xffff;
+        n_equal += total >> 16;
     }
     __syncthreads();
+    const uint32_t n_keep = n_above + min(n_equal, equal_kept);
     if (t == 0) pass.out[lane] = {n_keep, first_gone < n_keep ? first_gone : n_keep};
 }
 
@@ -417,7 +435,7 @@ void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane 
     pass.kept = score->kept;
     pass.n_joined = score->n_joined;
     pass.out = (struct kept_lane *)(void *)score->back_host;
-    launch(keep_kernel, cuda->n_lanes, THREADS, 0, cuda->stream, pass);
+    launch(keep_kernel, cuda->n_lanes, CHOICE_THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
     stage_wait(cuda);
     memcpy(lanes, pass.out, cuda->n_lanes * sizeof *lanes);

@@ -1,6 +1,7 @@
 /* What is done row by row between the products: norms, rotation, appending to the pool, activation. Sums go over the threads of a block in a fixed order, so a row's bits depend on
  * that row alone. */
 #include "kernels/cuda/codes.h"
+#include "kernels/cuda/hadamard.h"
 
 #include <math.h>
 
@@ -107,7 +108,23 @@ static __device__ void store_slot(const struct device_pool &pool, uint32_t block
     if (lane == 0) pool.scales[((size_t)block * 2 + (size_t)which) * BLOCK_TOKENS + slot] = isfinite(scale) ? scale : 0;
 }
 
-static __global__ void __launch_bounds__(32 * HEADS_A_BLOCK) append_kernel(const struct append p) {
+/* One warp, one head's vector in shared memory. A thread reads and writes the elements that it has afterwards. One that is not finite must not spread: a NaN is 0, and sums of all
+ * dims are finite. */
+static __device__ void transform(float *x, uint32_t d, uint32_t lane) {
+    float own[ROW_ELEMENTS];
+#pragma unroll
+    for (uint32_t i = 0; i < ROW_ELEMENTS; i++) {
+        const float value = lane + 32 * i < d ? x[lane + 32 * i] : 0;
+        own[i] = value == value ? fminf(fmaxf(value, -1e35f), 1e35f) : 0;
+    }
+    hadamard(own, d, lane);
+#pragma unroll
+    for (uint32_t i = 0; i < ROW_ELEMENTS; i++)
+        if (lane + 32 * i < d) x[lane + 32 * i] = own[i];
+}
+
+/* TRANSFORMS: of dtypes that do (hadamard.h). */
+template <bool TRANSFORMS> static __global__ void __launch_bounds__(32 * HEADS_A_BLOCK) append_kernel(const struct append p) {
     __shared__ float heads[HEADS_A_BLOCK][HEAD_DIM_MAX];
     const uint32_t row = blockIdx.x, lane = threadIdx.x % 32, head = blockIdx.y * HEADS_A_BLOCK + threadIdx.x / 32;
     if (row >= p.header->n_rows || head >= p.n_heads + 2 * p.n_kv_heads) return;
@@ -134,6 +151,8 @@ static __global__ void __launch_bounds__(32 * HEADS_A_BLOCK) append_kernel(const
             x[second] = a * turn.y + b * turn.x;
         }
     __syncwarp();
+    if constexpr (TRANSFORMS)
+        if (is_q || is_k) transform(x, p.d, lane);
     const uint32_t s = p.row_sequence[row];
     const struct step_sequence sequence = p.sequences[s];
     if (is_q) {
@@ -188,7 +207,7 @@ void rows_append(struct cuda *cuda, uint32_t layer, const struct step_shape *sha
     p.epsilon = program->norm_epsilon;
     p.adjacent = program->rope_pairs == ROPE_PAIRS_ADJACENT;
     const dim3 grid(shape->rows, div_up(program->n_heads + 2 * program->n_kv_heads, HEADS_A_BLOCK));
-    launch(append_kernel, grid, 32 * HEADS_A_BLOCK, 0, cuda->stream, p);
+    launch(kv_transforms(cuda->pool.dtype) ? append_kernel<true> : append_kernel<false>, grid, 32 * HEADS_A_BLOCK, 0, cuda->stream, p);
 }
 
 /* Two values at a time; n_ff is a multiple of 8 (supported.cu). */

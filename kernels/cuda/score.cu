@@ -10,7 +10,7 @@ static __device__ inline float reduce_warp(float x) {
     return x;
 }
 
-/* A row of K or V, element lane + 32 i in x[i]; returns the sum of squares. */
+/* A row of K or V, element lane + 32 i in x[i]; returns the sum of squares. Keys of q8 are transformed, which changes neither lengths nor angles between them. */
 template <bool CODES>
 static __device__ inline float load_row(const struct device_pool &pool, const struct block_numbers &from, int which, uint32_t slot, uint32_t lane,
                                         float x[ROW_ELEMENTS]) {

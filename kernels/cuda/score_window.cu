@@ -14,7 +14,7 @@ enum window_mode { MODE_SUMS, MODE_FOLD, MODE_EXPECTED };
 
 struct window_pass {
     struct lane_jobs jobs;
-    const uint16_t *ring; /* [n_layers][ring_rows][n_q] of the sequence */
+    const uint16_t *ring; /* [n_layers][ring_rows][n_q] of the sequence; transformed if the pool's keys are (hadamard.h) */
     uint32_t ring_rows, n_q, n_kv_heads, group, n_window;
     int32_t last_position;
     /* Queries in tiles of TILE_ROWS, head after head: head_tiles each. MODE_EXPECTED: of the mean and the rows less the mean. */
@@ -308,16 +308,31 @@ struct turned_rows {
     bool halves, bf16;
 };
 
-/* Element i of window row r, turned. `ring`: the query head's first element. */
-static __device__ double turned_element(const struct turned_rows &rows, const uint16_t *ring, uint32_t r, uint32_t i) {
-    const struct window_pass &pass = rows.pass;
-    const uint32_t position = (uint32_t)pass.last_position - (pass.n_window - 1 - r), half = rows.rope_dims / 2;
-    const uint16_t *x = ring + (size_t)(position % pass.ring_rows) * pass.n_q;
-    if (i >= rows.rope_dims) return widen(rows.bf16, x[i]);
+/* Element i of window row r, turned. x(j): element j as it was. */
+template <typename X> static __device__ double turned_element(const struct turned_rows &rows, uint32_t r, uint32_t i, const X &x) {
+    const uint32_t half = rows.rope_dims / 2;
+    if (i >= rows.rope_dims) return x(i);
     const uint32_t pair = rows.halves ? i % half : i / 2, a = rows.halves ? pair : 2 * pair, b = rows.halves ? pair + half : 2 * pair + 1;
-    const double2 turn = pass.turns[(size_t)r * half + pair];
-    const double re = widen(rows.bf16, x[a]), im = widen(rows.bf16, x[b]);
+    const double2 turn = rows.pass.turns[(size_t)r * half + pair];
+    const double re = x(a), im = x(b);
     return i == a ? re * turn.x - im * turn.y : re * turn.y + im * turn.x;
+}
+
+/* A job's query head: its first element in the ring's row of window row r. */
+static __device__ const uint16_t *ring_row(const struct window_pass &pass, uint32_t lane, uint32_t head, uint32_t r) {
+    const uint32_t position = (uint32_t)pass.last_position - (pass.n_window - 1 - r);
+    return pass.ring + ((size_t)(lane / pass.n_kv_heads) * pass.ring_rows + position % pass.ring_rows) * pass.n_q +
+           (lane % pass.n_kv_heads * pass.group + head) * pass.jobs.pool.d;
+}
+
+/* Element i of row `row` of the head's tiles, as query_chunk reads it. */
+static __device__ void put_row_element(const struct turned_rows &rows, uint32_t job, uint32_t head, uint32_t row, uint32_t i, uint32_t padded,
+                                       float x) {
+    const struct window_pass &pass = rows.pass;
+    const uint16_t high = narrow(rows.bf16, x), low = narrow(rows.bf16, x - widen(rows.bf16, high));
+    const size_t tile = (size_t)job * pass.n_tiles + head * pass.head_tiles + row / TILE_ROWS;
+    pass.rows[((tile * 2 + 0) * TILE_ROWS + row % TILE_ROWS) * padded + i] = high;
+    pass.rows[((tile * 2 + 1) * TILE_ROWS + row % TILE_ROWS) * padded + i] = low;
 }
 
 /* Grid: jobs x query heads of the group; a thread a dim (padded). Row 0 of the head's tiles: the mean of the turned rows; then each less the mean; zeros to the end. */
@@ -325,17 +340,52 @@ static __global__ void __launch_bounds__(HEAD_DIM_MAX) expected_rows_kernel(cons
     const struct window_pass &pass = rows.pass;
     const uint32_t i = threadIdx.x, d = pass.jobs.pool.d, lane = pass.jobs.job[blockIdx.x].lane, head = blockIdx.y;
     if (i >= padded) return;
-    const uint16_t *ring =
-        pass.ring + (size_t)(lane / pass.n_kv_heads) * pass.ring_rows * pass.n_q + (lane % pass.n_kv_heads * pass.group + head) * d;
+    auto element = [&](uint32_t r) {
+        const uint16_t *x = ring_row(pass, lane, head, r);
+        return turned_element(rows, r, i, [&](uint32_t j) { return (double)widen(rows.bf16, x[j]); });
+    };
     double mean = 0;
-    for (uint32_t r = 0; i < d && r < pass.n_window; r++) mean += turned_element(rows, ring, r, i) / pass.n_window;
+    for (uint32_t r = 0; i < d && r < pass.n_window; r++) mean += element(r) / pass.n_window;
     for (uint32_t row = 0; row < pass.head_tiles * TILE_ROWS; row++) {
         const bool filled = i < d && row <= pass.n_window;
-        const float x = !filled ? 0 : (float)(row == 0 ? mean : turned_element(rows, ring, row - 1, i) - mean);
-        const uint16_t high = narrow(rows.bf16, x), low = narrow(rows.bf16, x - widen(rows.bf16, high));
-        const size_t tile = (size_t)blockIdx.x * pass.n_tiles + head * pass.head_tiles + row / TILE_ROWS;
-        pass.rows[((tile * 2 + 0) * TILE_ROWS + row % TILE_ROWS) * padded + i] = high;
-        pass.rows[((tile * 2 + 1) * TILE_ROWS + row % TILE_ROWS) * padded + i] = low;
+        put_row_element(rows, blockIdx.x, head, row, i, padded, !filled ? 0 : (float)(row == 0 ? mean : element(row - 1) - mean));
+    }
+}
+
+/* The same where the ring's queries are transformed: each is taken back before it is turned, and what comes of it is transformed as the keys are that it meets. A warp a row, each thread
+ * elements lane + 32 i; sums of four rows apart, then of the warps in order. */
+static __global__ void __launch_bounds__(HEAD_DIM_MAX) expected_transformed_rows_kernel(const struct turned_rows rows, uint32_t padded) {
+    constexpr uint32_t ROW_WARPS = HEAD_DIM_MAX / WARP;
+    __shared__ float plain[ROW_WARPS][HEAD_DIM_MAX];
+    __shared__ double sums[ROW_WARPS][HEAD_DIM_MAX];
+    const struct window_pass &pass = rows.pass;
+    const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, d = pass.jobs.pool.d, head = blockIdx.y;
+    auto turned_row = [&](uint32_t r, double x[ROW_ELEMENTS]) {
+        const uint16_t *ring = ring_row(pass, pass.jobs.job[blockIdx.x].lane, head, r);
+        float own[ROW_ELEMENTS];
+        for (uint32_t i = 0; i < ROW_ELEMENTS; i++) own[i] = lane + i * WARP < d ? widen(rows.bf16, ring[lane + i * WARP]) : 0;
+        hadamard(own, d, lane);
+        __syncwarp(); /* the row before was read */
+        for (uint32_t i = 0; i < ROW_ELEMENTS; i++) plain[warp][lane + i * WARP] = own[i];
+        __syncwarp();
+        for (uint32_t i = 0; i < ROW_ELEMENTS; i++)
+            x[i] = lane + i * WARP < d ? turned_element(rows, r, lane + i * WARP, [&](uint32_t j) { return (double)plain[warp][j]; }) : 0;
+    };
+    double mean[ROW_ELEMENTS] = {}, x[ROW_ELEMENTS] = {};
+    for (uint32_t r = warp; r < pass.n_window; r += ROW_WARPS) {
+        turned_row(r, x);
+        for (uint32_t i = 0; i < ROW_ELEMENTS; i++) mean[i] += x[i] / pass.n_window;
+    }
+    for (uint32_t i = 0; i < ROW_ELEMENTS; i++) sums[warp][lane + i * WARP] = mean[i], mean[i] = 0;
+    __syncthreads();
+    for (uint32_t i = 0; i < ROW_ELEMENTS * ROW_WARPS; i++) mean[i / ROW_WARPS] += sums[i % ROW_WARPS][lane + i / ROW_WARPS * WARP];
+    for (uint32_t row = warp; row < pass.head_tiles * TILE_ROWS; row += ROW_WARPS) {
+        float out[ROW_ELEMENTS];
+        if (row > 0 && row <= pass.n_window) turned_row(row - 1, x);
+        for (uint32_t i = 0; i < ROW_ELEMENTS; i++) out[i] = row > pass.n_window ? 0 : (float)(row == 0 ? mean[i] : x[i] - mean[i]);
+        hadamard(out, d, lane);
+        for (uint32_t i = 0; i < ROW_ELEMENTS; i++)
+            if (lane + i * WARP < padded) put_row_element(rows, blockIdx.x, head, row, lane + i * WARP, padded, lane + i * WARP < d ? out[i] : 0);
     }
 }
 
@@ -434,7 +484,8 @@ void window_score(struct cuda *cuda, const struct score_request *request, const 
         if (n_turns > 0)
             launch(turns_kernel, div_up(n_turns, THREADS), THREADS, 0, cuda->stream, pass.turns, cuda->rope_frequency, program->rope_dims / 2,
                    request->n_window, request->ahead);
-        launch(expected_rows_kernel, dim3(jobs->n_jobs, cuda->group), HEAD_DIM_MAX, 0, cuda->stream, rows, padded);
+        launch(kv_transforms(cuda->pool.dtype) ? expected_transformed_rows_kernel : expected_rows_kernel, dim3(jobs->n_jobs, cuda->group),
+               HEAD_DIM_MAX, 0, cuda->stream, rows, padded);
         run_window<MODE_EXPECTED>(cuda, &pass);
         launch(softmax_kernel, dim3(jobs->n_jobs, cuda->group), THREADS, 0, cuda->stream, pass);
     } else {

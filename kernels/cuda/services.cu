@@ -186,11 +186,19 @@ void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *s
 /* ---- reading ---- */
 
 /* K [BLOCK_TOKENS][d], V the same, positions behind them as they are. */
-static __global__ void read_block_kernel(struct device_pool pool, uint32_t block, float *out) {
+template <bool TRANSFORMS> static __global__ void read_block_kernel(struct device_pool pool, uint32_t block, float *out) {
     const uint32_t slot = blockIdx.x, i = threadIdx.x;
     const struct block_numbers from = numbers_of(pool, block, pool.bits && (pool.closed[block] || is_lost(pool, block)));
+    if constexpr (TRANSFORMS) {
+        if (i < WARP) {
+            float key[ROW_ELEMENTS];
+            read_transformed_key(pool, from, slot, i, key);
+            for (uint32_t e = 0; e < ROW_ELEMENTS; e++)
+                if (i + e * WARP < pool.d) out[slot * pool.d + i + e * WARP] = key[e];
+        }
+    }
     if (i < pool.d) {
-        out[slot * pool.d + i] = pool_element(pool, from, WHICH_K, slot, i);
+        if (!TRANSFORMS) out[slot * pool.d + i] = pool_element(pool, from, WHICH_K, slot, i);
         out[(BLOCK_TOKENS + slot) * pool.d + i] = pool_element(pool, from, WHICH_V, slot, i);
     }
     if (i == 0) out[2 * BLOCK_TOKENS * pool.d + slot] = __int_as_float(pool.positions[(size_t)block * BLOCK_TOKENS + slot]);
@@ -203,7 +211,8 @@ void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float
     const uint32_t d = cuda->pool.d;
     CHECK(block < cuda->pool.n_blocks && slot < BLOCK_TOKENS);
     if (score->block_read != block) {
-        launch(read_block_kernel, BLOCK_TOKENS, HEAD_DIM_MAX, 0, cuda->stream, cuda->pool, block, score->block_host);
+        launch(kv_transforms(cuda->pool.dtype) ? read_block_kernel<true> : read_block_kernel<false>, BLOCK_TOKENS, HEAD_DIM_MAX, 0, cuda->stream,
+               cuda->pool, block, score->block_host);
         CUDA_CHECK(cudaGetLastError());
         stage_wait(cuda);
         score->block_read = block;

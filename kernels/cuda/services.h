@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cuda/codes.h"
+#include "kernels/cuda/hadamard.h"
 
 #define BLOCK_NONE_READ UINT32_MAX
 
@@ -93,7 +94,6 @@ enum {
     WARP = 32,
     WARPS = SPLIT_SLOTS / BLOCK_TOKENS, /* a warp takes one block of a split */
     THREADS = WARPS * 32,
-    ROW_ELEMENTS = HEAD_DIM_MAX / 32, /* of a row, to one thread of a warp: elements lane + 32 i */
 };
 
 /* The job that split `split` of the pass belongs to. */
@@ -130,7 +130,7 @@ static __device__ inline struct block_numbers numbers_of_job(const struct lane_j
     return numbers_of(jobs.pool, block, is_lost(jobs.pool, block) || (full && kivi_reads_codes(jobs.pool.positions[(size_t)block * BLOCK_TOKENS + BLOCK_TOKENS - 1], next)));
 }
 
-/* Element i of a slot's K or V, widened exactly. CODES false: the dtype is no KIVI one. */
+/* Element i of a slot's K or V as it lies (keys of q8 transformed), widened exactly. CODES false: the dtype is no KIVI one. */
 template <bool CODES = true>
 static __device__ inline float pool_element(const struct device_pool &pool, const struct block_numbers &from, int which, uint32_t slot, uint32_t i) {
     size_t at = (size_t)(which * BLOCK_TOKENS + slot) * pool.d + i;
@@ -141,4 +141,12 @@ static __device__ inline float pool_element(const struct device_pool &pool, cons
     if (pool.dtype == KV_BF16) return __bfloat162float(((const __nv_bfloat16 *)from.at)[at]);
     if (pool.dtype != KV_Q8) return __half2float(((const __half *)from.at)[at]);
     return pool.scales[(size_t)from.block * 2 * BLOCK_TOKENS + which * BLOCK_TOKENS + slot] * (float)((const int8_t *)from.at)[at];
+}
+
+/* A slot's key as it was before it was cached, of a dtype that transforms keys; element lane + 32 i in x[i]. All of the warp. */
+static __device__ inline void read_transformed_key(const struct device_pool &pool, const struct block_numbers &from, uint32_t slot, uint32_t lane,
+                                                   float x[ROW_ELEMENTS]) {
+#pragma unroll
+    for (uint32_t i = 0; i < ROW_ELEMENTS; i++) x[i] = lane + i * WARP < pool.d ? pool_element<false>(pool, from, WHICH_K, slot, lane + i * WARP) : 0;
+    hadamard(x, pool.d, lane);
 }

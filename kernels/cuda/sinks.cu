@@ -54,8 +54,8 @@ static __device__ void write_key(const struct device_pool &pool, uint32_t block,
     }
 }
 
-/* A warp a sink. */
-static __global__ void __launch_bounds__(THREADS) shift_kernel(struct shift_pass pass) {
+/* A warp a sink. TRANSFORMS: of dtypes that transform keys, which are rotated as they were before and transformed anew. */
+template <bool TRANSFORMS> static __global__ void __launch_bounds__(THREADS) shift_kernel(struct shift_pass pass) {
     const uint32_t row = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP, d = pass.pool.d;
     if (row >= pass.n_lanes * pass.n_slots) return;
     const uint32_t kv_lane = row / pass.n_slots, i = row % pass.n_slots;
@@ -63,13 +63,27 @@ static __global__ void __launch_bounds__(THREADS) shift_kernel(struct shift_pass
     const double position = pass.pool.positions[(size_t)block * BLOCK_TOKENS + slot];
     const struct block_numbers from = numbers_of(pass.pool, block, false);
     float *plain = pass.plain + ((size_t)kv_lane * pass.sink_slots + i) * d;
-    if (pass.first)
+    float key[ROW_ELEMENTS];
+    if constexpr (TRANSFORMS) {
+        if (pass.first) {
+            read_transformed_key(pass.pool, from, slot, lane, key);
+            for (uint32_t e = 0; e < ROW_ELEMENTS; e++)
+                if (lane + e * WARP < d) plain[lane + e * WARP] = key[e];
+            __syncwarp();
+            for (uint32_t e = 0; e < ROW_ELEMENTS; e++)
+                if (lane + e * WARP < d) key[e] = turned(pass.turn, -position, lane + e * WARP, [&](uint32_t j) { return plain[j]; });
+            __syncwarp(); /* all have read the others' elements */
+            for (uint32_t e = 0; e < ROW_ELEMENTS; e++)
+                if (lane + e * WARP < d) plain[lane + e * WARP] = key[e];
+        }
+    } else if (pass.first) {
         for (uint32_t at = lane; at < d; at += WARP)
             plain[at] = turned(pass.turn, -position, at, [&](uint32_t j) { return pool_element(pass.pool, from, WHICH_K, slot, j); });
+    }
     __syncwarp(); /* the copy is whole, the cached key read */
-    float key[ROW_ELEMENTS];
     for (uint32_t e = 0; e < ROW_ELEMENTS; e++)
         key[e] = lane + e * WARP < d ? turned(pass.turn, position + pass.shift, lane + e * WARP, [&](uint32_t j) { return plain[j]; }) : 0;
+    if constexpr (TRANSFORMS) hadamard(key, d, lane);
     write_key(pass.pool, block, slot, lane, key);
 }
 
@@ -118,6 +132,7 @@ void cuda_shift_sinks(struct backend *backend, const struct shift_request *reque
     if (cuda->pool.bits)
         launch(shift_codes_kernel, pass.n_lanes * pass.n_ids, CLOSE_THREADS, 0, cuda->stream, pass);
     else
-        launch(shift_kernel, div_up(pass.n_lanes * pass.n_slots, THREADS / WARP), THREADS, 0, cuda->stream, pass);
+        launch(kv_transforms(cuda->pool.dtype) ? shift_kernel<true> : shift_kernel<false>, div_up(pass.n_lanes * pass.n_slots, THREADS / WARP),
+               THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
 }

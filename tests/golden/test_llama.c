@@ -273,16 +273,16 @@ static void test_cpu_16bit(void **state) {
     assert_true(score.kl_sum / score.n <= 4e-4);
 }
 
-/* Weights and activations in f16 lose little: all positions count, and where the top token is another one, the golden distribution was undecided. Caches narrower than f16 may move
- * more. */
+/* Weights and activations in f16 lose little: all positions count, and where the top token is another one, the golden distribution was undecided. bf16 and q8
+ * may move some more; q8 as little as on `cpu`, whose keys it has transformed as well. */
 static void test_cuda(void **state) {
     const struct way *way = *state;
     if (!test_runs_on_name(way->backend)) skip();
     struct score score = measure(way, MAX_TOKENS);
     bool narrow = way->kv_dtype != KV_F16;
     assert_int_equal(score.n, golden.n_positions);
-    assert_true(score.n_same >= (narrow ? 0.97 : 0.98) * score.n);
-    assert_true(score.kl_sum / score.n <= (way->kv_dtype == KV_Q8 ? 4e-3 : 3e-3));
+    assert_true(score.n_same >= 0.98 * score.n);
+    assert_true(score.kl_sum / score.n <= (way->kv_dtype == KV_Q8 ? 4e-4 : 3e-3));
     if (narrow)
         assert_true(score.n_sure_same >= 0.995 * score.n_sure);
     else

@@ -11,8 +11,8 @@ static void true_scores(const struct world *world, const struct tables *tables, 
     uint64_t *accumulated = (uint64_t *)check_calloc(n + 1, 8);
     for (uint32_t i = 0; i < n; i++) {
         const uint32_t block = ids[i / BLOCK_TOKENS], slot = i % BLOCK_TOKENS;
-        for (uint32_t j = 0; j < d; j++)
-            k[i * d + j] = element_of(world, block, WHICH_K, slot, j), v[i * d + j] = element_of(world, block, WHICH_V, slot, j);
+        for (uint32_t j = 0; j < d; j++) v[i * d + j] = element_of(world, block, WHICH_V, slot, j);
+        key_of(world, block, slot, k + (size_t)i * d);
         positions[i] = world->positions[(size_t)block * BLOCK_TOKENS + slot],
         accumulated[i] = world->accumulated[(size_t)block * BLOCK_TOKENS + slot];
     }
@@ -21,8 +21,12 @@ static void true_scores(const struct world *world, const struct tables *tables, 
         size_t row = (((size_t)(request->ring - 1) * world->shape.n_layers + lane / world->shape.n_kv_heads) * world->shape.ring_rows +
                       position % world->shape.ring_rows) *
                      n_q;
-        for (uint32_t j = 0; j < group * d; j++)
-            q[r * group * d + j] = widen(world->shape.dtype, world->ring[row + lane % world->shape.n_kv_heads * group * d + j]);
+        for (uint32_t head = 0; head < group; head++) {
+            float cached[HEAD_DIM_MAX];
+            for (uint32_t j = 0; j < d; j++)
+                cached[j] = widen(world->shape.dtype, world->ring[row + (lane % world->shape.n_kv_heads * group + head) * d + j]);
+            transform(world, cached, q + (r * group + head) * d);
+        }
     }
     const struct score_lane plain = {.n_slots = n,
                                      .k = k,

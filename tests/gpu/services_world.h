@@ -175,6 +175,23 @@ static float element_of(const struct world *world, uint32_t block, int which, ui
     return widen(world->shape.dtype, bits);
 }
 
+/* Between a key as it was and as it is cached (kernels/cuda/hadamard.h), either way: of KV_Q8, by the transform's definition; of others nothing changes. The same of a query and the ring's. */
+static void transform(const struct world *world, const float *x, float *out) {
+    const uint32_t d = world->shape.d, size = d & (0u - d);
+    for (uint32_t i = 0; i < d; i++) {
+        double sum = 0;
+        for (uint32_t j = 0; j < size; j++) sum += __builtin_parity(i % size & j) ? -(double)x[i / size * size + j] : (double)x[i / size * size + j];
+        out[i] = world->shape.dtype == KV_Q8 ? (float)(sum / sqrt((double)size)) : x[i];
+    }
+}
+
+/* K of a slot as it was before it was cached. */
+static void key_of(const struct world *world, uint32_t block, uint32_t slot, float *k) {
+    float cached[HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < world->shape.d; i++) cached[i] = element_of(world, block, WHICH_K, slot, i);
+    transform(world, cached, k);
+}
+
 static void move_slot(struct world *world, uint32_t from_block, uint32_t from, uint32_t to_block, uint32_t to) {
     for (int which = 0; which < 2; which++) {
         memmove(row_of(world, to_block, which, to), row_of(world, from_block, which, from), world->shape.d * element_bytes(world->shape.dtype));

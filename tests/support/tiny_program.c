@@ -67,6 +67,10 @@ static struct tensor matrix(struct tiny *tiny, uint32_t rows, uint32_t cols, flo
     return tensor;
 }
 
+static void set_f32(const struct tensor *vector, uint32_t i, float value) {
+    quantize(TENSOR_F32, &value, (uint8_t *)(uintptr_t)vector->data + i * sizeof value, 1);
+}
+
 static struct tensor vector(struct tiny *tiny, uint32_t cols, float middle, float deviation) {
     struct tensor tensor = {.type = TENSOR_F32, .rows = 1, .cols = cols};
     uint8_t *bytes = place(tiny, tensor_bytes(&tensor));
@@ -91,6 +95,8 @@ static void add_layer(struct tiny *tiny, uint32_t layer, struct phase *phase) {
         phase[0].bias[WEIGHT_Q] = vector(tiny, n_q, 0, 0.5f);
         phase[0].bias[WEIGHT_K] = vector(tiny, n_kv, 0, 0.5f);
         phase[0].bias[WEIGHT_V] = vector(tiny, n_kv, 0, 0.5f);
+        for (uint32_t head = 0; head < s->n_kv_heads && s->key_outlier != 0; head++)
+            set_f32(&phase[0].bias[WEIGHT_K], head * s->head_dim + TINY_OUTLIER_DIM, s->key_outlier);
     }
     if (s->qk_norms) {
         phase[0].q_norm = vector(tiny, s->head_dim, 1.5f, 0.3f);

@@ -7,6 +7,8 @@
 
 #include "kernels/program.h"
 
+enum { TINY_OUTLIER_DIM = 5 };
+
 struct tiny_shape {
     uint64_t seed;
     uint32_t n_layers, n_embd, n_heads, n_kv_heads, head_dim, n_ff, n_vocab; /* n_embd need not be n_heads * head_dim */
@@ -16,6 +18,7 @@ struct tiny_shape {
     uint32_t rope_dims; /* 0: head_dim */
     bool rope_scaled;   /* llama-3 scaling of the frequencies (factor 8, low 1, high 4, original context 64) */
     bool biases;        /* qwen2 */
+    float key_outlier;  /* with biases: that of one dim of every key, TINY_OUTLIER_DIM; 0: like the others */
     bool qk_norms;      /* qwen3 */
     bool tied_head;
     bool misaligned; /* tensors at odd addresses, as a file may place them */
