@@ -234,6 +234,8 @@ static enum status prepare(struct eval *eval, struct error *error) {
     if (status == STATUS_OK) status = make_cells(eval, error);
     if (status == STATUS_OK && !config->eval.windows && !config->eval.stream)
         status = error_set(error, STATUS_INVALID, "--windows: 0 without --stream leaves nothing to measure");
+    if (status == STATUS_OK && config->eval.streams > 1 && !config->eval.stream)
+        status = error_set(error, STATUS_INVALID, "--streams: %" PRIu32 " without --stream, which says how long they are", config->eval.streams);
     if (status == STATUS_OK && config->eval.svg[0]) status = check_svg(config, error);
     if (status == STATUS_OK) status = open_model(eval, error);
     if (status == STATUS_OK) status = choose_prompt(eval, error);

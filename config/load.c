@@ -91,6 +91,11 @@ static bool take_value(void *context, const struct toml_value *value) {
     const struct option_info *option = option_by_key(value->key);
     if (!option) {
         if (value->kind == TOML_KIND_TABLE && table_known(value->key)) return true;
+        if (value->kind != TOML_KIND_TABLE && table_known(value->key)) {
+            (void)error_set(error, STATUS_INVALID, "%s:%u:%u: %s: %s where a table belongs: [%s]", reading->path, value->key_line, value->key_column,
+                            value->key, toml_kind_name(value->kind), value->key);
+            return false;
+        }
         char suggestion[96];
         option_suggest(value->key, OPTION_FORM_KEY, suggestion, sizeof suggestion);
         (void)error_set(error, STATUS_INVALID, "%s:%u:%u: unknown key \"%.80s\"%s", reading->path, value->key_line, value->key_column, value->key,

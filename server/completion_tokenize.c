@@ -16,7 +16,8 @@ static bool too_long(const struct completion *completion, size_t n_prompt, const
         error, 400, "invalid_request_error", "context_length_exceeded", "prompt",
         "This model's maximum context length is %u tokens. However, you requested %zu tokens (%zu in the prompt, %u for the completion). Please "
         "shorten the prompt or the completion.",
-        tokens_max(completion, limits), n_prompt + completion->max_tokens, n_prompt, completion->max_tokens);
+        n_prompt > limits->max_model_len ? limits->max_model_len : tokens_max(completion, limits), n_prompt + completion->max_tokens, n_prompt,
+        completion->max_tokens);
     return false;
 }
 

@@ -211,7 +211,11 @@ static enum MHD_Result queue_answer(struct exchange *exchange) {
     exchange->state = EXCHANGE_QUEUED;
     enum MHD_Result result = MHD_queue_response(exchange->connection->mhd, (unsigned)exchange->status, response);
     MHD_destroy_response(response);
-    return result;
+    if (result == MHD_YES || exchange->too_early) return result;
+    /* After 100 Continue for a body of no bytes, libmicrohttpd calls for it with what already came behind the request, when it takes no answer yet; it calls again. */
+    exchange->too_early = true;
+    exchange->state = exchange->streaming ? EXCHANGE_STREAM : EXCHANGE_ANSWER;
+    return MHD_YES;
 }
 
 /* ---- the request ---- */

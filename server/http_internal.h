@@ -52,7 +52,8 @@ struct exchange {
     enum exchange_state state;
     bool suspended, streaming, discard, close, finished_body, aborted;
     bool http_1_0;
-    bool last; /* no request may follow it on its connection */
+    bool last;      /* no request may follow it on its connection */
+    bool too_early; /* its answer was refused once */
     char method[24], path[256], id[REQUEST_ID_MAX + 1], notes[320];
     struct buffer body, out;
     size_t body_seen, body_charged, out_at;

@@ -255,17 +255,23 @@ static bool read_value(struct reader *reader, bool *open) {
     return c == '[' || read_key(reader);
 }
 
+/* How many bytes are valid UTF-8. */
+static size_t utf8_prefix(const char *text, size_t length) {
+    size_t at = 0;
+    if (utf8_valid(text, length)) return length;
+    for (size_t n; (n = utf8_sequence_length(text + at, length - at)) > 0;) at += n;
+    return at;
+}
+
 bool json_read(struct json_document *document, const char *text, size_t length, uint32_t max_nodes, struct json_failure *failure) {
     *document = (struct json_document){.text = text, .length = length};
     struct reader reader = {.document = document, .max_nodes = max_nodes, .failure = failure};
-    bool good, done = false;
+    bool good = true, done = false;
     if (length >= UINT32_MAX)
         good = fail(&reader, "too long");
-    else if (!utf8_valid(text, length))
-        good = fail(&reader, "not valid UTF-8");
     else {
+        document->length = utf8_prefix(text, length); /* read so far, so that it is known where the wrong bytes stand */
         skip_space(&reader);
-        good = true;
     }
     while (good && !done) {
         bool open;
@@ -277,6 +283,7 @@ bool json_read(struct json_document *document, const char *text, size_t length, 
         reader.member = 0;
         if (!at_end(&reader)) good = fail(&reader, "something follows the value");
     }
+    if (document->length < length && (good || at_end(&reader))) good = fail(&reader, "not valid UTF-8");
     if (!good) json_document_done(document);
     return good;
 }

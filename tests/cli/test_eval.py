@@ -183,7 +183,8 @@ class Eval(Case):
                             (["--keep", "nan"], "--keep"), (["--keep", "0x1p-1x"], "--keep"), (["--keep", ",".join(["0.5"] * 17)], "--keep"),
                             (["--policies", "snapvk"], ["snapvk", "kv_compress"]), (["--policies", "x" * 400], "--policies"), (["--prompt", "100"], "--prompt"),
                             (["--prompt", "8000"], "8192"), (["--windows", "0"], "--windows"), (["--windows", "-1"], "--windows"), (["--pooling-kernel", "4"], "pooling_kernel"),
-                            (["--rounds", "3"], "belongs to kvasir bench"), (["--stream", "x"], "--stream"), (["-m", "x.gguf"], "--dummy")):
+                            (["--rounds", "3"], "belongs to kvasir bench"), (["--stream", "x"], "--stream"),
+                            (["--streams", "2"], "--streams"), (["-m", "x.gguf"], "--dummy")):
             self.refused("eval", "--dummy", "tiny", *flags, says=says)
         self.refused("eval", says="model: none given")
         self.refused("eval", "--json", "absent.gguf", says="absent.gguf")

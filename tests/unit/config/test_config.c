@@ -186,6 +186,7 @@ static void test_file_errors(void **state) {
         {"[compresion]\npolicy = \"h2o\"\n", ":1:2: ", "unknown key \"compresion\" (did you mean \"compression\"?)"},
         {"[engin]\nthreads = 2\n", ":1:2: ", "unknown key \"engin\""},
         {"[empty]\n", ":1:2: ", "unknown key \"empty\""},
+        {"[[server]]\nport = 1\n", ":1:3: ", "server: an array where a table belongs: [server]"},
         {"\"server.port\" = 1\n", ":1:1: ", "unknown key"},
         {"[server]\n\nport = 70000\n", ":3:8: ", "server.port: \"70000\" is out of range (0 to 65535)"},
         {"[server]\nport = \"80\"\n", ":2:8: ", "server.port: a string where a whole number belongs (0 to 65535)"},
@@ -199,7 +200,7 @@ static void test_file_errors(void **state) {
         {"[server]\nhost = \"\xc3\x28\"\n", ":2:", "utf-8"},
         {"[server]\nhost = \"a\\u0000b\"\n", ":2:8: ", "control character"},
         {"[[server]]\nport = 1\n", ":1:", "server"},
-        {"server = 1\n", ":1:1: ", "unknown key \"server\""},
+        {"server = 1\n", ":1:1: ", "server: a whole number where a table belongs: [server]"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct config config, before;

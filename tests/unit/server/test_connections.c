@@ -271,6 +271,30 @@ static void test_framing(void **state) {
     daemon_end(daemon);
 }
 
+/* A request that waits for 100 Continue, has no body, and comes together with the next one: libmicrohttpd asks for its answer before it takes one. */
+static void test_continue_without_body(void **state) {
+    (void)state;
+    static const struct {
+        const char *request, *status;
+    } cases[] = {{"GET /health HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n\r\n", "HTTP/1.1 200"},
+                 {"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n\r\n", "HTTP/1.1 400"},
+                 {"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 0\r\n\r\n", "HTTP/1.1 400"}};
+    struct daemon *daemon = daemon_ready(NULL);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[400];
+        (void)snprintf(text, sizeof text, "%sGET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", cases[i].request);
+        int fd = dial(daemon->port);
+        send_text(fd, text);
+        struct buffer got = receive(fd, NULL);
+        const char *first = strstr(got.bytes, "HTTP/1.1 100"), *answer = first ? strstr(first + 1, "HTTP/1.1 ") : NULL;
+        const char *next = answer ? strstr(answer + 1, "HTTP/1.1 ") : NULL;
+        if (!next || strncmp(answer, cases[i].status, 12) != 0 || strncmp(next, "HTTP/1.1 200", 12) != 0) fail_msg("case %zu:\n%s", i, got.bytes);
+        buffer_done(&got);
+        (void)close(fd);
+    }
+    daemon_end(daemon);
+}
+
 /* `head`, then `piece` so many times, then `end`. */
 static char *repeated(const char *head, const char *piece, size_t times, const char *end) {
     struct buffer text = {0};
@@ -398,6 +422,7 @@ int main(void) {
         cmocka_unit_test(test_client_gone),
         cmocka_unit_test(test_stall_and_heartbeat),
         cmocka_unit_test(test_framing),
+        cmocka_unit_test(test_continue_without_body),
         cmocka_unit_test(test_much_of_little),
         cmocka_unit_test(test_sizes_of_heads),
         cmocka_unit_test(test_deadlines_and_size),

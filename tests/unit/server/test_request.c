@@ -91,9 +91,13 @@ static const struct bad bad[] = {
     {"{\"prompt\":\"\\ud800\"}", "prompt", "invalid_json", 0},
     {"{\"prompt\":\"\\udc00\\ud800\"}", "prompt", "invalid_json", 0},
     {"{\"prompt\":\"\\u12g4\"}", "prompt", "invalid_json", 0},
-    {"{\"prompt\":\"\xff\"}", NULL, "invalid_json", 0},
-    {"{\"prompt\":\"\xc0\x80\"}", NULL, "invalid_json", 0},
-    {"{\"prompt\":\"\xed\xa0\x80\"}", NULL, "invalid_json", 0},
+    {"{\"prompt\":\"\xff\"}", "prompt", "invalid_json", 0},
+    {"{\"prompt\":\"a\",\"stop\":[\"b\",\"\xc3(\"]}", "stop", "invalid_json", 0},
+    {"{\"prompt\":\"a\",\"\xe2\x82\":1}", NULL, "invalid_json", 0},
+    {"{\"prompt\":\"a\"}\xff", NULL, "invalid_json", 0},
+    {"\xff", NULL, "invalid_json", 0},
+    {"{\"prompt\":\"\xc0\x80\"}", "prompt", "invalid_json", 0},
+    {"{\"prompt\":\"\xed\xa0\x80\"}", "prompt", "invalid_json", 0},
     {"{\"prompt\":\"a\",\"prompt\":\"b\"}", "prompt", "invalid_json", 0},
     {"{\"prompt\":\"a\",\"temperature\":NaN}", "temperature", "invalid_json", 0},
     {"{\"prompt\":\"a\",\"temperature\":Infinity}", "temperature", "invalid_json", 0},
@@ -420,6 +424,28 @@ static void test_context(void **state) {
     completion_done(&c);
 }
 
+/* A stream goes on beyond the context, its prompt does not, and who is refused is told which limit it was. */
+static void test_stream_context(void **state) {
+    (void)state;
+    static const char kv[] = "\"kv\":{\"policy\":\"streaming_llm\",\"budget_tokens\":64}}";
+    char body[400];
+    struct completion c;
+    struct api_error error;
+    limits.max_model_len = 200;
+    (void)snprintf(body, sizeof body, "{\"prompt\":\"%0200d\",\"max_tokens\":800,%s", 7, kv);
+    c = good(body);
+    completion_done(&c);
+    (void)snprintf(body, sizeof body, "{\"prompt\":\"%0200d\",\"max_tokens\":801,%s", 7, kv);
+    assert_false(parse(&c, body, strlen(body), &error));
+    assert_non_null(strstr(error.message, "maximum context length is 1000 tokens"));
+    completion_done(&c);
+    (void)snprintf(body, sizeof body, "{\"prompt\":\"%0201d\",\"max_tokens\":10,%s", 7, kv);
+    assert_false(parse(&c, body, strlen(body), &error));
+    assert_non_null(strstr(error.message, "maximum context length is 200 tokens"));
+    completion_done(&c);
+    limits.max_model_len = CONTEXT;
+}
+
 /* ---- JSON ---- */
 
 static bool same_value(const struct json_document *document, uint32_t node, const cJSON *other) {
@@ -531,12 +557,40 @@ static void test_json_bounds(void **state) {
     }
 }
 
+/* Wrong bytes are found before anything else is read, and yet it is said where they stand. */
+static void test_json_utf8(void **state) {
+    (void)state;
+    static const struct {
+        const char *text, *key;
+        size_t offset;
+    } cases[] = {{"\xff", "", 0},
+                 {"{\"a\": \"\xc3\xa9\xc3\"}", "a", 9},
+                 {"{\"a\": 1, \"b\": [\"\xed\xa0\x80\"]}", "b", 16},
+                 {"{\"a\": 1} \x80", "", 9},
+                 {"{\"a\": -\x80", "a", 7}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct json_document document;
+        struct json_failure failure;
+        assert_false(json_read(&document, cases[i].text, strlen(cases[i].text), 1000, &failure));
+        assert_null(document.nodes);
+        assert_string_equal(failure.key, cases[i].key);
+        if (failure.offset != cases[i].offset || strcmp(failure.what, "not valid UTF-8") != 0)
+            fail_msg("case %zu: at %zu: %s", i, failure.offset, failure.what);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_bad),           cmocka_unit_test(test_bad_values),
-        cmocka_unit_test(test_two_spellings), cmocka_unit_test(test_defaults),
-        cmocka_unit_test(test_values),        cmocka_unit_test(test_context),
-        cmocka_unit_test(test_json_bounds),   cmocka_unit_test(test_json_against_cjson),
+        cmocka_unit_test(test_bad),
+        cmocka_unit_test(test_bad_values),
+        cmocka_unit_test(test_two_spellings),
+        cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_values),
+        cmocka_unit_test(test_context),
+        cmocka_unit_test(test_json_bounds),
+        cmocka_unit_test(test_json_utf8),
+        cmocka_unit_test(test_stream_context),
+        cmocka_unit_test(test_json_against_cjson),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
