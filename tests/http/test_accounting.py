@@ -495,7 +495,7 @@ class Drain(unittest.TestCase):
         half.close()
 
     def test_a_reader_that_does_not_read_holds_nothing_up(self):
-        daemon = self.start("--drain-timeout", "2s", "--mock-tokens-per-second", "0")
+        daemon = self.start("--drain-timeout", "1s", "--mock-tokens-per-second", "0")
         stream = daemon.stream(receive_buffer=2048, max_tokens=6000, n=4, logprobs=5, ignore_eos=True)
         harness.wait_until(lambda: daemon.gauge("generation_tokens_total") > 100, "tokens are made")
         self.assertEqual(daemon.stop(), 0)
@@ -640,7 +640,8 @@ class Supervised(unittest.TestCase):
 
     def test_loading(self):
         """From the first moment the port answers: 503 until the model is there."""
-        with harness.Daemon("-m", harness.sample_model(), ready=False) as daemon:
+        small = ("--max-rows", "32", "--max-sequences", "4", "--max-model-len", "512")  # what a step costs is measured while loading
+        with harness.Daemon("-m", harness.sample_model(), *small, ready=False) as daemon:
             first = daemon.get("/health")
             self.assertEqual(first.status, 503, "the model was loaded before the port was open")
             asked = daemon.post("/v1/completions", {"prompt": "a"})
