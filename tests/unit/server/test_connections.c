@@ -251,8 +251,18 @@ static void test_framing(void **state) {
     };
     for (size_t i = 0; i < sizeof cut / sizeof *cut; i++)
         for (int how = 0; how < 3; how++) expect_cut_short(daemon, cut[i], how);
-    /* Pipelining itself is fine */
+    /* An empty line in two pieces is nobody's either: its end is no request cut short */
     int fd = dial(daemon->port);
+    send_text(fd, "\r");
+    expect(daemon->port, "GET", "/health", NULL, NULL, 200, NULL); /* that was read */
+    send_text(fd, "\n");
+    assert_int_equal(shutdown(fd, SHUT_WR), 0);
+    struct buffer none = receive(fd, NULL);
+    assert_int_equal(none.length, 0);
+    buffer_done(&none);
+    (void)close(fd);
+    /* Pipelining itself is fine */
+    fd = dial(daemon->port);
     send_text(fd, "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     struct buffer got = receive(fd, NULL);
     assert_non_null(strstr(got.bytes, "{\"status\":\"ok\"}"));
