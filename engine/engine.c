@@ -331,7 +331,7 @@ static bool begin_step(struct engine *engine) {
     if (engine->rested) engine->stats.decode_rows_max = 0;
     note_entries(engine, plan, start);
     build(engine, flight, NULL, plan);
-    engine->stats.schedule_ns += clock_now_ns() - start;
+    flight->schedule_ns = clock_now_ns() - start;
     submit(engine, flight);
     return true;
 }
@@ -351,8 +351,11 @@ static void run_ahead(struct engine *engine) {
     uint64_t start = clock_now_ns();
     const struct plan *plan = scheduler_plan_ahead(engine->scheduler);
     if (plan) build(engine, flight, before, plan);
-    engine->stats.schedule_ns += clock_now_ns() - start;
-    if (!plan) return;
+    flight->schedule_ns = clock_now_ns() - start;
+    if (!plan) {
+        engine->stats.schedule_ns += flight->schedule_ns;
+        return;
+    }
     submit(engine, flight);
     engine->stats.steps_ahead++;
     engine->is_ahead = true;
@@ -372,7 +375,9 @@ static void end_step(struct engine *engine) {
     }
     uint64_t end = clock_now_ns(), elapsed = end - engine->counted_ns;
     engine->counted_ns = end;
-    engine->stats.schedule_ns += end - synced;
+    flight->schedule_ns += end - synced;
+    engine->stats.schedule_ns += flight->schedule_ns;
+    if (flight->decodes && flight->schedule_ns > engine->stats.schedule_ns_max) engine->stats.schedule_ns_max = flight->schedule_ns;
     engine->rested = !engine->requests.oldest;
     count_time(engine, flight->decodes, flight->n_rows, flight->blocks_used, elapsed);
     /* A step with another one behind it reads no prompt: nothing is learnt from it. */

@@ -55,10 +55,10 @@ struct request {
     uint64_t cache_scope;
     /* echo with logprobs: [n_prompt]; entry i is written with the log-probability of prompt token i given those before it (entry 0 is left alone) before the first event. NULL: not asked */
     struct sample_result *prompt_results;
-    struct kv_plan kv; /* compression; policy "none": everything stays */
-    bool measure_hits; /* fill hits_kept and hits_all of the report */
+    struct kv_plan kv;           /* compression; policy "none": everything stays */
+    bool measure_hits;           /* fill hits_kept and hits_all of the report */
     struct head_hits *head_hits; /* [n_layers * n_kv_heads] with measure_hits: of each head, added before the last terminal event. NULL: not asked */
-    void *owner;       /* the loop's own; the engine only hands it back */
+    void *owner;                 /* the loop's own; the engine only hands it back */
 
     /* Written by the engine before the last terminal event. */
     struct kv_report kv_report;
@@ -90,16 +90,18 @@ struct engine_stats {
     uint64_t blocks_total, blocks_used, blocks_cached;
     uint64_t block_bytes;
     uint64_t steps, preemptions, forks, blocks_copied, chunks;
-    uint64_t steps_ahead, rows_for_nothing; /* steps submitted before the results of the one before were there; rows of them whose choice ended with that one */
+    uint64_t steps_ahead,
+        rows_for_nothing; /* steps submitted before the results of the one before were there; rows of them whose choice ended with that one */
     uint64_t prefix_queries, prefix_hits, prefix_partial_hits, prefix_evictions; /* tokens, tokens, admissions, entries */
     uint64_t prompt_tokens, generation_tokens;                                   /* computed prompt rows (cached ones not counted); sampled tokens */
     uint64_t step_rows_bucket[14]; /* histogram le 1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf (not cumulative) */
     uint64_t step_rows_sum;
     uint64_t busy_ns, schedule_ns; /* in steps; in scheduler and batch building */
+    uint64_t schedule_ns_max;      /* of one step in which nobody read */
     uint64_t wait_ns;              /* in steps, waiting for the device or doing its work (backend_limits.wait_ns) */
     /* Steps in which every sequence took in one token of its answer, and all others, which read some prompt, or a sequence again that had been preempted: busy_ns is the sum of both. */
     uint64_t decode_steps, decode_ns, reading_steps, reading_ns;
-    double cost_ratio; /* of what steps in which some read while others decode take to what was fitted at start */
+    double cost_ratio;                   /* of what steps in which some read while others decode take to what was fitted at start */
     uint64_t decode_rows, decode_blocks; /* of decode steps: sequences, blocks in use, each summed over the steps */
     uint64_t decode_rows_max;            /* most sequences of one of them, since a step last left no request */
     /* Compression */

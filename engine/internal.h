@@ -89,7 +89,8 @@ void batch_build(struct batch_builder *builder, const struct batch_builder *befo
 struct flight {
     const struct plan *plan;
     struct batch_builder builder;
-    bool decodes; /* every sequence takes in one token of its answer */
+    bool decodes;         /* every sequence takes in one token of its answer */
+    uint64_t schedule_ns; /* planning and building it, and taking its results */
     uint32_t n_rows, blocks_used;
     enum status status; /* of its submit, then of its sync */
     struct error error;

@@ -2,7 +2,7 @@
  *
  *   engine_overhead [SHAPE]     a shape of model_dummy; tiny (4 lanes) if none is named, smollm2-135m has 90
  *
- * Prints one line for each number of sequences that decode at once. Main thread, and the engine's. */
+ * Prints one line for each number of sequences that decode at once, all in step, so that they need new blocks in all lanes together: the most is of such a step. Main thread, and the engine's. */
 #include <stdio.h>
 
 #include "tests/support/engine_client.h"
@@ -34,7 +34,8 @@ static void measure(const struct model *model, uint32_t n_sequences) {
     client_run(&client, 0);
     struct engine_stats stats = client_settled(&client);
     double us = (double)stats.schedule_ns / 1000 / (double)stats.steps, rows = (double)stats.step_rows_sum / (double)stats.steps;
-    printf("%9u %8llu %10.1f %12.2f %12.3f\n", n_sequences, (unsigned long long)stats.steps, rows, us, us / rows);
+    printf("%9u %8llu %10.1f %12.2f %12.2f %12.3f\n", n_sequences, (unsigned long long)stats.steps, rows, us, (double)stats.schedule_ns_max / 1000,
+           us / rows);
     for (uint32_t i = 0; i < n_sequences; i++) job_free(jobs[i]);
     free(jobs);
     client_done(&client);
@@ -47,7 +48,8 @@ int main(int argc, char **argv) {
         (void)fprintf(stderr, "engine_overhead: %s\n", error.text);
         return 1;
     }
-    printf("%u lanes\n%9s %8s %10s %12s %12s\n", program_lanes(model_program(model)), "sequences", "steps", "rows/step", "us/step", "us/row");
+    printf("%u lanes\n%9s %8s %10s %12s %12s %12s\n", program_lanes(model_program(model)), "sequences", "steps", "rows/step", "us/step",
+           "us/step max", "us/row");
     static const uint32_t sequences[] = {1, 8, 32, 64, 128, 256};
     for (uint32_t i = 0; i < sizeof sequences / sizeof *sequences; i++) measure(model, sequences[i]);
     model_close(model);
