@@ -101,6 +101,7 @@ struct engine_stats {
     uint64_t wait_ns;              /* in steps, waiting for the device or doing its work (backend_limits.wait_ns) */
     /* Steps in which every sequence took in one token of its answer, and all others, which read some prompt, or a sequence again that had been preempted: busy_ns is the sum of both. */
     uint64_t decode_steps, decode_ns, reading_steps, reading_ns;
+    uint64_t decode_wait_ns; /* of wait_ns, in steps of the first kind */
     double cost_ratio;                   /* of what steps in which some read while others decode take to what was fitted at start */
     uint64_t decode_rows, decode_blocks; /* of decode steps: sequences, blocks in use, each summed over the steps */
     uint64_t decode_rows_max;            /* most sequences of one of them, since a step last left no request */
