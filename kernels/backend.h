@@ -100,7 +100,7 @@ struct memory_line {
 struct compaction {
     const uint32_t *source; /* [blocks of n_slots] the lane's block ids, in order */
     uint32_t n_slots;
-    const uint32_t *keep;   /* [n_keep] ascending, < n_slots; NULL: what the backend's last keep() left in `place` of `lane`, of which n_slots and n_keep are those numbers */
+    const uint32_t *keep;   /* [n_keep] ascending, < n_slots; NULL: what the backend's last keep or keep_units left in `place` of `lane`, of which n_slots and n_keep are those numbers */
     uint32_t n_keep;
     const uint32_t *destination; /* [blocks of n_keep] */
     uint32_t place, lane;        /* where keep is NULL */
@@ -145,15 +145,17 @@ struct backend_ops {
     void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
     /* Scores of cached slots (kernels/score.h). Bit-identical whatever the chunks and batches in which the rows ran. */
     void (*score)(struct backend *backend, const struct score_request *request, float *scores);
-    /* Which slots of a sequence stay (kernels/select.h), in `place` < backend.rank_places. What these three fill is there after settle, before which no other call is made of that place;
-     * requests and their arrays are read at once. Where backend.takes_two, rank and cut may also be called behind a step in flight, of a sequence as that step leaves it.
+    /* Which slots of a sequence stay (kernels/select.h), in `place` < backend.rank_places. What these four fill is there after settle, before which no other call is made of that place but one
+     * behind a rank that fills nothing; requests and their arrays are read at once. Where backend.takes_two they may also be called behind a step in flight, of a sequence as that step leaves it.
      * rank makes a key of every slot of every lane: n_protected [n_lanes] (NULL: not wanted) of them always stay; scores (NULL: not wanted) lane after lane, as they are before protection. */
     void (*rank)(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores);
     void (*cut)(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes); /* lanes [n_lanes] */
     /* Of each lane the `evict` lowest go, or all that may. lanes [n_lanes]; keep (NULL: the lists stay in the backend): the list of lane l begins where its slots would if lanes lay one after
      * another. */
     void (*keep)(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
-    /* Waits for what rank, cut and keep of all places have yet to fill. */
+    /* Of all lanes together so many units go. lanes and keep as keep fills them. */
+    void (*keep_units)(struct backend *backend, uint32_t place, const struct unit_request *request, struct kept_lane *lanes, uint32_t *keep);
+    /* Waits for what these have yet to fill, in all places. */
     void (*settle)(struct backend *backend);
     /* positions [count * BLOCK_TOKENS]: what the slots of these blocks hold; undefined past a lane's length. */
     void (*read_positions)(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);

@@ -27,6 +27,8 @@ struct ranking {
     uint32_t *below;         /* [n_lanes] */
     uint32_t *n_some;        /* [n_lanes] */
     uint32_t (*counts)[256]; /* [n_lanes] */
+    struct cut_lane *cut;    /* [n_lanes] of keep_units, */
+    uint32_t *units, *upto;  /* [n_lanes] and what it frees */
     size_t *offset;          /* [n_lanes] */
     float *raw;              /* [raw_layers * n_kv_heads * group * lane_slots] */
     float *norms;            /* [raw_layers * n_kv_heads * lane_slots] */
@@ -49,7 +51,7 @@ uint64_t ranking_bytes(const struct program *program, uint32_t lane_slots, uint3
     lane_slots = whole_blocks(lane_slots);
     uint64_t lanes = program_lanes(program), layers = layers_at_once(program, lane_slots), heads = program->n_kv_heads;
     uint64_t place = lanes * (3 * sizeof(uint32_t) + sizeof(size_t)) + lanes * lane_slots * 2 * sizeof(uint32_t);
-    return (n_places ? n_places : 1) * place + lanes * (2 * sizeof(uint32_t) + sizeof(size_t) + 256 * sizeof(uint32_t)) +
+    return (n_places ? n_places : 1) * place + lanes * (4 * sizeof(uint32_t) + sizeof(struct cut_lane) + sizeof(size_t) + 256 * sizeof(uint32_t)) +
            layers * (program->n_heads + heads) * lane_slots * sizeof(float) + (2 * heads + 2) * lane_slots * sizeof(float);
 }
 
@@ -75,6 +77,9 @@ struct ranking *ranking_new(const struct program *program, uint32_t lane_slots, 
     r->below = check_calloc(lanes, sizeof *r->below);
     r->n_some = check_calloc(lanes, sizeof *r->n_some);
     r->counts = check_calloc(lanes, sizeof *r->counts);
+    r->cut = check_calloc(lanes, sizeof *r->cut);
+    r->units = check_calloc(lanes, sizeof *r->units);
+    r->upto = check_calloc(lanes, sizeof *r->upto);
     r->offset = check_calloc(lanes, sizeof *r->offset);
     r->raw = check_calloc(r->raw_layers * layer * r->group, sizeof *r->raw);
     r->norms = check_calloc(r->raw_layers * layer, sizeof *r->norms);
@@ -92,7 +97,8 @@ void ranking_free(struct ranking *r) {
                        r->places[i].first,   r->places[i].keys,        r->places[i].kept};
         for (size_t j = 0; j < sizeof own / sizeof *own; j++) free(own[j]);
     }
-    void *all[] = {r->below, r->n_some, r->counts, r->offset, r->raw, r->norms, r->scores, r->positions, r->pooled, r->sum};
+    void *all[] = {r->below, r->n_some, r->counts, r->cut,       r->units,  r->upto, r->offset,
+                   r->raw,   r->norms,  r->scores, r->positions, r->pooled, r->sum};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(r);
 }
@@ -413,6 +419,39 @@ void host_keep(struct backend *backend, uint32_t place, const uint32_t *evict, s
         lanes[l] = (struct kept_lane){.n_keep = n_keep, .first_moved = moved};
         if (keep) memcpy(keep + r->at->first[l], kept, n_keep * sizeof *keep);
     }
+}
+
+/* Deals out what is left among the units that cost exactly the cut's key: j ascending, lanes ascending. */
+static void deal(struct ranking *r, uint64_t left) {
+    while (left > 0) {
+        uint32_t next = UINT32_MAX; /* the lowest j any lane can free next */
+        for (uint32_t l = 0; l < r->n_lanes; l++)
+            if (r->units[l] < r->upto[l] && r->units[l] < next) next = r->units[l];
+        if (next == UINT32_MAX) return;
+        for (uint32_t l = 0; l < r->n_lanes && left > 0; l++)
+            if (r->units[l] == next && r->units[l] < r->upto[l]) {
+                r->units[l]++;
+                left--;
+            }
+    }
+}
+
+void host_keep_units(struct backend *backend, uint32_t place, const struct unit_request *request, struct kept_lane *lanes, uint32_t *keep) {
+    struct ranking *r = ranking_at(backend, place);
+    const uint32_t unit = request->unit;
+    uint64_t below = 0;
+    CHECK(unit > 0);
+    memset(r->cut, 0, r->n_lanes * sizeof *r->cut);
+    if (request->needed > 0) cut_group(r, 0, r->n_lanes, unit, request->needed, r->cut);
+    for (uint32_t l = 0; l < r->n_lanes; l++) { /* protected slots are in neither count */
+        r->units[l] = select_units(r->at->n_slots[l], 0, unit, r->cut[l].below);
+        r->upto[l] = select_units(r->at->n_slots[l], 0, unit, r->cut[l].below + r->cut[l].equal);
+        below += r->units[l];
+    }
+    CHECK(below <= request->needed);
+    deal(r, request->needed - below);
+    for (uint32_t l = 0; l < r->n_lanes; l++) r->units[l] = select_evictions(r->at->n_slots[l], unit, r->units[l]);
+    host_keep(backend, place, r->units, lanes, keep);
 }
 
 void host_settle(struct backend *backend) { (void)backend; }

@@ -1,7 +1,7 @@
 /* Which of a sequence's cached slots stay, as numbers: slots get rank keys made from scores, cuts find the key below which enough of them lie, and what is left is listed. Which scores, how
  * much of what: policies/ business.
  *
- * Three calls for a sequence: rank, then cuts as many as wanted, then keep. Several sequences may be under way, each in a place of its own (struct backend.rank_places): what the calls leave
+ * Three calls for a sequence: rank, then cuts as many as wanted, then keep; or rank, then keep_units. Several sequences may be under way, each in a place of its own (struct backend.rank_places): what the calls leave
  * behind there, the lists among it, lasts until the next rank of that place. Every choice is deterministic: of equal keys the older slot stays. */
 #pragma once
 
@@ -62,6 +62,18 @@ struct cut_lane {
     uint32_t below, equal;
 };
 
+/* Of all lanes together, blocks (or other units) to free: which of which lanes are cheapest (KV-Compress, arXiv 2410.00161, 3.3).
+ *
+ * Freeing the j-th unit of a lane (j = 1, 2, ...) evicts its lowest (j-1) B + m slots, m being the slots in its last unit, and costs the highest of these keys. Costs
+ * rise with j, so a choice of the F cheapest (lane, j) is a prefix in each lane, and every lane that is touched ends on the border of a unit. Ties: lower j, then lower lane.
+ *
+ * No sort: with c slots of a lane at or below a key, it can free select_units(c) at no higher cost. The least key at which all lanes together can free F is a cut; the units that
+ * cost exactly that are dealt out in the order of ties. Where all that may go frees less than F, all of it goes. */
+struct unit_request {
+    uint32_t unit;   /* slots */
+    uint32_t needed; /* units; 0: everything stays */
+};
+
 struct kept_lane {
     uint32_t n_keep;
     uint32_t first_moved; /* the first of those that stay whose index changes, n_keep if none */
@@ -115,6 +127,7 @@ void ranking_free(struct ranking *ranking); /* NULL is fine */
 void host_rank(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores);
 void host_cut(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes);
 void host_keep(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
+void host_keep_units(struct backend *backend, uint32_t place, const struct unit_request *request, struct kept_lane *lanes, uint32_t *keep);
 void host_settle(struct backend *backend);
 /* The item's list: its own, or what host_keep left of its lane. */
 const uint32_t *host_kept(const struct backend *backend, const struct compaction *item);

@@ -133,6 +133,14 @@ static void list_best(struct chooser *chooser) {
     chooser->stage = CHOOSER_LISTED;
 }
 
+/* Of all lanes together the cheapest blocks go: nothing between the ranking and the lists is the host's. */
+static void list_cheapest(struct chooser *chooser) {
+    const struct unit_request units = {.unit = chooser->request.block_tokens, .needed = chooser_blocks(chooser)};
+    uint32_t *lists = chooser->request.wants_lists ? chooser->request.lists : NULL;
+    chooser->backend->ops->keep_units(chooser->backend, chooser->place, &units, chooser->kept, lists);
+    chooser->stage = CHOOSER_LISTED;
+}
+
 static void keep_best(struct chooser *chooser) {
     uint32_t *list = chooser->request.wants_lists ? chooser->request.lists : NULL;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
@@ -184,10 +192,7 @@ struct chooser *choose_begin(const struct choose_request *request, struct backen
     backend->ops->rank(backend, place, &chooser->rank, policy->budget == BUDGET_BLOCKS ? NULL : chooser->n_protected,
                        policy->budget == BUDGET_LADDER ? chooser->scores : NULL);
     chooser->stage = CHOOSER_RANKED;
-    if (policy->budget == BUDGET_BLOCKS) {
-        chooser_blocks(chooser);
-        chooser->stage = CHOOSER_CUT;
-    }
+    if (policy->budget == BUDGET_BLOCKS) list_cheapest(chooser);
     return chooser;
 }
 
@@ -207,10 +212,6 @@ bool choose_go_on(struct chooser *chooser) {
         keep_budgets(chooser);
         break;
     case CHOOSER_CUT:
-        if (policy->budget == BUDGET_BLOCKS) {
-            chooser_blocks_cut(chooser);
-            break;
-        }
         chooser_budgets_cut(chooser);
         keep_budgets(chooser);
         break;

@@ -32,8 +32,7 @@ static inline uint32_t chooser_evictable(const struct chooser *chooser, uint32_t
     return chooser->lanes[lane].n_slots - chooser->n_protected[lane];
 }
 
-bool chooser_budgets(struct chooser *chooser);     /* budget.c: fills budgets; false: it asked for a cut, */
-void chooser_budgets_cut(struct chooser *chooser); /* which this fills them by */
-void chooser_blocks(struct chooser *chooser);      /* blocks.c: asks for a cut, behind the ranking, */
-void chooser_blocks_cut(struct chooser *chooser);  /* by which this fills evict */
-void chooser_ladder(struct chooser *chooser);      /* ladder.c: fills lanes */
+bool chooser_budgets(struct chooser *chooser);          /* budget.c: fills budgets; false: it asked for a cut, */
+void chooser_budgets_cut(struct chooser *chooser);      /* which this fills them by */
+uint32_t chooser_blocks(const struct chooser *chooser); /* blocks.c: blocks to free */
+void chooser_ladder(struct chooser *chooser);           /* ladder.c: fills lanes */

@@ -493,6 +493,7 @@ const struct backend_ops backend_cpu = {
     .rank = host_rank,
     .cut = host_cut,
     .keep = host_keep,
+    .keep_units = host_keep_units,
     .settle = host_settle,
     .read_positions = cpu_read_positions,
     .shift_sinks = cpu_shift_sinks,

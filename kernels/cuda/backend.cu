@@ -311,6 +311,7 @@ extern "C" const struct backend_ops backend_cuda = {
     .rank = cuda_rank,
     .cut = cuda_cut,
     .keep = cuda_keep,
+    .keep_units = cuda_keep_units,
     .settle = cuda_settle,
     .read_positions = cuda_read_positions,
     .shift_sinks = cuda_shift_sinks,

@@ -343,6 +343,7 @@ void cuda_score(struct backend *backend, const struct score_request *request, fl
 void cuda_rank(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores);
 void cuda_cut(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes);
 void cuda_keep(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
+void cuda_keep_units(struct backend *backend, uint32_t place, const struct unit_request *request, struct kept_lane *lanes, uint32_t *keep);
 void cuda_settle(struct backend *backend);
 void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
 void cuda_shift_sinks(struct backend *backend, const struct shift_request *request);

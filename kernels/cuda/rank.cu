@@ -319,7 +319,7 @@ struct cut_pass {
     uint32_t *below;      /* [n_lanes] slots below the prefix found so far */
     uint32_t *counted;    /* [n_lanes][256] inclusive counts of the round before */
     uint32_t *freed;      /* [groups][4][256] units that come free with all keys up to a byte, by round; begins at 0 */
-    struct cut_lane *out; /* [n_lanes] pinned memory of the host */
+    struct cut_lane *out; /* [n_lanes] pinned memory of the host, or on the device */
 };
 
 /* Grid: lanes. Round r: takes over the byte that round r - 1 found, counts the next one. Round 4 only takes over. */
@@ -360,10 +360,9 @@ static uint2 *stage_lanes(const struct cuda *cuda, const struct ranked_device *r
     return lanes + cuda->n_lanes;
 }
 
-void cuda_cut(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes) {
-    struct cuda *cuda = cuda_of(backend);
-    struct score_device *score = cuda->score;
-    struct ranked_device *ranked = ranked_at(cuda, place);
+/* What cut and keep_units send: lanes, then `needed` of each group. */
+static struct cut_pass begin_cut(struct cuda *cuda, const struct ranked_device *ranked, const struct cut_request *request) {
+    const struct score_device *score = cuda->score;
     CHECK(request->lanes_each > 0 && cuda->n_lanes % request->lanes_each == 0 && request->unit > 0);
     const uint32_t groups = cuda->n_lanes / request->lanes_each;
     const size_t bytes = cuda->n_lanes * sizeof(uint2) + groups * sizeof(uint32_t);
@@ -375,10 +374,21 @@ void cuda_cut(struct backend *backend, uint32_t place, const struct cut_request 
     pass.needed = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
     pass.lanes_each = request->lanes_each, pass.unit = request->unit;
     pass.below = score->cut_below, pass.counted = score->cut_counted, pass.freed = score->cut_freed;
-    pass.out = (struct cut_lane *)(void *)ranked->counts;
     CUDA_CHECK(cudaMemsetAsync(pass.freed, 0, (size_t)groups * 4 * BYTES * sizeof(uint32_t), cuda->stream));
-    for (int round = 0; round <= 4; round++) launch(cut_kernel, cuda->n_lanes, CHOICE_THREADS, 0, cuda->stream, pass, round);
+    return pass;
+}
+
+static void run_cut(struct cuda *cuda, const struct cut_pass *pass) {
+    for (int round = 0; round <= 4; round++) launch(cut_kernel, cuda->n_lanes, CHOICE_THREADS, 0, cuda->stream, *pass, round);
     CUDA_CHECK(cudaGetLastError());
+}
+
+void cuda_cut(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes) {
+    struct cuda *cuda = cuda_of(backend);
+    struct ranked_device *ranked = ranked_at(cuda, place);
+    struct cut_pass pass = begin_cut(cuda, ranked, request);
+    pass.out = (struct cut_lane *)(void *)ranked->counts;
+    run_cut(cuda, &pass);
     answers(ranked, ANSWER_CUT, lanes);
 }
 
@@ -459,15 +469,11 @@ static __global__ void __launch_bounds__(CHOICE_THREADS) keep_kernel(const struc
     if (t == 0) pass.out[lane] = {n_keep, first_gone < n_keep ? first_gone : n_keep};
 }
 
-void cuda_keep(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
-    struct cuda *cuda = cuda_of(backend);
-    struct ranked_device *ranked = ranked_at(cuda, place);
-    const size_t bytes = cuda->n_lanes * (sizeof(uint2) + sizeof(uint32_t));
+static void run_keep(struct cuda *cuda, struct ranked_device *ranked, const uint2 *lanes_there, const uint32_t *evict_there, struct kept_lane *lanes,
+                     uint32_t *keep) {
     struct keep_pass pass = {};
-    uint2 *host = (uint2 *)stage_take(cuda, bytes, &pass.lanes);
-    memcpy(stage_lanes(cuda, ranked, host), evict, cuda->n_lanes * sizeof(uint32_t));
-    stage_send(cuda, host, bytes);
-    pass.keys = ranked->keys, pass.n_protected = ranked->n_protected, pass.evict = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
+    pass.keys = ranked->keys, pass.n_protected = ranked->n_protected, pass.evict = evict_there;
+    pass.lanes = lanes_there;
     pass.kept = ranked->kept;
     pass.n_joined = ranked->n_joined;
     pass.out = (struct kept_lane *)(void *)ranked->counts;
@@ -478,4 +484,101 @@ void cuda_keep(struct backend *backend, uint32_t place, const uint32_t *evict, s
     const uint32_t last = cuda->n_lanes - 1;
     read_back(cuda, keep, ranked->kept, (ranked->lane_at[last] + ranked->n_slots[last]) * sizeof *keep);
     take_answer(ranked, cuda->n_lanes); /* it is there too */
+}
+
+void cuda_keep(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
+    struct cuda *cuda = cuda_of(backend);
+    struct ranked_device *ranked = ranked_at(cuda, place);
+    const size_t bytes = cuda->n_lanes * (sizeof(uint2) + sizeof(uint32_t));
+    const uint2 *lanes_there;
+    uint2 *host = (uint2 *)stage_take(cuda, bytes, &lanes_there);
+    memcpy(stage_lanes(cuda, ranked, host), evict, cuda->n_lanes * sizeof(uint32_t));
+    stage_send(cuda, host, bytes);
+    run_keep(cuda, ranked, lanes_there, (const uint32_t *)(const void *)(lanes_there + cuda->n_lanes), lanes, keep);
+}
+
+/* ---- units of all lanes together ---- */
+
+struct deal_pass {
+    const struct cut_lane *cut; /* [n_lanes] */
+    const uint2 *lanes;         /* [n_lanes] */
+    uint32_t n_lanes, unit, needed;
+    uint32_t *evict; /* [n_lanes] */
+};
+
+/* Units that a lane frees at keys below the cut's, and with those at it. */
+static __device__ inline uint2 units_of(const struct deal_pass &pass, uint32_t lane) {
+    const struct cut_lane cut = pass.cut[lane];
+    const uint32_t n = pass.lanes[lane].y;
+    return make_uint2(select_units(n, 0, pass.unit, cut.below), select_units(n, 0, pass.unit, cut.below + cut.equal));
+}
+
+/* Of all threads: the sum of one number each. */
+static __device__ uint32_t sum_threads(uint32_t x, uint32_t *shared) {
+    uint32_t total;
+    (void)scan_threads(x, shared, &total);
+    return total;
+}
+
+/* One block. Of the units that cost exactly the cut's key, those that are missing: the j-th ones of all lanes before the next, lanes in order (select.c, deal). */
+static __global__ void __launch_bounds__(CHOICE_THREADS) deal_kernel(const struct deal_pass pass) {
+    __shared__ uint32_t sums[CHOICE_WARPS];
+    const uint32_t t = threadIdx.x;
+    uint32_t below = 0, upto = 0, most = 0;
+    for (uint32_t lane = t; lane < pass.n_lanes; lane += CHOICE_THREADS) {
+        const uint2 units = units_of(pass, lane);
+        below += units.x;
+        upto += units.y;
+        most = max(most, units.y);
+    }
+    below = sum_threads(below, sums);
+    upto = sum_threads(upto, sums);
+    const uint32_t left = min(pass.needed - below, upto - below);
+    /* All units up to `level` of every lane, the greatest for which there are enough; then one more of the first lanes that have it. Most often one unit costs that much, or all that do go. */
+    uint32_t level = UINT32_MAX, dealt = left;
+    if (left < upto - below) {
+        uint32_t low = 0, high = 0; /* low: enough */
+        for (high = 1; __syncthreads_or(most >= high); high *= 2) {}
+        dealt = 0;
+        while (high - low > 1) {
+            const uint32_t middle = low + (high - low) / 2;
+            uint32_t count = 0;
+            for (uint32_t lane = t; lane < pass.n_lanes; lane += CHOICE_THREADS) {
+                const uint2 units = units_of(pass, lane);
+                count += max(min(units.y, middle), units.x) - units.x;
+            }
+            count = sum_threads(count, sums);
+            if (count <= left)
+                low = middle, dealt = count;
+            else
+                high = middle;
+        }
+        level = low;
+    }
+    for (uint32_t begin = 0; begin < pass.n_lanes; begin += CHOICE_THREADS) {
+        const uint32_t lane = begin + t;
+        const bool mine = lane < pass.n_lanes;
+        const uint2 units = mine ? units_of(pass, lane) : make_uint2(0, 0);
+        const bool more = mine && units.x <= level && level < units.y;
+        uint32_t total;
+        const uint32_t before = scan_threads(more, sums, &total) - more;
+        if (mine)
+            pass.evict[lane] = select_evictions(pass.lanes[lane].y, pass.unit, max(min(units.y, level), units.x) + (more && dealt + before < left));
+        dealt = min(dealt + total, left);
+    }
+}
+
+void cuda_keep_units(struct backend *backend, uint32_t place, const struct unit_request *request, struct kept_lane *lanes, uint32_t *keep) {
+    struct cuda *cuda = cuda_of(backend);
+    struct ranked_device *ranked = ranked_at(cuda, place);
+    const struct cut_request whole = {.lanes_each = cuda->n_lanes, .unit = request->unit, .needed = &request->needed};
+    struct cut_pass cut = begin_cut(cuda, ranked, &whole);
+    cut.out = cuda->score->cut;
+    run_cut(cuda, &cut);
+    struct deal_pass deal = {};
+    deal.cut = cut.out, deal.lanes = cut.lanes, deal.n_lanes = cuda->n_lanes;
+    deal.unit = request->unit, deal.needed = request->needed;
+    deal.evict = cuda->score->dealt;
+    launch(deal_kernel, 1, CHOICE_THREADS, 0, cuda->stream, deal);
+    run_keep(cuda, ranked, cut.lanes, deal.evict, lanes, keep);
 }

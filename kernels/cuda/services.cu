@@ -58,6 +58,8 @@ static void lay_out_ranking(const struct cuda *cuda, struct device_arena *arena,
     score->cut_below = (uint32_t *)device_take(arena, lanes, sizeof *score->cut_below);
     score->cut_counted = (uint32_t *)device_take(arena, lanes * 256, sizeof *score->cut_counted);
     score->cut_freed = (uint32_t *)device_take(arena, lanes * 4 * 256, sizeof *score->cut_freed);
+    score->cut = (struct cut_lane *)device_take(arena, lanes, sizeof *score->cut);
+    score->dealt = (uint32_t *)device_take(arena, lanes, sizeof *score->dealt);
 }
 
 void services_lay_out(struct cuda *cuda, struct device_arena *arena) {

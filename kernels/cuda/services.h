@@ -42,6 +42,8 @@ struct score_device {
     uint32_t *cut_below;   /* on the device, [n_lanes]: of one cut at a time, in the order of the stream */
     uint32_t *cut_counted; /* on the device, [n_lanes][256] */
     uint32_t *cut_freed;   /* on the device, [n_lanes][4][256] */
+    struct cut_lane *cut;  /* on the device, [n_lanes]: what keep_units deals by, */
+    uint32_t *dealt;       /* on the device, [n_lanes]: and the slots that so go */
 };
 
 /* Room for `bytes` of lists, from its start on the host; their place on the device in *device. At most score->stage_bytes. */

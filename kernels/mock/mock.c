@@ -529,6 +529,7 @@ const struct backend_ops backend_mock = {
     .rank = host_rank,
     .cut = host_cut,
     .keep = host_keep,
+    .keep_units = host_keep_units,
     .settle = host_settle,
     .read_positions = mock_read_positions,
     .shift_sinks = mock_shift_sinks,

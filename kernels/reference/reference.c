@@ -400,6 +400,7 @@ const struct backend_ops backend_reference = {
     .rank = host_rank,
     .cut = host_cut,
     .keep = host_keep,
+    .keep_units = host_keep_units,
     .settle = host_settle,
     .read_positions = reference_read_positions,
     .shift_sinks = reference_shift_sinks,

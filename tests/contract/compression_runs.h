@@ -96,6 +96,11 @@ static void run_keep(struct backend *backend, uint32_t at, const uint32_t *evict
     run_below->keep(backend, at, evict, lanes, keep ? keep : run_places[at].lists);
 }
 
+static void run_keep_units(struct backend *backend, uint32_t at, const struct unit_request *request, struct kept_lane *lanes, uint32_t *keep) {
+    run_places[at].listed = keep ? keep : run_places[at].lists;
+    run_below->keep_units(backend, at, request, lanes, keep ? keep : run_places[at].lists);
+}
+
 static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     uint64_t before = run_kept;
     run_kept = 0;
@@ -171,6 +176,7 @@ static inline void run_open(struct client *client, const struct run_setting *set
     run_ops.compact = run_compact;
     run_ops.rank = run_rank;
     run_ops.keep = run_keep;
+    run_ops.keep_units = run_keep_units;
     run_ops.prepare = run_prepare;
     run_kept = run_scores_after_prompt = n_run_moves = 0;
     struct engine_hooks hooks = client_init(client);

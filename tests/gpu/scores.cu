@@ -220,6 +220,52 @@ static void check(struct world *world) {
     check_ranking(world);
 }
 
+/* More lanes than a block has threads, all of them with the same few keys: what is dealt out goes by lanes in order, a unit at a time. */
+static void check_many_lanes(void) {
+    static struct world world;
+    enum { LAYERS = 65, LANES = LAYERS * 16, LANE_BLOCKS = 2, ROUNDS = 3 };
+    static struct array_lane lanes[LANES];
+    static uint32_t lane_first[LANES], lane_tokens[LANES];
+    static int32_t positions[LANES][LANE_BLOCKS * BLOCK_TOKENS];
+    static struct kept_lane kept[LANES], host[LANES];
+    struct shape shape = {};
+    shape.dtype = KV_F16, shape.d = 8, shape.group = 1, shape.n_layers = LAYERS, shape.n_kv_heads = 16, shape.n_blocks = LANES * LANE_BLOCKS;
+    shape.lane_blocks = LANE_BLOCKS, shape.ring_rows = 1, shape.rope_dims = 8;
+    world_open(&world, &shape);
+    for (uint32_t lane = 0; lane < LANES; lane++) {
+        lane_first[lane] = lane * LANE_BLOCKS, lane_tokens[lane] = lane % 7 == 3 ? lane % 50 : 40 + lane % 3;
+        for (uint32_t i = 0; i < lane_tokens[lane]; i++)
+            positions[lane][i] = world.positions[(size_t)world.ids[lane_first[lane] + i / BLOCK_TOKENS] * BLOCK_TOKENS + i % BLOCK_TOKENS] =
+                (int32_t)i;
+        lanes[lane] = {lane_tokens[lane], positions[lane], NULL, NULL};
+    }
+    upload(&world);
+    struct array_backend *array = array_backend_new(LAYERS, 16, 1, lanes);
+    struct rank_request request = {};
+    request.source = RANK_POSITIONS, request.protect_below = 2, request.protect_above = 38;
+    request.score.last_position = 41, request.score.block_ids = world.ids;
+    request.score.lane_first = lane_first, request.score.lane_tokens = lane_tokens;
+    struct rank_request plain = request;
+    plain.score.block_ids = array->block_ids, plain.score.lane_first = array->lane_first, plain.score.lane_tokens = array->lane_tokens;
+    cuda_rank(&world.cuda.backend, 0, &request, NULL, NULL);
+    host_rank(&array->backend, 0, &plain, NULL, NULL);
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        const struct unit_request units = {.unit = round == 1 ? 1u : 4u, .needed = random_below(&world.random, LANES * (round == 1 ? 36 : 10))};
+        cuda_keep_units(&world.cuda.backend, 0, &units, kept, NULL);
+        cuda_settle(&world.cuda.backend);
+        host_keep_units(&array->backend, 0, &units, host, NULL);
+        for (uint32_t lane = 0; lane < LANES; lane++)
+            if (kept[lane].n_keep != host[lane].n_keep || kept[lane].first_moved != host[lane].first_moved) {
+                WRONG("%u units of %u of %d lanes: lane %u keeps %u, first moved %u; expected %u, %u", units.needed, units.unit, LANES, lane,
+                      kept[lane].n_keep, kept[lane].first_moved, host[lane].n_keep, host[lane].first_moved);
+                break;
+            }
+    }
+    array_backend_free(array);
+    world_close(&world);
+    printf("%d lanes: %s\n", LANES, n_wrong ? "wrong" : "ok");
+}
+
 /* ---- speed ---- */
 
 /* All that kv_compress asks of a sequence whose lanes hold `slots` each and shall hold `kept` on average. */
@@ -248,6 +294,11 @@ static void bench_choice(struct world *world, const uint32_t *lane_first, const 
     });
     for (uint32_t lane = 0; lane < n_lanes; lane++)
         evict[lane] = select_evictions(slots, BLOCK_TOKENS, select_units(slots, protected_slots[lane], BLOCK_TOKENS, cut[lane].below));
+    measure("keep_units: cut, deal and keep", (double)n_lanes * slots * 36, rate, cuda->stream, [&] {
+        const struct unit_request units = {.unit = BLOCK_TOKENS, .needed = needed};
+        cuda_keep_units(&cuda->backend, 0, &units, lanes, NULL);
+        cuda_settle(&cuda->backend);
+    });
     measure("keep", (double)n_lanes * slots * 20, rate, cuda->stream, [&] {
         cuda_keep(&cuda->backend, 0, evict, lanes, NULL);
         cuda_settle(&cuda->backend);
@@ -304,4 +355,11 @@ static void bench(void) {
     world_close(&world);
 }
 
-int main(int argc, char **argv) { return run_program(argc, argv, check, bench); }
+static void check_once(struct world *world) {
+    static bool done;
+    if (!done) check_many_lanes();
+    done = true;
+    check(world);
+}
+
+int main(int argc, char **argv) { return run_program(argc, argv, check_once, bench); }

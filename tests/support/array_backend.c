@@ -36,6 +36,7 @@ static const struct backend_ops array_ops = {.name = "arrays",
                                              .rank = host_rank,
                                              .cut = host_cut,
                                              .keep = host_keep,
+                                             .keep_units = host_keep_units,
                                              .settle = host_settle};
 
 struct array_backend *array_backend_new(uint32_t n_layers, uint32_t n_kv_heads, uint32_t group, const struct array_lane *lanes) {

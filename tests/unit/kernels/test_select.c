@@ -306,6 +306,41 @@ static void check_keep(const struct cache *cache, uint32_t place, const struct e
     }
 }
 
+/* One unit after another goes: of the next ones of all lanes the one whose last slot has the lowest key; of equals the lane's earlier one, then the lower lane. Blocks that are joined are whole. */
+static void check_units(const struct cache *cache, uint32_t place, const struct expected *expected, struct random *random) {
+    static uint32_t lists[LANES * TOKENS];
+    static const uint32_t sizes[] = {1, 8, BLOCK_TOKENS};
+    uint32_t evict[LANES] = {0}, freed[LANES] = {0}, keep[TOKENS], sorted[LANES][TOKENS], n_units = 0;
+    struct unit_request request = {.unit = sizes[random_below(random, 3)]};
+    for (uint32_t l = 0; l < LANES; l++) {
+        memcpy(sorted[l], expected->keys[l], cache->lane_tokens[l] * sizeof *sorted[l]);
+        qsort(sorted[l], cache->lane_tokens[l], sizeof *sorted[l], ascending);
+        n_units += (cache->lane_tokens[l] + request.unit - 1) / request.unit;
+    }
+    request.needed = random_below(random, 8) ? random_below(random, n_units + 1) : random_below(random, 2) * 2 * n_units;
+    for (uint32_t i = 0; i < request.needed; i++) {
+        uint32_t best = LANES, cost = RANK_PROTECTED;
+        for (uint32_t l = 0; l < LANES; l++) {
+            const uint32_t last = select_evictions(cache->lane_tokens[l], request.unit, freed[l] + 1); /* so many slots would be gone */
+            if (last == 0 || last > cache->lane_tokens[l] - expected->n_protected[l]) continue;
+            const uint32_t key = sorted[l][last - 1];
+            if (best == LANES || key < cost || (key == cost && freed[l] < freed[best])) best = l, cost = key;
+        }
+        if (best == LANES) break;
+        evict[best] = select_evictions(cache->lane_tokens[best], request.unit, ++freed[best]);
+    }
+    struct kept_lane got[LANES];
+    memset(got, 0xa5, sizeof got);
+    cache->ops->keep_units(cache->backend, place, &request, got, random_below(random, 2) ? lists : NULL);
+    cache->ops->settle(cache->backend);
+    for (uint32_t l = 0; l < LANES; l++) {
+        const uint32_t n_keep = expect_keep(expected->keys[l], cache->lane_tokens[l], expected->n_joined[l], evict[l], keep);
+        if (got[l].n_keep != n_keep)
+            fail_msg("%s: %u units of %u: lane %u of %u slots keeps %u, expected %u", cache->ops->name, request.needed, request.unit, l, cache->lane_tokens[l],
+                     got[l].n_keep, n_keep);
+    }
+}
+
 /* Numbers that the backend's own scores must give, by the oracle of ranking. */
 static void host_ranking(const struct cache *cache, const struct rank_request *request, uint32_t *n_protected, float *scores) {
     struct array_lane lanes[LANES];
@@ -353,6 +388,7 @@ static void check_round(struct cache *cache, uint32_t place, struct others *othe
     assert_memory_equal(n_protected, expected->n_protected, sizeof n_protected);
     for (int i = 0; i < 3; i++) check_cuts(cache, place, expected, random);
     for (int i = 0; i < 2; i++) check_keep(cache, place, expected, random);
+    for (int i = 0; i < 3; i++) check_units(cache, place, expected, random);
     if (place >= others->n) others->n = place + 1;
     if (random_below(random, 4) > 0) return;
     const uint32_t other = random_below(random, others->n);
@@ -472,6 +508,7 @@ static void test_on_arrays(bool joins) {
         expect_keys(&cache, &request, scores, &expected);
         assert_memory_equal(n_protected, expected.n_protected, sizeof n_protected);
         check_cuts(&cache, place, &expected, &random);
+        check_units(&cache, place, &expected, &random);
         for (int i = 0; i < 2; i++) beyond += check_lists(&cache, place, &expected, &random, kept, lists) > 0;
         for (uint32_t l = 0; l < LANES; l++) joined += expected.n_joined[l] > 0;
         array_backend_free(array);
