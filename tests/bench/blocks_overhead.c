@@ -4,7 +4,8 @@
  *
  * 256 lanes (32 layers x 8 KV heads) of 16 KiB blocks, four to an extent. Sequences come, grow together, are cut in ragged lanes and go, so that after the steps of each load that are not
  * measured ids lie as after a long life. Prompts share nothing. Steps run ahead as in the engine: one is the plan of the next and the commit of the last. Microseconds: the median,
- * the 10th and 90th percentile, the mean. The checksum is of the ids listed at the end: equal as long as the same calls hand out the same blocks. Main thread. */
+ * the 10th and 90th percentile, the mean of
+ * the lower 95 in 100. The checksum is of the ids listed at the end: equal as long as the same calls hand out the same blocks. Main thread. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -145,9 +146,10 @@ static void print(const char *what, struct timing *timing) {
     if (timing->n == 0) return;
     double sum = 0;
     qsort(timing->us, timing->n, sizeof *timing->us, compare);
-    for (uint32_t i = 0; i < timing->n; i++) sum += timing->us[i];
+    uint32_t n = timing->n - timing->n / 20; /* the machine may do something else now and then */
+    for (uint32_t i = 0; i < n; i++) sum += timing->us[i];
     printf("  %-34s %6u %10.1f %9.1f %9.1f %9.1f %9.1f\n", what, timing->n, (double)timing->blocks / timing->n, timing->us[timing->n / 2],
-           timing->us[timing->n / 10], timing->us[(uint64_t)timing->n * 9 / 10], sum / timing->n);
+           timing->us[timing->n / 10], timing->us[(uint64_t)timing->n * 9 / 10], sum / n);
 }
 
 static uint64_t checksum(struct bench *bench) {
@@ -185,7 +187,7 @@ static void measure(const struct load *load, uint32_t n_steps) {
     printf("%s: %s\n", load->name, load->what);
     printf("  %u of %u blocks used by %u sequences, %" PRIu64 " preemptions, checksum %016" PRIx64 "\n", stats.blocks_used, stats.blocks_total,
            stats.running, stats.preemptions, checksum(bench));
-    printf("  %-34s %6s %10s %9s %9s %9s %9s\n", "", "calls", "blocks", "median", "10 %", "90 %", "mean");
+    printf("  %-34s %6s %10s %9s %9s %9s %9s\n", "", "calls", "blocks", "median", "10 %", "90 %", "mean 95 %");
     print("step, all decode", &bench->decode);
     print("step, somebody reads", &bench->read);
     print("prompt's end: scheduler_compact", &bench->compact);
