@@ -153,6 +153,8 @@ static void take_stats(struct bench_run *run, const struct engine_stats *before,
     run->decode_s = seconds(after->decode_ns - before->decode_ns);
     run->compression_s = seconds(after->compression_ns - before->compression_ns);
     run->host_us = steps ? (double)(busy - (after->wait_ns - before->wait_ns)) / 1e3 / (double)steps : 0;
+    run->decode_host_us =
+        decode_steps ? (run->decode_s * 1e9 - (double)(after->decode_wait_ns - before->decode_wait_ns)) / 1e3 / (double)decode_steps : 0;
     run->steps = steps;
     run->steps_ahead = after->steps_ahead - before->steps_ahead;
     run->decode_steps = decode_steps;
@@ -161,6 +163,7 @@ static void take_stats(struct bench_run *run, const struct engine_stats *before,
     run->preemptions = after->preemptions - before->preemptions;
     run->decode_blocks = after->decode_blocks - before->decode_blocks;
     run->compressions = 0;
+    run->compressions_behind = after->compressions_behind - before->compressions_behind;
     for (uint32_t p = 0; p < ENGINE_POLICIES_MAX; p++)
         for (uint32_t t = 0; t < TRIGGER_KINDS; t++) run->compressions += after->compressions[p][t] - before->compressions[p][t];
 }

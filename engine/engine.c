@@ -182,6 +182,8 @@ static bool only_decodes(const struct plan *plan) {
 
 static void count_time(struct engine *engine, bool decodes, uint32_t n_rows, uint32_t blocks_used, uint64_t elapsed_ns) {
     struct engine_stats *stats = &engine->stats;
+    uint64_t waited = stats->wait_ns - engine->counted_wait_ns;
+    engine->counted_wait_ns = stats->wait_ns;
     stats->busy_ns += elapsed_ns;
     if (!decodes) {
         stats->reading_steps++;
@@ -190,6 +192,7 @@ static void count_time(struct engine *engine, bool decodes, uint32_t n_rows, uin
     }
     stats->decode_steps++;
     stats->decode_ns += elapsed_ns;
+    stats->decode_wait_ns += waited;
     stats->decode_rows += n_rows;
     if (n_rows > stats->decode_rows_max) stats->decode_rows_max = n_rows;
     stats->decode_blocks += blocks_used;
@@ -361,6 +364,12 @@ static void run_ahead(struct engine *engine) {
     engine->is_ahead = true;
 }
 
+/* What the device can do behind the step in flight: the next one, or else the choices that compression will ask for. */
+static void go_ahead(struct engine *engine) {
+    run_ahead(engine);
+    if (engine->runs_ahead && !engine->is_ahead && engine->flights[engine->current].status == STATUS_OK) compress_behind(engine);
+}
+
 static void end_step(struct engine *engine) {
     struct flight *flight = &engine->flights[engine->current];
     if (flight->status == STATUS_OK) flight->status = engine->backend->ops->sync(engine->backend, flight->builder.results, &flight->error);
@@ -388,7 +397,7 @@ static void end_step(struct engine *engine) {
 static bool step(struct engine *engine) {
     if (!engine->is_ahead && !begin_step(engine)) return false;
     engine->is_ahead = false;
-    run_ahead(engine);
+    go_ahead(engine);
     end_step(engine);
     engine->current ^= 1;
     return true;
