@@ -176,7 +176,9 @@ static void give_way(struct scheduler *s) {
 /* Room for the copies of what others share. Whoever is preempted for it may have been one of them. What is kept must not depend on how full the pool is: a lane is never left as it
  * was for want of blocks. */
 static bool make_room(struct scheduler *s, const uint32_t *n_keep, const uint32_t *first_evicted, struct not_own *not_own) {
-    while (*not_own = written_not_own(s, due_choice(s)->table, n_keep, first_evicted), !blocks_available(s, not_own->shared)) {
+    for (;;) {
+        *not_own = written_not_own(s, due_choice(s)->table, n_keep, first_evicted);
+        if (blocks_available(s, not_own->shared)) return true;
         uint32_t victim = pick_victim(s);
         if (victim == NONE || victim == s->due) {
             give_way(s);
@@ -184,7 +186,6 @@ static bool make_room(struct scheduler *s, const uint32_t *n_keep, const uint32_
         }
         choice_preempt(s, victim);
     }
-    return true;
 }
 
 /* What is written of the lane becomes this sequence's alone. */
