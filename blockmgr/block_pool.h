@@ -4,8 +4,10 @@
  *   free: no owner, not held by the cache      used: at least one owner      cached: no owner, held by the cache      free + used + cached = total
  *
  * Blocks are handed out in runs where that is possible: the pool is cut into extents of `extent_blocks` (64 KiB), a lane that grows takes the block after its last one, else
- * opens a free extent, else takes any block. The rest of an opened extent counts as free and is taken by others when nothing else is left.
+ * opens a free extent, else takes any block. The rest of an opened extent counts as free and is taken by others when nothing else is left. Which extent, or which block, is
+ * the one with the lowest id: what is handed out follows from what is free alone, and lanes that grow together open extents side by side.
  *
+ * What is free is kept in bits, a bit a block, so that it stays in a core's caches whatever the size of the pool.
  * One thread. Allocates in block_pool_init only. Every call is O(blocks named). */
 #pragma once
 
@@ -15,18 +17,23 @@
 #define BLOCK_NONE UINT32_MAX
 #define EXTENT_BLOCKS_MAX 64
 
-struct block_extent {
-    uint64_t free_mask;
-    uint32_t previous, next; /* in its list */
+/* A set of extents whose least is found at once: bits, and above them levels of bits that say which words below have any. */
+#define EXTENT_SET_LEVELS 6
+struct extent_set {
+    uint64_t *levels[EXTENT_SET_LEVELS]; /* [0]: a bit an extent; the last one used is one word */
+    uint32_t n_levels;
 };
 
 struct block_pool {
     uint32_t n_blocks, extent_blocks, n_extents;
+    uint32_t stride_shift;     /* an extent has 1 << stride_shift bits of `free`, at least extent_blocks, so that it never crosses a word */
     uint32_t n_free, n_cached; /* n_cached: held by the cache alone */
+    uint32_t n_shared;         /* blocks with more than one owner */
     uint32_t *owners;          /* [n_blocks] */
     uint8_t *cached;           /* [n_blocks] held by the cache */
-    struct block_extent *extents;
-    uint32_t whole, partial; /* heads of lists: extents all free, extents partly free */
+    uint64_t *free;            /* [n_extents << stride_shift] bits */
+    struct extent_set whole;   /* extents all free */
+    struct extent_set open;    /* extents with a free block */
 };
 
 /* What block_pool_init allocates. */
@@ -37,13 +44,17 @@ static inline uint32_t block_pool_used(const struct block_pool *pool) { return p
 
 /* One block with one owner; near: the block it should follow, or BLOCK_NONE. At least one must be free (CHECKed): ask n_free first, so that bulk takes are all or nothing. */
 uint32_t block_pool_take(struct block_pool *pool, uint32_t near);
+/* `count` blocks, as if taken one by one, each near the one before. */
+void block_pool_take_run(struct block_pool *pool, uint32_t near, uint32_t count, uint32_t *ids);
 /* One more owner of a block that is used or cached. */
 void block_pool_share(struct block_pool *pool, uint32_t id);
 /* One owner less. */
 void block_pool_give(struct block_pool *pool, uint32_t id);
+/* One owner less of each; quick where ids of one extent follow each other. */
+void block_pool_give_run(struct block_pool *pool, const uint32_t *ids, uint32_t count);
 /* The cache holds a used block too; and no longer. */
 void block_pool_cache(struct block_pool *pool, uint32_t id);
 void block_pool_uncache(struct block_pool *pool, uint32_t id);
 
-/* CHECKs the identities above and the lists. `owners` [n_blocks]: recounted by the caller. */
+/* CHECKs the identities above and the sets. `owners` [n_blocks]: recounted by the caller. */
 void block_pool_check(const struct block_pool *pool, const uint32_t *owners);

@@ -8,10 +8,12 @@
 #include "base/block.h"
 #include "base/check.h"
 
+enum { AT_ONCE = 16 }; /* lanes */
+
 static uint32_t blocks_for(uint32_t tokens) { return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
 
 uint64_t block_tables_bytes(uint32_t n_tables, uint32_t n_lanes, uint32_t blocks_max) {
-    return (uint64_t)n_tables * n_lanes * ((uint64_t)blocks_max + 3) * sizeof(uint32_t) +
+    return (uint64_t)n_tables * n_lanes * ((uint64_t)blocks_max + 4) * sizeof(uint32_t) +
            (uint64_t)n_tables * (sizeof(struct table_sums) + sizeof(uint32_t));
 }
 
@@ -25,9 +27,13 @@ void block_tables_init(struct block_tables *tables, struct block_pool *pool, uin
     tables->lane_first = check_calloc(lanes, sizeof *tables->lane_first);
     tables->lane_tokens = check_calloc(lanes, sizeof *tables->lane_tokens);
     tables->n_blocks = check_calloc(lanes, sizeof *tables->n_blocks);
+    tables->order = check_calloc(lanes, sizeof *tables->order);
     tables->sums = check_calloc(n_tables, sizeof *tables->sums);
     tables->changes = check_calloc(n_tables, sizeof *tables->changes);
-    for (uint32_t table = 0; table < n_tables; table++) tables->changes[table] = 1;
+    for (uint32_t table = 0; table < n_tables; table++) {
+        tables->changes[table] = 1;
+        tables->sums[table].next = NOT_SORTED;
+    }
     for (size_t lane = 0; lane < lanes; lane++) tables->lane_first[lane] = (uint32_t)(lane * blocks_max);
 }
 
@@ -36,6 +42,7 @@ void block_tables_done(struct block_tables *tables) {
     free(tables->lane_first);
     free(tables->lane_tokens);
     free(tables->n_blocks);
+    free(tables->order);
     free(tables->sums);
     free(tables->changes);
 }
@@ -45,50 +52,121 @@ static void changed(struct block_tables *tables, uint32_t table) {
     if (++tables->changes[table] == 0) tables->changes[table] = 1;
 }
 
+/* The lanes' room changes, not in all alike. */
+static void room_changed(struct block_tables *tables, uint32_t table) {
+    tables->sums[table].room = 0;
+    tables->sums[table].next = NOT_SORTED;
+}
+
+static uint32_t room_of(const struct block_tables *tables, uint32_t table, uint32_t lane) {
+    return table_lane_blocks(tables, table)[lane] * BLOCK_TOKENS - table_lane_tokens(tables, table)[lane];
+}
+
 uint32_t table_room(const struct block_tables *tables, uint32_t table) {
-    const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
     uint32_t room = UINT32_MAX;
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
-        uint32_t left = blocks[lane] * BLOCK_TOKENS - tokens[lane];
+        uint32_t left = room_of(tables, table, lane);
         room = left < room ? left : room;
     }
     return room;
 }
 
-uint64_t table_missing(const struct block_tables *tables, uint32_t table, uint32_t rows) {
-    if (rows <= tables->sums[table].room) return 0;
-    tables->sums[table].room = table_room(tables, table);
-    if (rows <= tables->sums[table].room) return 0;
-    const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
-    uint64_t missing = 0;
+static uint32_t *order_of(const struct block_tables *tables, uint32_t table) { return tables->order + (size_t)table * tables->n_lanes; }
+
+static uint32_t after(const struct block_tables *tables, uint32_t at) { return at + 1 < tables->n_lanes ? at + 1 : 0; }
+
+/* Lanes' lists lie far apart: each is a cache miss, which need not wait for the one before. */
+static void prefetch_end(const struct block_tables *tables, uint32_t table, uint32_t lane) {
+    uint32_t blocks = table_lane_blocks(tables, table)[lane];
+    __builtin_prefetch(table_lane_ids(tables, table, lane) + (blocks ? blocks - 1 : 0), 1);
+}
+
+/* false: one has more than a block more than another. */
+static bool sort_lanes(const struct block_tables *tables, uint32_t table) {
+    struct table_sums *sums = &tables->sums[table];
+    uint32_t starts[BLOCK_TOKENS + 2] = {0}, *order = order_of(tables, table), least = sums->room = table_room(tables, table);
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+        uint32_t more = room_of(tables, table, lane) - least;
+        if (more > BLOCK_TOKENS) return false;
+        starts[more + 1]++;
+    }
+    for (uint32_t more = 1; more <= BLOCK_TOKENS; more++) starts[more] += starts[more - 1];
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) order[starts[room_of(tables, table, lane) - least]++] = lane;
+    sums->next = 0;
+    return true;
+}
+
+/* Can the lanes that `rows` need blocks for, one each then, be told from the order? */
+static bool use_order(const struct block_tables *tables, uint32_t table, uint32_t rows) {
+    return rows <= BLOCK_TOKENS && (tables->sums[table].next != NOT_SORTED || sort_lanes(tables, table));
+}
+
+uint64_t table_missing(const struct block_tables *tables, uint32_t table, uint32_t rows) {
+    struct table_sums *sums = &tables->sums[table];
+    if (rows <= sums->room) return 0;
+    const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table), *order = order_of(tables, table);
+    uint64_t missing = 0;
+    if (use_order(tables, table, rows)) {
+        for (uint32_t at = sums->next; missing < tables->n_lanes && room_of(tables, table, order[at]) < rows; at = after(tables, at), missing++)
+            prefetch_end(tables, table, order[at]);
+        return missing;
+    }
+    sums->room = table_room(tables, table);
+    for (uint32_t lane = 0; rows > sums->room && lane < tables->n_lanes; lane++) {
         uint32_t needed = blocks_for(tokens[lane] + rows);
         if (needed > blocks[lane]) missing += needed - blocks[lane];
     }
     return missing;
 }
 
+/* Lists so many more blocks of the lane. */
+static void lengthen(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t count) {
+    uint32_t *blocks = table_lane_blocks(tables, table) + lane, *ids = table_lane_ids(tables, table, lane);
+    CHECK(count <= tables->blocks_max - *blocks);
+    block_pool_take_run(tables->pool, *blocks ? ids[*blocks - 1] : BLOCK_NONE, count, ids + *blocks);
+    *blocks += count;
+}
+
+/* The same of one, at every step. */
+static uint32_t take_one(struct block_tables *tables, uint32_t table, uint32_t lane) {
+    uint32_t *blocks = table_lane_blocks(tables, table) + lane, *ids = table_lane_ids(tables, table, lane);
+    CHECK(*blocks < tables->blocks_max);
+    uint32_t id = block_pool_take(tables->pool, *blocks ? ids[*blocks - 1] : BLOCK_NONE);
+    ids[(*blocks)++] = id;
+    return id;
+}
+
 bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
+    struct table_sums *sums = &tables->sums[table];
     uint64_t missing = table_missing(tables, table, rows);
     if (missing > tables->pool->n_free) return false;
     if (missing == 0) return true;
-    const uint32_t *tokens = table_lane_tokens(tables, table);
-    uint32_t *blocks = table_lane_blocks(tables, table);
-    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
-        uint32_t needed = blocks_for(tokens[lane] + rows), *ids = table_lane_ids(tables, table, lane);
-        CHECK(needed <= tables->blocks_max);
-        for (; blocks[lane] < needed; blocks[lane]++)
-            ids[blocks[lane]] = block_pool_take(tables->pool, blocks[lane] ? ids[blocks[lane] - 1] : BLOCK_NONE);
+    sums->blocks += missing;
+    if (use_order(tables, table, rows)) {
+        const uint32_t *order = order_of(tables, table);
+        for (; missing > 0; missing--, sums->next = after(tables, sums->next)) (void)take_one(tables, table, order[sums->next]);
+        sums->room = room_of(tables, table, order[sums->next]);
+        return true;
     }
-    tables->sums[table].blocks += missing;
-    tables->sums[table].room = table_room(tables, table);
+    const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
+    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+        uint32_t needed = blocks_for(tokens[lane] + rows);
+        if (needed > blocks[lane]) lengthen(tables, table, lane, needed - blocks[lane]);
+    }
+    room_changed(tables, table);
     return true;
 }
 
+/* In pieces of a length known here, which the compiler does with vectors. */
+static void add_to_all(uint32_t *values, uint32_t count, uint32_t more) {
+    for (; count >= AT_ONCE; values += AT_ONCE, count -= AT_ONCE)
+        for (uint32_t i = 0; i < AT_ONCE; i++) values[i] += more;
+    for (uint32_t i = 0; i < count; i++) values[i] += more;
+}
+
 void table_fill(struct block_tables *tables, uint32_t table, uint32_t rows) {
-    uint32_t *tokens = table_lane_tokens(tables, table);
     CHECK(table_missing(tables, table, rows) == 0);
-    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) tokens[lane] += rows;
+    add_to_all(table_lane_tokens(tables, table), tables->n_lanes, rows);
     tables->sums[table].room -= rows;
 }
 
@@ -98,15 +176,13 @@ void table_share(struct block_tables *tables, uint32_t table, uint32_t lane, uin
     block_pool_share(tables->pool, id);
     table_lane_ids(tables, table, lane)[blocks[lane]++] = id;
     tables->sums[table].blocks++;
+    tables->sums[table].next = NOT_SORTED;
 }
 
 uint32_t table_take(struct block_tables *tables, uint32_t table, uint32_t lane) {
-    uint32_t *blocks = table_lane_blocks(tables, table) + lane, *ids = table_lane_ids(tables, table, lane);
-    CHECK(*blocks < tables->blocks_max);
-    uint32_t id = block_pool_take(tables->pool, *blocks ? ids[*blocks - 1] : BLOCK_NONE);
-    ids[(*blocks)++] = id;
     tables->sums[table].blocks++;
-    return id;
+    tables->sums[table].next = NOT_SORTED;
+    return take_one(tables, table, lane);
 }
 
 void table_set_tokens(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t tokens) {
@@ -114,17 +190,20 @@ void table_set_tokens(struct block_tables *tables, uint32_t table, uint32_t lane
     CHECK(blocks_for(tokens) <= table_lane_blocks(tables, table)[lane]);
     if (*filled != tokens) changed(tables, table);
     *filled = tokens;
-    tables->sums[table].room = 0;
+    room_changed(tables, table);
 }
 
 void table_truncate(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t tokens) {
     uint32_t *filled = table_lane_tokens(tables, table) + lane, *blocks = table_lane_blocks(tables, table) + lane;
     const uint32_t *ids = table_lane_ids(tables, table, lane);
     CHECK(tokens <= *filled);
-    if (tokens < *filled || *blocks > blocks_for(tokens)) changed(tables, table);
+    uint32_t needed = blocks_for(tokens), gone = *blocks > needed ? *blocks - needed : 0;
+    if (tokens < *filled || gone > 0) changed(tables, table);
     *filled = tokens;
-    for (; *blocks > blocks_for(tokens); tables->sums[table].blocks--) block_pool_give(tables->pool, ids[--*blocks]);
-    tables->sums[table].room = 0;
+    *blocks -= gone;
+    tables->sums[table].blocks -= gone;
+    block_pool_give_run(tables->pool, ids + needed, gone);
+    room_changed(tables, table);
 }
 
 void table_drop(struct block_tables *tables, uint32_t table, uint32_t lane, uint32_t first, uint32_t count) {
@@ -132,7 +211,7 @@ void table_drop(struct block_tables *tables, uint32_t table, uint32_t lane, uint
              *ids = table_lane_ids(tables, table, lane);
     CHECK(first + count <= *filled / BLOCK_TOKENS);
     if (count > 0) changed(tables, table);
-    for (uint32_t i = first; i < first + count; i++) block_pool_give(tables->pool, ids[i]);
+    block_pool_give_run(tables->pool, ids + first, count);
     memmove(ids + first, ids + first + count, (*blocks - first - count) * sizeof *ids);
     *blocks -= count;
     *filled -= count * BLOCK_TOKENS; /* the room stays */
@@ -160,10 +239,11 @@ void table_clear(struct block_tables *tables, uint32_t table) {
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
         uint32_t *blocks = table_lane_blocks(tables, table) + lane;
         const uint32_t *ids = table_lane_ids(tables, table, lane);
-        while (*blocks > 0) block_pool_give(tables->pool, ids[--*blocks]);
+        block_pool_give_run(tables->pool, ids, *blocks);
+        *blocks = 0;
         table_lane_tokens(tables, table)[lane] = 0;
     }
-    tables->sums[table] = (struct table_sums){0};
+    tables->sums[table] = (struct table_sums){.next = NOT_SORTED};
 }
 
 void table_check(const struct block_tables *tables, uint32_t table) {
@@ -173,5 +253,18 @@ void table_check(const struct block_tables *tables, uint32_t table) {
         CHECK(blocks_for(tokens[lane]) <= blocks[lane] && blocks[lane] <= tables->blocks_max);
         sum += blocks[lane];
     }
-    CHECK(tables->sums[table].blocks == sum && tables->sums[table].room <= table_room(tables, table));
+    const struct table_sums *sums = &tables->sums[table];
+    CHECK(sums->blocks == sum && sums->room <= table_room(tables, table));
+    if (sums->next == NOT_SORTED) return;
+    const uint32_t *order = order_of(tables, table);
+    uint64_t lanes = 0;
+    CHECK(sums->next < tables->n_lanes);
+    uint32_t at = sums->next, least = room_of(tables, table, order[at]), before = least;
+    for (uint32_t i = 0; i < tables->n_lanes; i++, at = after(tables, at)) {
+        uint32_t room = room_of(tables, table, order[at]);
+        CHECK(room >= before && room <= least + BLOCK_TOKENS);
+        before = room;
+        lanes += order[at];
+    }
+    CHECK(lanes == (uint64_t)tables->n_lanes * (tables->n_lanes - 1) / 2);
 }

@@ -2,7 +2,7 @@
  * end, cut from the end, or one whole block leaves the middle (no data moves). Ids are views on a pool that counts owners; a table owns one count of each id it lists.
  *
  * All tables lie in one array [table][lane][blocks_max], so that a batch can name a lane by one index; pages of it that were never written take no memory.
- * What a plan asks of every running sequence at every step (blocks listed, blocks missing for one more row) is O(1) until a lane has to grow.
+ * What a plan asks of every running sequence at every step (blocks listed, blocks missing for one more row) is O(1) until a lane has to grow, and then O(lanes that do).
  * One thread. Allocates in block_tables_init only. */
 #pragma once
 
@@ -12,9 +12,11 @@
 
 #include "blockmgr/block_pool.h"
 
+#define NOT_SORTED UINT32_MAX
 struct table_sums {
     uint64_t blocks; /* listed in all lanes */
     uint32_t room;   /* so many more slots fit in every lane as listed; at most the true number, 0 until it is asked for */
+    uint32_t next;   /* NOT_SORTED; else where `order` begins */
 };
 
 struct block_tables {
@@ -28,6 +30,9 @@ struct block_tables {
     uint32_t *
         changes; /* [n_tables] never 0. While it stays, ids are only added at the ends of lanes, and all lanes are filled by the same number of slots: who has copied a
                                 table needs the new ids and one number */
+    /* [n_tables][n_lanes] lanes by their room, from sums.next on and around, the last with a block more than the first at most. As all lanes grow alike, one that has got a block
+       comes last: nothing but the beginning moves. */
+    uint32_t *order;
     struct table_sums *sums; /* [n_tables] */
 };
 

@@ -3,6 +3,8 @@
 
 #include "scheduler/internal.h"
 
+#define LANES_AHEAD 16 /* lanes' lists of blocks lie far apart: the next ones' are asked for so far ahead */
+
 static void nearest(uint32_t *point, uint64_t candidate, uint32_t least) {
     if (candidate >= least && candidate < *point) *point = (uint32_t)candidate;
 }
@@ -144,15 +146,24 @@ static void written_blocks(const struct scheduler *s, uint32_t table, uint32_t l
     *first = n_keep == tokens ? *end : first_evicted / BLOCK_TOKENS; /* the last block takes the next row, even if the end alone is cut */
 }
 
-static uint64_t copies_needed(const struct scheduler *s, uint32_t table, const uint32_t *n_keep, const uint32_t *first_evicted) {
-    uint64_t shared = 0;
+/* Of the blocks that a compaction writes, those that are not this sequence's alone. */
+struct not_own {
+    uint64_t shared, cached; /* `cached` may count shared ones too */
+};
+
+static struct not_own written_not_own(const struct scheduler *s, uint32_t table, const uint32_t *n_keep, const uint32_t *first_evicted) {
+    struct not_own n = {0};
+    if (s->pool.n_shared == 0 && s->cache.n_entries == 0) return n;
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
         uint32_t first, end;
         written_blocks(s, table, lane, n_keep[lane], first_evicted[lane], &first, &end);
         const uint32_t *ids = table_lane_ids(&s->tables, table, lane);
-        for (uint32_t b = first; b < end; b++) shared += s->pool.owners[ids[b]] > 1;
+        for (uint32_t b = first; b < end; b++) {
+            n.shared += s->pool.owners[ids[b]] > 1;
+            n.cached += s->pool.cached[ids[b]];
+        }
     }
-    return shared;
+    return n;
 }
 
 /* The due sequence lets go of everything and comes again. */
@@ -164,8 +175,10 @@ static void give_way(struct scheduler *s) {
 
 /* Room for the copies of what others share. Whoever is preempted for it may have been one of them. What is kept must not depend on how full the pool is: a lane is never left as it
  * was for want of blocks. */
-static bool make_room(struct scheduler *s, const uint32_t *n_keep, const uint32_t *first_evicted) {
-    while (!blocks_available(s, copies_needed(s, due_choice(s)->table, n_keep, first_evicted))) {
+static bool make_room(struct scheduler *s, const uint32_t *n_keep, const uint32_t *first_evicted, struct not_own *not_own) {
+    for (;;) {
+        *not_own = written_not_own(s, due_choice(s)->table, n_keep, first_evicted);
+        if (blocks_available(s, not_own->shared)) return true;
         uint32_t victim = pick_victim(s);
         if (victim == NONE || victim == s->due) {
             give_way(s);
@@ -173,19 +186,16 @@ static bool make_room(struct scheduler *s, const uint32_t *n_keep, const uint32_
         }
         choice_preempt(s, victim);
     }
-    return true;
 }
 
-static void move_lane(struct scheduler *s, uint32_t table, uint32_t lane, uint32_t n_keep, uint32_t first_evicted, struct scheduler_lane_move *move) {
-    uint32_t tokens = table_lane_tokens(&s->tables, table)[lane], first, end;
-    const uint32_t *ids = table_lane_ids(&s->tables, table, lane);
-    uint32_t *source = s->move_source + (size_t)lane * s->blocks_max, *destination = s->move_destination + (size_t)lane * s->blocks_max;
-    *move = (struct scheduler_lane_move){.moves = n_keep < tokens, .n_keep = n_keep, .source = source, .destination = destination};
-    memcpy(source, ids, blocks_for(tokens) * sizeof *source);
-    memcpy(destination, ids, blocks_for(n_keep) * sizeof *destination);
-    written_blocks(s, table, lane, n_keep, first_evicted, &first, &end);
+/* What is written of the lane becomes this sequence's alone. */
+static void own_lane(struct scheduler *s, uint32_t table, uint32_t lane, uint32_t first_evicted, struct scheduler_lane_move *move) {
+    uint32_t first, end, *destination = s->move_destination + (size_t)lane * s->blocks_max;
+    written_blocks(s, table, lane, move->n_keep, first_evicted, &first, &end);
     for (uint32_t b = first; b < end; b++) {
-        if (steal(s, ids[b])) continue;
+        if (steal(s, move->source[b])) continue;
+        if (move->destination == move->source) memcpy(destination, move->source, end * sizeof *destination);
+        move->destination = destination;
         destination[b] = block_pool_take(&s->pool, b ? destination[b - 1] : BLOCK_NONE);
         s->stats.compaction_copies++;
     }
@@ -194,11 +204,19 @@ static void move_lane(struct scheduler *s, uint32_t table, uint32_t lane, uint32
 const struct scheduler_lane_move *scheduler_compact(struct scheduler *s, const struct scheduler_due *due, const uint32_t *n_keep,
                                                     const uint32_t *first_evicted) {
     struct choice *choice = due_choice(s);
+    struct not_own not_own;
     CHECK(due->n_computed == choice->n_computed);
-    if (!make_room(s, n_keep, first_evicted)) return NULL;
+    if (!make_room(s, n_keep, first_evicted, &not_own)) return NULL;
     choice_leave_chain(s, s->due);
     choice->evicted = true;
-    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) move_lane(s, choice->table, lane, n_keep[lane], first_evicted[lane], &s->moves[lane]);
+    const uint32_t *tokens = table_lane_tokens(&s->tables, choice->table);
+    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
+        CHECK(n_keep[lane] <= tokens[lane] && first_evicted[lane] <= n_keep[lane]);
+        const uint32_t *ids = table_lane_ids(&s->tables, choice->table, lane); /* they stay until scheduler_compacted */
+        s->moves[lane] =
+            (struct scheduler_lane_move){.moves = n_keep[lane] < tokens[lane], .source = ids, .destination = ids, .n_keep = n_keep[lane]};
+        if (not_own.shared + not_own.cached > 0) own_lane(s, choice->table, lane, first_evicted[lane], &s->moves[lane]);
+    }
     return s->moves;
 }
 
@@ -208,10 +226,10 @@ void scheduler_compacted(struct scheduler *s, const struct scheduler_due *due) {
     uint32_t before = block_pool_used(&s->pool);
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
         const struct scheduler_lane_move *move = &s->moves[lane];
+        if (lane + LANES_AHEAD < s->limits.n_lanes) __builtin_prefetch(move[LANES_AHEAD].source + blocks_for(move[LANES_AHEAD].n_keep));
         if (!move->moves) continue;
-        const uint32_t *ids = table_lane_ids(&s->tables, choice->table, lane);
-        for (uint32_t b = 0; b < blocks_for(move->n_keep); b++)
-            if (ids[b] != move->destination[b]) table_replace_by(&s->tables, choice->table, lane, b, move->destination[b]);
+        for (uint32_t b = 0; move->destination != move->source && b < blocks_for(move->n_keep); b++)
+            if (move->source[b] != move->destination[b]) table_replace_by(&s->tables, choice->table, lane, b, move->destination[b]);
         table_truncate(&s->tables, choice->table, lane, move->n_keep);
     }
     count_compaction(s, choice, before);

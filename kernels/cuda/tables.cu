@@ -3,11 +3,12 @@
 #include "kernels/cuda/cuda.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 enum {
     WRITES = 1 << 17, /* table writes that wait in pinned memory */
     WRITE_THREADS = 256,
-    LANES_AHEAD = 16,
+    LANES_AHEAD = 16, /* lanes' lists lie far apart: without that, a cache miss a lane */
 };
 
 struct table_write {
@@ -21,6 +22,7 @@ struct tables_host {
     uint32_t *room;        /* [n_tables] rows that every lane can take in the blocks sent, beyond the end of the last step */
     uint32_t *end;         /* [n_tables] lane 0's length at the end of the last step */
     uint32_t *blocks;      /* [n_tables][n_lanes] ids sent */
+    uint32_t *lanes;       /* [n_lanes] of one table: those with ids to send */
     struct table_write *writes, *writes_device; /* [WRITES] */
     uint32_t n_writes;
     cudaEvent_t writes_read; /* the pinned writes may be filled again */
@@ -48,6 +50,7 @@ enum status tables_open(struct cuda *cuda, struct error *error) {
     tables->room = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
     tables->end = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
     tables->blocks = (uint32_t *)check_calloc((size_t)cuda->n_tables * cuda->n_lanes, sizeof(uint32_t));
+    tables->lanes = (uint32_t *)check_calloc(cuda->n_lanes, sizeof(uint32_t));
     return STATUS_OK;
 }
 
@@ -61,6 +64,7 @@ void tables_close(struct cuda *cuda) {
     free(tables->room);
     free(tables->end);
     free(tables->blocks);
+    free(tables->lanes);
     free(tables);
     cuda->tables_host = NULL;
 }
@@ -100,35 +104,49 @@ static enum status add_write(struct cuda *cuda, uint32_t at, uint32_t value, str
     return STATUS_OK;
 }
 
+/* The lanes for whose rows ids are to be sent, to tables_host.lanes; returns how many. *room: that every lane will have then beyond the rows. Without a branch: of most sequences some lanes need
+ * an id at each step, and which ones nobody can foretell. */
+static uint32_t lanes_behind(struct cuda *cuda, const struct batch_sequence *sequence, const uint32_t *blocks, uint32_t *room) {
+    uint32_t *lanes = cuda->tables_host->lanes, n = 0, least = UINT32_MAX;
+    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
+        const uint32_t end = sequence->lane_tokens[lane] + sequence->n_rows, needed = div_up(end, BLOCK_TOKENS), listed = needed > blocks[lane] ? needed : blocks[lane];
+        const uint32_t left = listed * BLOCK_TOKENS - end;
+        lanes[n] = lane;
+        n += needed > blocks[lane];
+        least = left < least ? left : least;
+    }
+    *room = least;
+    return n;
+}
+
 /* Ids that the device lacks of one sequence, and lengths if it is new there. */
 static enum status send_table(struct cuda *cuda, const struct batch *batch, const struct batch_sequence *sequence, uint32_t table, uint32_t changes, uint32_t *advance, struct error *error) {
     struct tables_host *tables = cuda->tables_host;
     const uint32_t first = sequence->lane_tokens[0];
     const bool known = changes != 0 && tables->changes[table] == changes && first >= tables->first_slots[table];
-    const uint32_t lengths = (uint32_t)ids_of_tables(cuda) + table * cuda->n_lanes;
-    uint32_t *blocks = tables->blocks + (size_t)table * cuda->n_lanes;
+    uint32_t *blocks = tables->blocks + (size_t)table * cuda->n_lanes, room;
     if (known && first >= tables->end[table] && first - tables->end[table] + sequence->n_rows <= tables->room[table]) {
         tables->room[table] -= first - tables->end[table] + sequence->n_rows;
         tables->end[table] = first + sequence->n_rows;
         *advance = first - tables->first_slots[table];
         return STATUS_OK;
     }
-    uint32_t room = UINT32_MAX;
-    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
-        /* Lanes' lists lie far apart: without this, a cache miss a lane. */
-        if (lane + LANES_AHEAD < cuda->n_lanes) __builtin_prefetch(batch->block_ids + sequence->lane_first[lane + LANES_AHEAD] + (known ? blocks[lane + LANES_AHEAD] : 0));
-        const uint32_t end = sequence->lane_tokens[lane] + sequence->n_rows, needed = div_up(end, BLOCK_TOKENS);
-        const uint32_t at = (table * cuda->n_lanes + lane) * cuda->lane_blocks, *ids = batch->block_ids + sequence->lane_first[lane];
+    enum status status = STATUS_OK;
+    if (!known) memset(blocks, 0, cuda->n_lanes * sizeof *blocks);
+    for (uint32_t lane = 0; !known && lane < cuda->n_lanes && status == STATUS_OK; lane++)
+        status = add_write(cuda, (uint32_t)ids_of_tables(cuda) + table * cuda->n_lanes + lane, sequence->lane_tokens[lane], error);
+    const uint32_t n = lanes_behind(cuda, sequence, blocks, &room), *lanes = tables->lanes;
+    for (uint32_t i = 0; i < n; i++) {
+        if (i + LANES_AHEAD < n) __builtin_prefetch(batch->block_ids + sequence->lane_first[lanes[i + LANES_AHEAD]] + blocks[lanes[i + LANES_AHEAD]]);
+        const uint32_t lane = lanes[i], from = blocks[lane], needed = div_up(sequence->lane_tokens[lane] + sequence->n_rows, BLOCK_TOKENS);
+        const uint32_t *ids = batch->block_ids + sequence->lane_first[lane], at = (table * cuda->n_lanes + lane) * cuda->lane_blocks;
         CHECK(needed <= cuda->lane_blocks);
-        enum status status = known ? STATUS_OK : add_write(cuda, lengths + lane, sequence->lane_tokens[lane], error);
-        for (uint32_t i = known ? blocks[lane] : 0; i < needed && status == STATUS_OK; i++) {
-            CHECK(ids[i] < cuda->limits.n_blocks);
-            status = add_write(cuda, at + i, ids[i], error);
+        for (uint32_t b = from; b < needed && status == STATUS_OK; b++) {
+            CHECK(ids[b] < cuda->limits.n_blocks);
+            status = add_write(cuda, at + b, ids[b], error);
         }
         if (status != STATUS_OK) return status;
-        if (!known || blocks[lane] < needed) blocks[lane] = needed;
-        const uint32_t left = blocks[lane] * BLOCK_TOKENS - end;
-        if (left < room) room = left;
+        blocks[lane] = needed;
     }
     if (!known) tables->first_slots[table] = first;
     tables->changes[table] = changes;

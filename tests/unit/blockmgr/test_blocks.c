@@ -22,15 +22,57 @@ struct oracle {
 };
 
 static void compare_pool(const struct block_pool *pool, const struct oracle *oracle) {
-    uint32_t n_free = 0, n_cached = 0;
+    uint32_t n_free = 0, n_cached = 0, n_shared = 0;
     for (uint32_t id = 0; id < pool->n_blocks; id++) {
         n_free += oracle->owners[id] == 0 && !oracle->cached[id];
         n_cached += oracle->owners[id] == 0 && oracle->cached[id];
+        n_shared += oracle->owners[id] > 1;
     }
+    assert_int_equal(pool->n_shared, n_shared);
     assert_int_equal(pool->n_free, n_free);
     assert_int_equal(pool->n_cached, n_cached);
     assert_int_equal(block_pool_used(pool), pool->n_blocks - n_free - n_cached);
     block_pool_check(pool, oracle->owners);
+}
+
+static bool is_free(const struct oracle *oracle, uint32_t id) { return oracle->owners[id] == 0 && !oracle->cached[id]; }
+
+/* The block after `near` in its extent, else the first of the first whole extent, else the first free one. */
+static uint32_t oracle_take(const struct block_pool *pool, struct oracle *oracle, uint32_t near) {
+    uint32_t n = pool->n_blocks, extent = pool->extent_blocks, chosen = BLOCK_NONE;
+    if (near != BLOCK_NONE && near + 1 < n && (near + 1) % extent != 0 && is_free(oracle, near + 1)) chosen = near + 1;
+    for (uint32_t first = 0; first < n && chosen == BLOCK_NONE; first += extent) {
+        uint32_t n_free = 0, end = first + extent < n ? first + extent : n;
+        for (uint32_t id = first; id < end; id++) n_free += is_free(oracle, id);
+        if (n_free == end - first) chosen = first;
+    }
+    for (uint32_t id = 0; id < n && chosen == BLOCK_NONE; id++)
+        if (is_free(oracle, id)) chosen = id;
+    oracle->owners[chosen] = 1;
+    return chosen;
+}
+
+static void take_some(struct random *random, struct block_pool *pool, struct oracle *oracle) {
+    uint32_t ids[POOL_MAX], near = random_below(random, 2) ? random_below(random, pool->n_blocks) : BLOCK_NONE,
+                            count = random_below(random, (pool->n_free < 12 ? pool->n_free : 12) + 1);
+    block_pool_take_run(pool, near, count, ids);
+    for (uint32_t i = 0; i < count; i++) {
+        assert_int_equal(ids[i], oracle_take(pool, oracle, near));
+        near = ids[i];
+    }
+}
+
+/* Ids in pieces of runs, as lanes have them: whatever has an owner. One may be named as often as it has owners. */
+static void give_some(struct random *random, struct block_pool *pool, struct oracle *oracle) {
+    uint32_t ids[4 * POOL_MAX], count = 0;
+    for (uint32_t piece = random_below(random, 4); piece > 0; piece--) {
+        uint32_t id = random_below(random, pool->n_blocks), most = random_below(random, 20);
+        for (uint32_t i = 0; i < most && id < pool->n_blocks && oracle->owners[id] > 0; i++, id++) {
+            oracle->owners[id]--;
+            ids[count++] = id;
+        }
+    }
+    block_pool_give_run(pool, ids, count);
 }
 
 static void test_pool_against_bitmap(void **state) {
@@ -40,15 +82,13 @@ static void test_pool_against_bitmap(void **state) {
         struct block_pool pool;
         struct oracle oracle = {0};
         uint32_t n_blocks = 1 + random_below(&random, POOL_MAX);
-        block_pool_init(&pool, n_blocks, 1 + random_below(&random, EXTENT_BLOCKS_MAX));
+        block_pool_init(&pool, n_blocks, 1 + random_below(&random, random_below(&random, 2) ? 8 : EXTENT_BLOCKS_MAX));
         for (uint32_t step = 0; step < 400; step++) {
-            uint32_t id = random_below(&random, n_blocks);
-            switch (random_below(&random, 5)) {
+            uint32_t id = random_below(&random, n_blocks), near = random_below(&random, 2) ? id : BLOCK_NONE;
+            switch (random_below(&random, 7)) {
             case 0:
                 if (pool.n_free == 0) break;
-                uint32_t taken = block_pool_take(&pool, random_below(&random, 2) ? id : BLOCK_NONE);
-                assert_true(taken < n_blocks && oracle.owners[taken] == 0 && !oracle.cached[taken]);
-                oracle.owners[taken] = 1;
+                assert_int_equal(block_pool_take(&pool, near), oracle_take(&pool, &oracle, near));
                 break;
             case 1:
                 if (oracle.owners[id] == 0 && !oracle.cached[id]) break;
@@ -65,6 +105,8 @@ static void test_pool_against_bitmap(void **state) {
                 block_pool_cache(&pool, id);
                 oracle.cached[id] = true;
                 break;
+            case 4: take_some(&random, &pool, &oracle); break;
+            case 5: give_some(&random, &pool, &oracle); break;
             default:
                 if (!oracle.cached[id]) break;
                 block_pool_uncache(&pool, id);
@@ -74,6 +116,34 @@ static void test_pool_against_bitmap(void **state) {
         }
         block_pool_done(&pool);
     }
+}
+
+/* So many extents that the sets have more than two levels: what is free is found at the far end, and where it is the only one. */
+static void test_pool_finds_the_only_free_block(void **state) {
+    (void)state;
+    static const uint32_t sizes[] = {63, 64, 65, 4096, 4097, 300000};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (uint32_t extent = 1; extent <= 3; extent++) {
+            struct block_pool pool;
+            uint32_t n = sizes[i], *ids = check_calloc(n, sizeof *ids), *owners = check_calloc(n, sizeof *owners);
+            block_pool_init(&pool, n, extent);
+            block_pool_take_run(&pool, BLOCK_NONE, n, ids);
+            for (uint32_t id = 0; id < n; id++) owners[id] = 1;
+            block_pool_check(&pool, owners);
+            assert_int_equal(pool.n_free, 0);
+            const uint32_t probes[] = {0, n / 2, n - 1};
+            for (uint32_t p = 0; p < 3; p++) {
+                block_pool_give(&pool, probes[p]);
+                assert_int_equal(block_pool_take(&pool, BLOCK_NONE), probes[p]);
+            }
+            block_pool_give_run(&pool, ids, n);
+            memset(owners, 0, n * sizeof *owners);
+            block_pool_check(&pool, owners);
+            assert_int_equal(pool.n_free, n);
+            block_pool_done(&pool);
+            free(ids);
+            free(owners);
+        }
 }
 
 /* The next id, then a free extent, then any block. */
@@ -195,8 +265,10 @@ static void test_tables_against_lists(void **state) {
             struct lane_oracle *it = &oracle[table][lane];
             uint32_t what = random_below(&random, 8), changes = tables.changes[table];
             switch (what) {
-            case 0:
-            case 1: oracle_append(&tables, oracle[table], table, 1 + random_below(&random, 70)); break;
+            case 0: oracle_append(&tables, oracle[table], table, 1 + random_below(&random, 70)); break;
+            case 1: /* as a sequence that decodes */
+                for (uint32_t rows = random_below(&random, 40); rows > 0; rows--) oracle_append(&tables, oracle[table], table, 1);
+                break;
             case 2: /* lanes may have different lengths */
                 it->tokens = random_below(&random, it->tokens + 1);
                 it->n_blocks = (it->tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
@@ -394,6 +466,7 @@ static void test_cache_capacity(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_pool_against_bitmap),
+        cmocka_unit_test(test_pool_finds_the_only_free_block),
         cmocka_unit_test(test_pool_prefers_runs),
         cmocka_unit_test(test_pool_opens_whole_extents),
         cmocka_unit_test(test_tables_against_lists),

@@ -1,5 +1,6 @@
 /* Two steps in flight, on every backend that takes them and for every KV dtype: what is drawn is what is drawn one step at a time. Sequences of different lengths cross blocks, are sampled in
- * every way, for some dtypes one of them on the host as the backend has no room for its lists; one ends unforeseen, while its next row is under way, and another takes over its table and its blocks. */
+ * every way, for some dtypes one of them on the host as the backend has no room for its lists; one ends unforeseen, while its next row is under way, and another takes over its table and its blocks.
+ * And block tables of lanes that are cut to different lengths and grow: who takes what is new of them draws what who takes all of them draws. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -206,6 +207,70 @@ static void check_same(const struct backend_ops *ops, const struct program *prog
     assert_true(n_different > STEPS); /* a step that takes in another's token would be seen */
 }
 
+/* ---- lanes of different lengths, one step at a time ---- */
+
+/* Of each lane what is listed for the step to come is there, and nothing behind it. */
+static void list_blocks(struct world *world, uint32_t n_rows) {
+    for (uint32_t s = 0; s < SEQUENCES; s++)
+        for (uint32_t lane = 0; lane < LANES; lane++)
+            for (uint32_t b = 0; b < LANE_BLOCKS; b++) {
+                uint32_t at = world->lane_first[s][lane] + b, needed = (world->lane_tokens[s][lane] + n_rows + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+                world->ids[at] = b < needed ? at * 37 % POOL : UINT32_MAX;
+            }
+}
+
+/* Each lane loses its end, to another length than the others. */
+static void cut_lanes(struct world *world, uint32_t step) {
+    for (uint32_t s = 0; s < SEQUENCES; s++) {
+        world->changes[s]++;
+        for (uint32_t lane = 0; lane < LANES; lane++) {
+            uint32_t *tokens = &world->lane_tokens[s][lane];
+            *tokens -= (uint32_t)(random_at(step, s, lane, 0) % (*tokens / 2 + 1));
+        }
+    }
+}
+
+static void run_ragged(struct world *world, bool follows) {
+    static const uint32_t prompts[SEQUENCES] = {5, BLOCK_TOKENS - 1, 2 * BLOCK_TOKENS, 20};
+    for (uint32_t step = 0; step < STEPS; step++) {
+        struct half *half = begin(world, step);
+        if (step == 1 || step == TAKEN_OVER) cut_lanes(world, step);
+        list_blocks(world, step == 0 ? 2 * BLOCK_TOKENS : 1);
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            if (step > 0) world->next[s] = world->drawn[step - 1][s].token;
+            add_rows(world, half, s, step == 0 ? prompts[s] : 1);
+            if (!follows) half->sequences[s].table_changes = 0;
+        }
+        submit(world, half);
+        sync_step(world, step);
+    }
+    world->ops->close(world->backend);
+}
+
+/* Who follows the tables by what is new draws as who is told to take all of them at every step. */
+static void test_follows_ragged_lanes(void **state) {
+    (void)state;
+    static struct world anew, follows;
+    const struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    n_biases = 0;
+    for (const struct backend_ops *const *ops = backends; *ops; ops++) {
+        if (!test_runs_on(*ops)) continue;
+        open_world(&anew, *ops, program, KV_F16);
+        if (!anew.backend->takes_two) { /* it has no tables of its own either, and reads lengths when it runs */
+            (*ops)->close(anew.backend);
+            continue;
+        }
+        open_world(&follows, *ops, program, KV_F16);
+        run_ragged(&anew, false);
+        run_ragged(&follows, true);
+        for (uint32_t step = 0; step < STEPS; step++)
+            for (uint32_t s = 0; s < SEQUENCES; s++)
+                if (!is_same(&anew.drawn[step][s], &follows.drawn[step][s])) fail_msg("%s: step %u, sequence %u", (*ops)->name, step, s);
+    }
+    tiny_program_free(program);
+}
+
 static void test_draws_the_same(void **state) {
     (void)state;
     const struct tiny_shape shape = tiny_shape_default();
@@ -222,6 +287,6 @@ static void test_draws_the_same(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_draws_the_same)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_draws_the_same), cmocka_unit_test(test_follows_ragged_lanes)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
