@@ -36,6 +36,8 @@ enum {
     TILE_QUERIES = 16, /* packed queries (row, head of the group) of one matrix tile */
     SKINNY_ROWS = 16,  /* products of up to so many rows are ours, larger ones cuBLAS's */
     HEAD_DIM_MAX = 128,
+    SHARED_BYTES_LEAST = 99 << 10, /* dynamic shared memory that a block can be given on every device, the least on 8.6 and 8.9; static and dynamic without asking: SHARED_BYTES_UNASKED */
+    SHARED_BYTES_UNASKED = 48 << 10,
     WORKSPACE_BYTES = 32 << 20, /* struct cuda's workspace */
     WIDENED_BYTES = 32 << 20,   /* and `widened`: it stays in the L2 cache until it is multiplied with */
 };

@@ -13,15 +13,25 @@ static enum status no_device(cudaError_t found, struct error *error) {
                      runtime % 1000 / 10);
 }
 
+/* The oldest of the compute capabilities that the program's kernels were compiled for, times 10; newer devices run them too. */
+static int oldest_capability(void) {
+    const int compiled_for[] = {__CUDA_ARCH_LIST__}; /* ascending, times 100 */
+    return compiled_for[0] / 10;
+}
+
 enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error) {
     int count = 0;
     const cudaError_t found = cudaGetDeviceCount(&count);
     if (found != cudaSuccess || count == 0) return no_device(found, error);
     if (device >= (uint32_t)count) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device %u: there are %d, the first is 0", device, count);
     CUDA_TRY(error, cudaGetDeviceProperties(properties, (int)device));
-    if (properties->major >= 8) return cublas_lt_open(error);
-    return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; 8.0 is needed", device, properties->name, properties->major,
-                     properties->minor);
+    const int oldest = oldest_capability();
+    if (properties->major < 8)
+        return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; 8.0 is needed", device, properties->name, properties->major, properties->minor);
+    if (properties->major * 10 + properties->minor < oldest)
+        return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; this program was built for %d.%d and newer (KVASIR_CUDA_ARCHITECTURES)", device, properties->name,
+                         properties->major, properties->minor, oldest / 10, oldest % 10);
+    return cublas_lt_open(error);
 }
 
 enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error) {

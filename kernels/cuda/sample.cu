@@ -66,6 +66,7 @@ static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer)
               "as kernels read and write them");
 static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t),
               "marks take the place of the histograms");
+static_assert(sizeof(struct team_shared) <= SHARED_BYTES_UNASKED, "where there are no copies of rows, more shared memory is not asked for");
 static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && RANKS_MAX <= 32 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
 
 /* ---- one sample ---- */

@@ -1,7 +1,8 @@
 /* How the host device behaves, from the environment: KVASIR_HOST_DEVICE="word word ...".
  *   ascending descending random lockstep   which of the threads that can run does: the lowest, the highest, any, or all in turn. Blocks begin in the same order
  *   seed=N                                 of random
- *   8.6                                    compute capability 8.6: no clusters, 100 KiB of shared memory. Else 9.0
+ *   7.5 8.0 8.6 8.9                        the compute capability: before 9.0 no clusters, and less shared memory. Else 9.0
+ *   for=90                                 the program has kernels for 9.0 and newer alone. Else for all that are supported
  *   eager                                  what is put on a stream is done at once; else as late as waiting for it allows */
 #pragma once
 
@@ -11,7 +12,7 @@ enum host_order { ORDER_ASCENDING, ORDER_DESCENDING, ORDER_RANDOM, ORDER_LOCKSTE
 struct host_options {
     enum host_order order;
     uint64_t seed;
-    uint32_t capability;
+    uint32_t capability, compiled_for;
     bool eager;
 };
 const struct host_options *host_options(void);
