@@ -25,6 +25,7 @@ static struct cuda_private *private_of(struct cuda *cuda) { return (struct cuda_
 
 enum status cuda_status(struct error *error, cudaError_t result, const char *what) {
     if (result == cudaSuccess) return STATUS_OK;
+    (void)cudaGetLastError(); /* it is said here, and not again by the next launch that is looked after */
     int length = 0;
     while (what[length] && what[length] != '(') length++;
     return error_set(error, STATUS_DEVICE, "CUDA: %.*s: %s", length, what, cudaGetErrorString(result));

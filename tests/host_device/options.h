@@ -3,6 +3,7 @@
  *   seed=N                                 of random
  *   7.5 8.0 8.6 8.9                        the compute capability: before 9.0 no clusters, and less shared memory. Else 9.0
  *   for=90                                 the program has kernels for 9.0 and newer alone. Else for all that are supported
+ *   second                                 the device is the second of two; the first has no memory left, not even for a context
  *   eager                                  what is put on a stream is done at once; else as late as waiting for it allows */
 #pragma once
 
@@ -13,6 +14,6 @@ struct host_options {
     enum host_order order;
     uint64_t seed;
     uint32_t capability, compiled_for;
-    bool eager;
+    bool eager, second;
 };
 const struct host_options *host_options(void);

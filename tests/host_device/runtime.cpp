@@ -48,7 +48,7 @@ static bool lost;     /* the device, for good: who waits for it gets an error */
 /* ---- options ---- */
 
 static struct host_options read_options(void) {
-    struct host_options options = {ORDER_ASCENDING, 0, 90, 80, false};
+    struct host_options options = {ORDER_ASCENDING, 0, 90, 80, false, false};
     static const char *const orders[] = {"ascending", "descending", "random", "lockstep"};
     static const struct {
         const char *words;
@@ -63,6 +63,7 @@ static struct host_options read_options(void) {
         for (int i = 0; i < 4; i++)
             if (strncmp(at, capabilities[i].words, length) == 0 && length == 3) options.capability = capabilities[i].number, known = true;
         if (strncmp(at, "for=", 4) == 0) options.compiled_for = (uint32_t)strtoul(at + 4, NULL, 10), known = true;
+        if (strncmp(at, "second", length) == 0) options.second = known = true;
         if (strncmp(at, "eager", length) == 0) options.eager = known = true;
         if (strncmp(at, "seed=", 5) == 0) options.seed = strtoull(at + 5, NULL, 10), known = true;
         if (!known) host_fail("KVASIR_HOST_DEVICE: \"%.*s\" is no option", (int)length, at);
@@ -111,22 +112,28 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 enum { MULTIPROCESSORS = 4, THREADS_MULTIPROCESSOR = 2048, BLOCKS_MULTIPROCESSOR = 32 };
 
+static bool is_there(int device) { return device == 0 || (device == 1 && host_options()->second); }
+
 cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 1;
+    *count = host_options()->second ? 2 : 1;
     return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int *device) {
-    *device = 0;
+    *device = host_options()->second ? 1 : 0;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return result_of(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+/* Makes the device's context. */
+cudaError_t cudaSetDevice(int device) {
+    if (!is_there(device)) return result_of(cudaErrorInvalidDevice);
+    return result_of(host_options()->second && device == 0 ? cudaErrorMemoryAllocation : cudaSuccess);
+}
 cudaError_t cudaDriverGetVersion(int *version) { return cudaRuntimeGetVersion(version); }
 cudaError_t cudaRuntimeGetVersion(int *version) {
     *version = 12000;
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
-    if (device != 0) return result_of(cudaErrorInvalidDevice);
+    if (!is_there(device)) return result_of(cudaErrorInvalidDevice);
     const size_t shared_kib = host_options()->capability >= 90   ? 228
                               : host_options()->capability == 80 ? 164
                               : host_options()->capability == 75 ? 64

@@ -158,6 +158,24 @@ static void test_no_such_device(void **state) {
     assert_null(strstr(error.text, "insufficient")); /* what the runtime says where no driver is */
 }
 
+/* Of several devices the others do not matter: not where they are full, and nothing is taken of them. */
+static void test_second_device(void **state) {
+    (void)state;
+    uint64_t available = 0, total = 0;
+    struct backend_limits limits = small_limits();
+    struct error error = {.text = ""};
+    struct backend *backend = NULL;
+    if (!getenv("KVASIR_TEST_SECOND_DEVICE")) skip();
+    if (backend_find("cuda")->memory(1, &available, &total, &error) != STATUS_OK) fail_msg("%s", error.text);
+    assert_in_range(available, 1, total);
+    struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    limits.device = 1;
+    if (backend_find("cuda")->prepare(program, &limits, &backend, &error) != STATUS_OK) fail_msg("%s", error.text);
+    backend_find("cuda")->close(backend);
+    tiny_program_free(program);
+}
+
 /* A device that the program cannot use, as KVASIR_TEST_NO_DEVICE says of the one that there is: no error later on, and "auto" goes past it. */
 static void test_device_that_is_too_old(void **state) {
     (void)state;
@@ -239,10 +257,9 @@ static void test_cublas_is_loaded(void **state) {
 
 int main(void) {
     static const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_refused_shapes),         cmocka_unit_test(test_refused_limits),
-        cmocka_unit_test(test_plans_of_any_size),      cmocka_unit_test(test_supported),
-        cmocka_unit_test(test_too_little_memory),      cmocka_unit_test(test_no_such_device),
-        cmocka_unit_test(test_device_that_is_too_old), cmocka_unit_test(test_device_that_stops_working),
+        cmocka_unit_test(test_refused_shapes),   cmocka_unit_test(test_refused_limits),         cmocka_unit_test(test_plans_of_any_size),
+        cmocka_unit_test(test_supported),        cmocka_unit_test(test_too_little_memory),      cmocka_unit_test(test_no_such_device),
+        cmocka_unit_test(test_second_device),    cmocka_unit_test(test_device_that_is_too_old), cmocka_unit_test(test_device_that_stops_working),
         cmocka_unit_test(test_cublas_is_loaded),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
