@@ -11,14 +11,8 @@ static enum status no_device(cudaError_t found, struct error *error) {
     if (found != cudaErrorInsufficientDriver || cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess)
         return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: %s", cudaGetErrorString(found));
     if (driver == 0) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: no NVIDIA driver is installed");
-    return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: the driver is for CUDA %d.%d, this program needs %d.%d or newer", driver / 1000, driver % 1000 / 10, runtime / 1000,
-                     runtime % 1000 / 10);
-}
-
-/* The oldest of the compute capabilities that the program's kernels were compiled for, times 10; newer devices run them too. */
-static int oldest_capability(void) {
-    const int compiled_for[] = {__CUDA_ARCH_LIST__}; /* ascending, times 100 */
-    return compiled_for[0] / 10;
+    return error_set(error, STATUS_UNSUPPORTED, "no CUDA device: the driver is for CUDA %d.%d, this program needs %d.%d or newer", driver / 1000,
+                     driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
 }
 
 enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error) {
@@ -27,12 +21,13 @@ enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct
     if (found != cudaSuccess || count == 0) return no_device(found, error);
     if (device >= (uint32_t)count) return error_set(error, STATUS_UNSUPPORTED, "no CUDA device %u: there are %d, the first is 0", device, count);
     CUDA_TRY(error, cudaGetDeviceProperties(properties, (int)device));
-    const int oldest = oldest_capability();
     if (properties->major < 8)
-        return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; 8.0 is needed", device, properties->name, properties->major, properties->minor);
-    if (properties->major * 10 + properties->minor < oldest)
-        return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; this program was built for %d.%d and newer (KVASIR_CUDA_ARCHITECTURES)", device, properties->name,
-                         properties->major, properties->minor, oldest / 10, oldest % 10);
+        return error_set(error, STATUS_UNSUPPORTED, "CUDA device %u, %s: compute capability %d.%d; 8.0 is needed", device, properties->name,
+                         properties->major, properties->minor);
+    if (cuda_code_of(properties) == 0)
+        return error_set(error, STATUS_UNSUPPORTED,
+                         "CUDA device %u, %s: compute capability %d.%d, older than what this program was built for (KVASIR_CUDA_ARCHITECTURES)",
+                         device, properties->name, properties->major, properties->minor);
     return cublas_lt_open(error);
 }
 
@@ -56,7 +51,8 @@ enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *to
     if (status != STATUS_OK || (!available_bytes && !total_bytes)) return status;
     struct asked asked = {(int)device, 0, 0, cudaSuccess};
     pthread_t thread;
-    if (pthread_create(&thread, NULL, ask_memory, &asked) != 0) return error_set(error, STATUS_NO_MEMORY, "CUDA device %u: no thread to ask for its memory", device);
+    if (pthread_create(&thread, NULL, ask_memory, &asked) != 0)
+        return error_set(error, STATUS_NO_MEMORY, "CUDA device %u: no thread to ask for its memory", device);
     CHECK(pthread_join(thread, NULL) == 0);
     if (asked.result != cudaSuccess) return cuda_status(error, asked.result, "cudaMemGetInfo");
     if (available_bytes) *available_bytes = asked.available;

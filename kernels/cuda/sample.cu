@@ -174,7 +174,7 @@ static struct team_size size_of(uint32_t n_vocab, uint32_t ranks) {
 
 static uint32_t ranks_of(const struct cuda *cuda, uint32_t most) {
     uint32_t ranks = 1;
-    if (cuda->properties.major < 9) return 1;
+    if (cuda_code_of(&cuda->properties) < 90) return 1;
     while (ranks < most && cuda->program->n_vocab > ranks * CHUNK_MIN) ranks *= 2;
     return ranks;
 }

@@ -284,6 +284,6 @@ void skinny_run(const struct cuda *cuda, const struct skinny_device *skinny, con
     config.dynamicSmemBytes = variant->shared_bytes;
     config.stream = cuda->stream;
     config.attrs = &early;
-    config.numAttrs = cuda->properties.major >= 9 ? 1 : 0;
+    config.numAttrs = cuda_code_of(&cuda->properties) >= 90 ? 1 : 0;
     CUDA_CHECK(cudaLaunchKernelEx(&config, variant->kernel, *call));
 }

@@ -48,7 +48,7 @@ static bool lost;     /* the device, for good: who waits for it gets an error */
 /* ---- options ---- */
 
 static struct host_options read_options(void) {
-    struct host_options options = {ORDER_ASCENDING, 0, 90, 80, false, false};
+    struct host_options options = {ORDER_ASCENDING, 0, 90, 0, false, false};
     static const char *const orders[] = {"ascending", "descending", "random", "lockstep"};
     static const struct {
         const char *words;
@@ -150,7 +150,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     properties->sharedMemPerBlockOptin = (shared_kib - 1) << 10;
     return cudaSuccess;
 }
-int host_compiled_for(void) { return (int)host_options()->compiled_for * 10; }
+int host_compiled_for(int which) { return host_options()->compiled_for ? (int)host_options()->compiled_for * 10 : which == 0 ? 800 : 900; }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     cudaDeviceProp properties;
     (void)cudaGetDeviceProperties(&properties, 0);

@@ -15,7 +15,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __CUDA_ARCH_LIST__ host_compiled_for()
+#define __CUDA_ARCH_LIST__ host_compiled_for(0), host_compiled_for(1)
 #define __noinline__ /* as an attribute, which is what system headers use the word for, it may be empty */
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -58,7 +58,7 @@ cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaRuntimeGetVersion(int *version);
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total);
 cudaError_t cudaDeviceSynchronize(void);
-int host_compiled_for(void); /* 800: for 8.0 and newer */
+int host_compiled_for(int which);
 
 /* ---- memory ---- */
 
