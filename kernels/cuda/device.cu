@@ -35,13 +35,16 @@ struct asked {
     int device;
     size_t available, total;
     cudaError_t result;
+    const char *what; /* was called last */
 };
 
 /* On a thread of its own, as each has a current device: to set another's back would take memory of that other device, and could not where it has none left. */
 static void *ask_memory(void *argument) {
     struct asked *asked = (struct asked *)argument;
     asked->result = cudaSetDevice(asked->device);
-    if (asked->result == cudaSuccess) asked->result = cudaMemGetInfo(&asked->available, &asked->total);
+    if (asked->result != cudaSuccess) return NULL;
+    asked->what = "cudaMemGetInfo";
+    asked->result = cudaMemGetInfo(&asked->available, &asked->total);
     return NULL;
 }
 
@@ -49,12 +52,12 @@ enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *to
     cudaDeviceProp properties;
     const enum status status = cuda_find_device(device, &properties, error);
     if (status != STATUS_OK || (!available_bytes && !total_bytes)) return status;
-    struct asked asked = {(int)device, 0, 0, cudaSuccess};
+    struct asked asked = {(int)device, 0, 0, cudaSuccess, "cudaSetDevice"};
     pthread_t thread;
     if (pthread_create(&thread, NULL, ask_memory, &asked) != 0)
         return error_set(error, STATUS_NO_MEMORY, "CUDA device %u: no thread to ask for its memory", device);
     CHECK(pthread_join(thread, NULL) == 0);
-    if (asked.result != cudaSuccess) return cuda_status(error, asked.result, "cudaMemGetInfo");
+    if (asked.result != cudaSuccess) return cuda_status(error, asked.result, asked.what);
     if (available_bytes) *available_bytes = asked.available;
     if (total_bytes) *total_bytes = asked.total;
     return STATUS_OK;

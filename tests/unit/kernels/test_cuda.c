@@ -166,6 +166,8 @@ static void test_second_device(void **state) {
     struct error error = {.text = ""};
     struct backend *backend = NULL;
     if (!getenv("KVASIR_TEST_SECOND_DEVICE")) skip();
+    assert_int_equal(backend_find("cuda")->memory(0, &available, &total, &error), STATUS_NO_MEMORY); /* the first one is full */
+    assert_string_equal(error.text, "CUDA: cudaSetDevice: out of memory");
     if (backend_find("cuda")->memory(1, &available, &total, &error) != STATUS_OK) fail_msg("%s", error.text);
     assert_in_range(available, 1, total);
     struct tiny_shape shape = tiny_shape_default();
