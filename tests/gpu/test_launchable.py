@@ -61,6 +61,12 @@ NOT_LAUNCHED = """
 __global__ void not_launched(float *x) { x[threadIdx.x] = 1; }
 """
 
+HIDDEN = """
+#include "kernels/cuda/ptx.h"
+#define KERNEL __global__ void
+KERNEL hidden(float *x) { x[threadIdx.x] = 1; }
+"""
+
 TOO_MUCH_STATIC = """
 #include "kernels/cuda/ptx.h"
 static __global__ void too_much_static(float *x) {
@@ -93,6 +99,7 @@ class Launchable(unittest.TestCase):
             (TOO_MANY_REGISTERS, "it has no __launch_bounds__"),
             (BOTH_MEMORIES, "both_memories: 256 bytes of static shared memory beside dynamic memory"),
             (NOT_LAUNCHED, "not_launched: nothing is seen to launch it"),
+            (HIDDEN, "hidden: is not seen in the sources"),
             (TOO_MUCH_STATIC, "does not compile"),
         ):
             with self.subTest(words):
