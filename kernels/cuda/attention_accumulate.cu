@@ -16,6 +16,8 @@ template <int KV, int DIMS> struct accumulate_shared {
     static constexpr uint32_t bytes = warps + ATTENTION_WARPS * sizeof(uint32_t);
 };
 
+static_assert(accumulate_shared<KV_F16, 128>::bytes <= SHARED_BYTES_LEAST && accumulate_shared<KV_Q8, 128>::bytes <= SHARED_BYTES_LEAST, "on every device");
+
 /* out[i] = the sum of everybody's value up to thread i's. */
 ATTENTION_INLINE void prefix_sums(uint32_t value, uint32_t *out, uint32_t *of_warps) {
     uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -404,6 +404,9 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
     copies_wait<0>();
 }
 
+static_assert(decode_shared<KV_F16, 128>::pieces + 2 * piece<KV_F16, 128>::bytes <= SHARED_BYTES_LEAST && decode_shared<KV_Q8, 128>::pieces + 2 * piece<KV_Q8, 128>::bytes <= SHARED_BYTES_LEAST,
+              "choose_stages finds a number of pieces on every device");
+
 attention_kernel attention_decode_kernel(enum kv_dtype dtype, uint32_t dims) {
     CHECK(dims == 64 || dims == 128);
     if (dtype == KV_F16) return dims == 64 ? decode<KV_F16, 64> : decode<KV_F16, 128>;

@@ -6,6 +6,7 @@ static_assert(PREFILL_QUERIES == ATTENTION_WARPS * TILE_QUERIES, "a warp takes o
 
 constexpr uint32_t PREFILL_STAGES = 2;
 constexpr int PIECE_TILES = PIECE_SLOTS / 8;
+static_assert(PREFILL_STAGES * piece<KV_F16, 128>::bytes <= SHARED_BYTES_LEAST && PREFILL_STAGES * piece<KV_Q8, 128>::bytes <= SHARED_BYTES_LEAST, "on every device");
 
 /* The softmax of a warp's queries, as in decode, but with all columns. */
 template <int DIMS> struct part { float m[2], l[2], o[DIMS / 8][4]; };

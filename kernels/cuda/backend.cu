@@ -25,9 +25,12 @@ static struct cuda_private *private_of(struct cuda *cuda) { return (struct cuda_
 
 enum status cuda_status(struct error *error, cudaError_t result, const char *what) {
     if (result == cudaSuccess) return STATUS_OK;
+    (void)cudaGetLastError(); /* it is said here, and not again by the next launch that is looked after */
     int length = 0;
     while (what[length] && what[length] != '(') length++;
-    return error_set(error, STATUS_DEVICE, "CUDA: %.*s: %s", length, what, cudaGetErrorString(result));
+    if (result != cudaErrorMemoryAllocation) return error_set(error, STATUS_DEVICE, "CUDA: %.*s: %s", length, what, cudaGetErrorString(result));
+    const bool pinned = strncmp(what, "cudaMallocHost", 14) == 0 || strncmp(what, "cudaHostAlloc", 13) == 0;
+    return error_set(error, STATUS_NO_MEMORY, "CUDA: %.*s: %s%s", length, what, cudaGetErrorString(result), pinned ? " of the host that can be pinned" : "");
 }
 
 void cuda_check(cudaError_t result, const char *what, const char *file, int line) {

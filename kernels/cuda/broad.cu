@@ -11,6 +11,7 @@ template <int WARPS_OUT, int WARPS_ROW, int OUTS, int TILES, int STAGES> struct 
     static const uint32_t BLOCK_OUT = WARPS_OUT * OUTS * 16, BLOCK_ROWS = WARPS_ROW * TILES * 8;
     static const uint32_t STAGE = (BLOCK_OUT + BLOCK_ROWS) * 128, RING = STAGES * STAGE;
     static_assert(BLOCK_OUT % (THREADS / 8) == 0 && BLOCK_ROWS % (THREADS / 8) == 0, "all threads copy the same number of pieces");
+    static_assert(RING <= SHARED_BYTES_LEAST, "on every device");
 };
 
 static __device__ __forceinline__ uint32_t piece_at(uint32_t row, uint32_t piece) { return row * 128 + (piece ^ (row & 1) * 4) * 16; }

@@ -36,6 +36,8 @@ enum {
     TILE_QUERIES = 16, /* packed queries (row, head of the group) of one matrix tile */
     SKINNY_ROWS = 16,  /* products of up to so many rows are ours, larger ones cuBLAS's */
     HEAD_DIM_MAX = 128,
+    SHARED_BYTES_LEAST = 99 << 10, /* dynamic shared memory that a block can be given on every device, the least on 8.6 and 8.9; static and dynamic without asking: SHARED_BYTES_UNASKED */
+    SHARED_BYTES_UNASKED = 48 << 10,
     WORKSPACE_BYTES = 32 << 20, /* struct cuda's workspace */
     WIDENED_BYTES = 32 << 20,   /* and `widened`: it stays in the L2 cache until it is multiplied with */
 };
@@ -232,6 +234,15 @@ static inline bool kv_computes_bf16(enum kv_dtype dtype) { return dtype == KV_BF
 static inline uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 /* ---- device.cu ---- */
+/* The compute capability, times 10, that the code was compiled for which a device runs: the newest in this program that it can run; 0: none is. What code for 9.0 does and 8.0's does not
+ * (ptx.h: clusters, launches that overlap) is up to this and not to the device, which may run 8.0's where a build has no other. */
+static inline int cuda_code_of(const cudaDeviceProp *properties) {
+    const int compiled_for[] = {__CUDA_ARCH_LIST__}, own = properties->major * 10 + properties->minor; /* times 100 */
+    int newest = 0;
+    for (size_t i = 0; i < sizeof compiled_for / sizeof *compiled_for; i++)
+        if (compiled_for[i] / 10 <= own && compiled_for[i] / 10 > newest) newest = compiled_for[i] / 10;
+    return newest;
+}
 /* STATUS_UNSUPPORTED: there is none with this number, it cannot do what is needed, or cuBLASLt is not there. */
 enum status cuda_find_device(uint32_t device, cudaDeviceProp *properties, struct error *error);
 enum status cuda_memory(uint32_t device, uint64_t *available_bytes, uint64_t *total_bytes, struct error *error); /* backend_ops.memory */

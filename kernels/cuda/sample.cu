@@ -66,6 +66,7 @@ static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer)
               "as kernels read and write them");
 static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t),
               "marks take the place of the histograms");
+static_assert(sizeof(struct team_shared) <= SHARED_BYTES_UNASKED, "where there are no copies of rows, more shared memory is not asked for");
 static_assert(BINS % THREADS == 0 && BINS % RANKS_MAX == 0 && RANKS_MAX <= 32 && BINS == 1 << BIN_BITS, "histograms are divided evenly");
 
 /* ---- one sample ---- */
@@ -173,7 +174,7 @@ static struct team_size size_of(uint32_t n_vocab, uint32_t ranks) {
 
 static uint32_t ranks_of(const struct cuda *cuda, uint32_t most) {
     uint32_t ranks = 1;
-    if (cuda->properties.major < 9) return 1;
+    if (cuda_code_of(&cuda->properties) < 90) return 1;
     while (ranks < most && cuda->program->n_vocab > ranks * CHUNK_MIN) ranks *= 2;
     return ranks;
 }

@@ -230,6 +230,11 @@ struct skinny_device {
     struct variant narrow;                                    /* up_to_16 of f16 where W has few rows */
 };
 
+/* The last choice of each, which is taken where no other fits. */
+template <enum native_form FORM, int OUTS, int TILES, int DEEP> static constexpr bool fits_anywhere() {
+    return skinny_shape<FORM, OUTS, TILES, DEEP>::RING <= SHARED_BYTES_LEAST;
+}
+
 /* The first, which is the deepest, of which two blocks fit a unit; else the last. */
 static enum status open_variant(const struct cuda *cuda, const struct variant *choices, uint32_t count, struct variant *chosen, struct error *error) {
     const size_t unit = cuda->properties.sharedMemPerMultiprocessor, reserved = cuda->properties.reservedSharedMemPerBlock;
@@ -245,6 +250,7 @@ static enum status open_variant(const struct cuda *cuda, const struct variant *c
 template <enum native_form FORM> static enum status open_native(const struct cuda *cuda, struct skinny_device *skinny, struct error *error) {
     const struct variant up_to_8[] = {variant_of<FORM, 2, 1, 4>(), variant_of<FORM, 2, 1, 2>()};
     const struct variant up_to_16[] = {variant_of<FORM, 2, 2, 3>(), variant_of<FORM, 2, 2, 2>()};
+    static_assert(fits_anywhere<FORM, 2, 1, 2>() && fits_anywhere<FORM, 2, 2, 2>(), "on every device");
     enum status status = open_variant(cuda, up_to_8, 2, &skinny->up_to_8[FORM], error);
     return status == STATUS_OK ? open_variant(cuda, up_to_16, 2, &skinny->up_to_16[FORM], error) : status;
 }
@@ -254,6 +260,7 @@ enum status skinny_open(const struct cuda *cuda, struct skinny_device **result, 
     const struct variant up_to_8[] = {variant_of<FORM_F16, 1, 1, 4>(), variant_of<FORM_F16, 1, 1, 3>(), variant_of<FORM_F16, 1, 1, 2>()};
     const struct variant up_to_16[] = {variant_of<FORM_F16, 2, 2, 2>()};
     const struct variant narrow[] = {variant_of<FORM_F16, 1, 2, 3>(), variant_of<FORM_F16, 1, 2, 2>()};
+    static_assert(fits_anywhere<FORM_F16, 1, 1, 2>() && fits_anywhere<FORM_F16, 2, 2, 2>() && fits_anywhere<FORM_F16, 1, 2, 2>(), "on every device");
     enum status status = open_variant(cuda, up_to_8, 3, &skinny->up_to_8[FORM_F16], error);
     if (status == STATUS_OK) status = open_variant(cuda, up_to_16, 1, &skinny->up_to_16[FORM_F16], error);
     if (status == STATUS_OK) status = open_variant(cuda, narrow, 2, &skinny->narrow, error);
@@ -277,6 +284,6 @@ void skinny_run(const struct cuda *cuda, const struct skinny_device *skinny, con
     config.dynamicSmemBytes = variant->shared_bytes;
     config.stream = cuda->stream;
     config.attrs = &early;
-    config.numAttrs = cuda->properties.major >= 9 ? 1 : 0;
+    config.numAttrs = cuda_code_of(&cuda->properties) >= 90 ? 1 : 0;
     CUDA_CHECK(cudaLaunchKernelEx(&config, variant->kernel, *call));
 }

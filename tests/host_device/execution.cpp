@@ -304,7 +304,10 @@ void host_warp_meet(struct host_site site, uint32_t mask, void *operand, host_co
 
 /* ---- clusters ---- */
 
-uint32_t host_capability(void) { return host_options()->capability; }
+uint32_t host_capability(void) {
+    const struct host_options *options = host_options();
+    return options->compiled_for ? min(options->compiled_for, options->capability) : options->capability;
+}
 
 /* All who have not returned have arrived. */
 static void cluster_proceed(void) {

@@ -39,7 +39,7 @@ void host_cluster_arrive(void);
 void host_cluster_wait(struct host_site site);
 /* `place`, of the running block's dynamic shared memory, in that of block `rank` of the cluster. */
 void *host_of_rank(void *place, uint32_t rank);
-/* 9.0 and later: 90. */
+/* That the running code was compiled for (__CUDA_ARCH__ / 10), as far as it matters; 9.0 and later: 90. */
 uint32_t host_capability(void);
 
 /* Dynamic shared memory of the block; 32-bit addresses of it, and back, `bytes` of them being within. */

@@ -25,7 +25,8 @@ bool host_in_kernel(void);
 /* runtime.cpp: to the stream's queue, or the graph that it is captured to. */
 cudaError_t host_enqueue(cudaStream_t stream, std::function<void()> what);
 void host_set_error(cudaError_t error);
-void host_time_less(void); /* what runs now counts half in cudaEventElapsedTime() */
+extern "C" void host_lose_device(void); /* from now on it has stopped working */
+void host_time_less(void);              /* what runs now counts half in cudaEventElapsedTime() */
 
 /* memory.cpp. Bytes of an allocation from `at` on; 0: `at` is in none. */
 size_t host_device_bytes_from(const void *at);

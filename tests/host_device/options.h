@@ -1,7 +1,9 @@
 /* How the host device behaves, from the environment: KVASIR_HOST_DEVICE="word word ...".
  *   ascending descending random lockstep   which of the threads that can run does: the lowest, the highest, any, or all in turn. Blocks begin in the same order
  *   seed=N                                 of random
- *   8.6                                    compute capability 8.6: no clusters, 100 KiB of shared memory. Else 9.0
+ *   7.5 8.0 8.6 8.9                        the compute capability: before 9.0 no clusters, and less shared memory. Else 9.0
+ *   for=80 for=90                          the program's kernels were compiled for that alone, and newer devices run what that made of them. Else for 8.0 and for 9.0
+ *   second                                 the device is the second of two; the first has no memory left, not even for a context
  *   eager                                  what is put on a stream is done at once; else as late as waiting for it allows */
 #pragma once
 
@@ -11,7 +13,7 @@ enum host_order { ORDER_ASCENDING, ORDER_DESCENDING, ORDER_RANDOM, ORDER_LOCKSTE
 struct host_options {
     enum host_order order;
     uint64_t seed;
-    uint32_t capability;
-    bool eager;
+    uint32_t capability, compiled_for; /* compiled_for: 0: for both */
+    bool eager, second;
 };
 const struct host_options *host_options(void);

@@ -43,19 +43,27 @@ static struct CUstream_st default_stream;
 static std::map<const void *, struct function_limits> functions;
 static thread_local cudaError_t last_error;
 static uint64_t done; /* things, on all streams */
+static bool lost;     /* the device, for good: who waits for it gets an error */
 
 /* ---- options ---- */
 
 static struct host_options read_options(void) {
-    struct host_options options = {ORDER_ASCENDING, 0, 90, false};
+    struct host_options options = {ORDER_ASCENDING, 0, 90, 0, false, false};
     static const char *const orders[] = {"ascending", "descending", "random", "lockstep"};
+    static const struct {
+        const char *words;
+        uint32_t number;
+    } capabilities[] = {{"7.5", 75}, {"8.0", 80}, {"8.6", 86}, {"8.9", 89}};
     const char *at = getenv("KVASIR_HOST_DEVICE");
     for (at = at ? at : ""; *at; at += strspn(at, " ")) {
         const size_t length = strcspn(at, " ");
         bool known = false;
         for (int i = 0; i < 4; i++)
             if (strncmp(at, orders[i], length) == 0 && strlen(orders[i]) == length) options.order = (enum host_order)i, known = true;
-        if (strncmp(at, "8.6", length) == 0) options.capability = 86, known = true;
+        for (int i = 0; i < 4; i++)
+            if (strncmp(at, capabilities[i].words, length) == 0 && length == 3) options.capability = capabilities[i].number, known = true;
+        if (strncmp(at, "for=", 4) == 0) options.compiled_for = (uint32_t)strtoul(at + 4, NULL, 10), known = true;
+        if (strncmp(at, "second", length) == 0) options.second = known = true;
         if (strncmp(at, "eager", length) == 0) options.eager = known = true;
         if (strncmp(at, "seed=", 5) == 0) options.seed = strtoull(at + 5, NULL, 10), known = true;
         if (!known) host_fail("KVASIR_HOST_DEVICE: \"%.*s\" is no option", (int)length, at);
@@ -70,6 +78,8 @@ const struct host_options *host_options(void) {
 }
 
 /* ---- errors and devices ---- */
+
+extern "C" void host_lose_device(void) { lost = true; }
 
 void host_set_error(cudaError_t error) { last_error = error; }
 
@@ -93,6 +103,7 @@ const char *cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidDevice: return "invalid device ordinal";
     case cudaErrorInvalidResourceHandle: return "invalid resource handle";
     case cudaErrorNotReady: return "device not ready";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorInvalidClusterSize: return "cluster misconfiguration";
     default: return "unknown error";
@@ -101,23 +112,32 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 enum { MULTIPROCESSORS = 4, THREADS_MULTIPROCESSOR = 2048, BLOCKS_MULTIPROCESSOR = 32 };
 
+static bool is_there(int device) { return device == 0 || (device == 1 && host_options()->second); }
+
 cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 1;
+    *count = host_options()->second ? 2 : 1;
     return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int *device) {
-    *device = 0;
+    *device = host_options()->second ? 1 : 0;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return result_of(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+/* Makes the device's context. */
+cudaError_t cudaSetDevice(int device) {
+    if (!is_there(device)) return result_of(cudaErrorInvalidDevice);
+    return result_of(host_options()->second && device == 0 ? cudaErrorMemoryAllocation : cudaSuccess);
+}
 cudaError_t cudaDriverGetVersion(int *version) { return cudaRuntimeGetVersion(version); }
 cudaError_t cudaRuntimeGetVersion(int *version) {
     *version = 12000;
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
-    if (device != 0) return result_of(cudaErrorInvalidDevice);
-    const bool large = host_options()->capability >= 90;
+    if (!is_there(device)) return result_of(cudaErrorInvalidDevice);
+    const size_t shared_kib = host_options()->capability >= 90   ? 228
+                              : host_options()->capability == 80 ? 164
+                              : host_options()->capability == 75 ? 64
+                                                                 : 100;
     *properties = {};
     (void)snprintf(properties->name, sizeof properties->name, "host device (no GPU)");
     properties->major = (int)host_options()->capability / 10;
@@ -126,10 +146,11 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     properties->totalGlobalMem = (size_t)8 << 30;
     properties->sharedMemPerBlock = 48 << 10;
     properties->reservedSharedMemPerBlock = 1 << 10;
-    properties->sharedMemPerMultiprocessor = (large ? 228 : 100) << 10;
-    properties->sharedMemPerBlockOptin = (large ? 227 : 99) << 10;
+    properties->sharedMemPerMultiprocessor = shared_kib << 10;
+    properties->sharedMemPerBlockOptin = (shared_kib - 1) << 10;
     return cudaSuccess;
 }
+int host_compiled_for(int which) { return host_options()->compiled_for ? (int)host_options()->compiled_for * 10 : which == 0 ? 800 : 900; }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     cudaDeviceProp properties;
     (void)cudaGetDeviceProperties(&properties, 0);
@@ -157,6 +178,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     const std::lock_guard<std::recursive_mutex> locked(lock);
     stream = stream_of(stream);
     if (stream->captured) return result_of(cudaErrorStreamCaptureUnsupported);
+    if (lost) return result_of(cudaErrorLaunchFailure);
     while (!stream->queue.empty()) {
         const std::function<void()> what = std::move(stream->queue.front());
         stream->queue.pop_front();

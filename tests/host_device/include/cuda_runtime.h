@@ -15,6 +15,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __CUDA_ARCH_LIST__ host_compiled_for(0), host_compiled_for(1)
 #define __noinline__ /* as an attribute, which is what system headers use the word for, it may be empty */
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -34,6 +35,7 @@ enum cudaError_t {
     cudaErrorInvalidDevice = 101,
     cudaErrorInvalidResourceHandle = 400,
     cudaErrorNotReady = 600,
+    cudaErrorLaunchFailure = 719,
     cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorInvalidClusterSize = 912,
     cudaErrorUnknown = 999,
@@ -56,6 +58,7 @@ cudaError_t cudaDriverGetVersion(int *version);
 cudaError_t cudaRuntimeGetVersion(int *version);
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total);
 cudaError_t cudaDeviceSynchronize(void);
+int host_compiled_for(int which);
 
 /* ---- memory ---- */
 
