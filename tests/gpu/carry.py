@@ -69,19 +69,20 @@ def library_folder(soname):
     return os.path.dirname(match[1]) if match else None
 
 
-def search_path(programs, places):
-    """What LD_LIBRARY_PATH must be for these programs: `places`, then this machine's folders of what is still not found, and of what that needs."""
+def search_path(programs, places, given=""):
+    """What LD_LIBRARY_PATH must be for these programs: `places`, this machine's folders of what is still not found, and of what that needs, and what was given."""
     places = list(places)
+    joined = lambda: ":".join(filter(None, [*places, given]))
     grown = True
     while grown:
         grown = False
         for program in programs:
-            for soname, path in libraries_of(program, ":".join(places)):
+            for soname, path in libraries_of(program, joined()):
                 folder = library_folder(soname) if path is None else None
                 if folder and folder not in places:
                     places.append(folder)
                     grown = True
-    return ":".join(places)
+    return joined()
 
 
 # ---- the folder to carry ----

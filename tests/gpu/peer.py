@@ -162,12 +162,12 @@ def found(run):
     absent = [path.name for path in programs if not path.exists()]
     if absent:
         return run.note("llama.cpp", "skipped", why=f"no {' and no '.join(absent)} in {named.name}/bin")
-    search = carry.search_path(programs, [str(folder / "lib")] if (folder / "lib").exists() else [])
+    search = carry.search_path(programs, [str(folder / "lib")] if (folder / "lib").exists() else [], os.environ.get("LD_LIBRARY_PATH", ""))
     lacking = sorted({soname for path in programs for soname, library in carry.libraries_of(path, search) if library is None})
     if lacking:
         return run.note("llama.cpp", "skipped", why=f"this machine lacks {', '.join(lacking)}")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_", "GGML_"))}
-    environment["LD_LIBRARY_PATH"] = ":".join(filter(None, [search, os.environ.get("LD_LIBRARY_PATH")]))
+    environment["LD_LIBRARY_PATH"] = search
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # kvasir's device is the first, llama.cpp would take all
     run.note("llama.cpp", "ok", result={"built": described(folder), "libraries": [place if place.startswith("/usr") else pathlib.Path(place).name for place in search.split(":") if place]})
     return folder, environment

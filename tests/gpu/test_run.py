@@ -33,6 +33,23 @@ def load(name):
     return module
 
 
+# Stand-ins that print what llama.cpp's benches print, at speeds that tell which number was taken: the first of each batch only warms up, and large micro-batches are faster.
+LLAMA_BENCH = """
+    import json, sys
+    if "--list-devices" in sys.argv:
+        print("Available devices:\\n  (none)")
+        sys.exit()
+    value = lambda flag: [int(word) for word in sys.argv[sys.argv.index(flag) + 1].split(",")]
+    print("ggml: found nothing {", file=sys.stderr)
+    print(json.dumps([{"n_prompt": tokens, "n_ubatch": rows, "samples_ts": [rows + tokens]} for rows in value("-ub") for tokens in value("-p")], indent=2))"""
+LLAMA_BATCHED = """
+    import json, sys
+    seen = set()
+    for batch in sys.argv[sys.argv.index("-npl") + 1].split(","):
+        print(json.dumps({"pl": int(batch), "speed_tg": 100.0 * int(batch) if batch in seen else 1.0}), file=sys.stderr)
+        seen.add(batch)"""
+
+
 class Case(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -43,6 +60,21 @@ class Case(unittest.TestCase):
         done = subprocess.run([sys.executable, str(script), "--out", str(self.folder / "out"), "--backend", "cpu", "--small", *words], capture_output=True, text=True, timeout=DEADLINE, cwd=cwd)
         self.assertEqual(done.returncode, code, done.stdout + done.stderr)
         return done.stdout
+
+    def tiny(self):
+        path = self.folder / "tiny.gguf"
+        path.write_bytes(tiny_gguf.changed("llama.context_length", tiny_gguf.U32, 8192))
+        return path
+
+    def peer(self, bench=LLAMA_BENCH, batched=LLAMA_BATCHED):
+        """A folder as tests/bench/peer leaves it, of stand-ins."""
+        folder = self.folder / "peer"
+        (folder / "bin").mkdir(parents=True)
+        (folder / "peer.json").write_text('{"llama_cpp_commit": "c0ffee"}')
+        for name, text in (("llama-bench", bench), ("llama-batched-bench", batched)):
+            (folder / "bin" / name).write_text(f"#!{sys.executable}\n{textwrap.dedent(text)}")
+            (folder / "bin" / name).chmod(0o755)
+        return folder
 
     def steps(self, stage):
         return {step["name"]: step for step in json.loads((self.folder / "out" / f"{stage}.json").read_text())["steps"]}
@@ -122,7 +154,7 @@ class Pack(Case):
         done = subprocess.run([sys.executable, str(HERE / "run"), "--pack", str(pack), "--build", str(BUILD)], capture_output=True, text=True, timeout=DEADLINE)
         self.assertIn(done.returncode, (0, 1) if os.environ.get("KVASIR_SANITIZED") else (0,), done.stdout + done.stderr)  # sanitized programs are large
         self.assertEqual({path.name for path in pack.iterdir()}, {"run", "carry.py", "peer.py", "compare_torch.py", "llama_cpp.py", "report.py", "rounds.py", "shaped-model", "files.tar.xz"})
-        self.run_stages("--stage", "facts", "--stage", "bench", script=pack / "run", cwd="/")
+        self.run_stages("--stage", "facts", "--stage", "bench", "--stage", "peer", "--peer", str(self.peer()), "--model", str(self.tiny()), script=pack / "run", cwd="/")
         for name in ("bin/kvasir", "tests/golden/tiny/logits.txt", "tests/golden/llama/llama.bin"):
             self.assertTrue((pack / "unpacked" / name).exists(), name)
         libraries = {path.name for path in (pack / "unpacked/lib").iterdir()}
@@ -131,6 +163,7 @@ class Pack(Case):
         self.assertEqual(self.steps("facts")["machine"]["result"]["lacking"], {})
         self.assertEqual(self.steps("facts")["machine"]["status"], "ok")
         self.assertEqual(self.steps("bench")["8b-decode"]["status"], "ok")
+        self.assertEqual(self.steps("peer")["8b-prompt-auto-2"]["status"], "ok")
         # Made again in the same place, and never over what it did not make.
         subprocess.run([sys.executable, str(HERE / "run"), "--pack", str(self.folder / "out"), "--build", str(BUILD)], capture_output=True, timeout=DEADLINE)
         self.assertTrue((self.folder / "out/bench.json").exists())
@@ -143,40 +176,9 @@ class Pack(Case):
             self.assertEqual([step["status"] for step in self.steps(stage).values()], ["skipped"], stage)
 
 
-# Stand-ins that print what llama.cpp's benches print, at speeds that tell which number was taken: the first of each batch only warms up, and large micro-batches are faster.
-LLAMA_BENCH = """
-    import json, sys
-    if "--list-devices" in sys.argv:
-        print("Available devices:\\n  (none)")
-        sys.exit()
-    value = lambda flag: [int(word) for word in sys.argv[sys.argv.index(flag) + 1].split(",")]
-    print("ggml: found nothing {", file=sys.stderr)
-    print(json.dumps([{"n_prompt": tokens, "n_ubatch": rows, "samples_ts": [rows + tokens]} for rows in value("-ub") for tokens in value("-p")], indent=2))"""
-LLAMA_BATCHED = """
-    import json, sys
-    seen = set()
-    for batch in sys.argv[sys.argv.index("-npl") + 1].split(","):
-        print(json.dumps({"pl": int(batch), "speed_tg": 100.0 * int(batch) if batch in seen else 1.0}), file=sys.stderr)
-        seen.add(batch)"""
-
-
 class Peer(Case):
-    def setUp(self):
-        super().setUp()
-        self.model = self.folder / "tiny.gguf"
-        self.model.write_bytes(tiny_gguf.changed("llama.context_length", tiny_gguf.U32, 8192))
-
-    def peer(self, bench=LLAMA_BENCH, batched=LLAMA_BATCHED):
-        folder = self.folder / "peer"
-        (folder / "bin").mkdir(parents=True)
-        (folder / "peer.json").write_text('{"llama_cpp_commit": "c0ffee"}')
-        for name, text in (("llama-bench", bench), ("llama-batched-bench", batched)):
-            (folder / "bin" / name).write_text(f"#!{sys.executable}\n{textwrap.dedent(text)}")
-            (folder / "bin" / name).chmod(0o755)
-        return folder
-
     def run_peer(self, *words, code=0):
-        self.run_stages("--build", str(BUILD), "--stage", "peer", "--model", str(self.model), *map(str, words), code=code)
+        self.run_stages("--build", str(BUILD), "--stage", "peer", "--model", str(self.tiny()), *map(str, words), code=code)
         return self.steps("peer")
 
     def test_sides_take_turns(self):
@@ -223,6 +225,31 @@ class Peer(Case):
         (self.folder / "peer").mkdir()
         (self.folder / "peer/peer.tar.xz").write_bytes(b"\xfd7zXZ\0not at all")
         self.assertEqual(self.run_peer("--peer", self.folder / "peer", code=1)["llama.cpp"]["status"], "failed")
+
+    def test_ended_by_a_signal_it_leaves_no_file(self):
+        path = self.folder / "path"
+        folder = self.peer(batched=f"""
+            import os, pathlib, signal, sys
+            print('{{"pl": 1, "speed_tg": 1}}\\n' * 2 + '{{"pl": 2, "speed_tg": 1}}\\n' * 2, flush=True)
+            model = sys.argv[sys.argv.index("-m") + 1]
+            if model.endswith("8b.gguf"):
+                pathlib.Path({str(path)!r} + ".new").write_text(model)
+                os.replace({str(path)!r} + ".new", {str(path)!r})
+                signal.pause()""")
+        process = subprocess.Popen([sys.executable, str(HERE / "run"), "--out", str(self.folder / "out"), "--build", str(BUILD), "--backend", "cpu", "--small", "--stage", "peer", "--model", str(self.tiny()),
+                                    "--peer", str(folder)], stdout=subprocess.DEVNULL)
+        end = time.monotonic() + DEADLINE
+        while not path.exists():
+            self.assertIsNone(process.poll())
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.05)  # a look at whether it is there
+        file = pathlib.Path(path.read_text())
+        self.assertTrue(file.exists())
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(DEADLINE), 130)
+        self.assertFalse(file.parent.exists())
+        steps = self.steps("peer")
+        self.assertEqual((steps["sample-prompt-llama-1"]["status"], steps["interrupted"]["status"]), ("ok", "interrupted"))
 
     def test_the_folder_to_carry(self):
         built, carried = self.peer(), self.folder / "carried"
