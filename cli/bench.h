@@ -125,7 +125,7 @@ struct bench_run {
     uint64_t kv_limit, pool_bytes, ring_bytes; /* limit (0: auto) = pool + query rings */
     uint32_t max_sequences;
     double wall_s, output_tok_s;
-    uint64_t output_tokens, steps, steps_ahead, decode_steps, preemptions, compressions;
+    uint64_t output_tokens, steps, steps_ahead, decode_steps, preemptions, compressions, compressions_behind;
     double reading_s, decode_s,
         compression_s; /* in steps that read some prompt (answers go on in them); in steps that only decode; compressing, between steps */
     double host_us;    /* of a step, all but waiting for the device or doing its work; compression not in it */

@@ -161,6 +161,7 @@ static void take_stats(struct bench_run *run, const struct engine_stats *before,
     run->preemptions = after->preemptions - before->preemptions;
     run->decode_blocks = after->decode_blocks - before->decode_blocks;
     run->compressions = 0;
+    run->compressions_behind = after->compressions_behind - before->compressions_behind;
     for (uint32_t p = 0; p < ENGINE_POLICIES_MAX; p++)
         for (uint32_t t = 0; t < TRIGGER_KINDS; t++) run->compressions += after->compressions[p][t] - before->compressions[p][t];
 }

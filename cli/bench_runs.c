@@ -75,6 +75,7 @@ static void write_run(struct json_writer *json, const struct bench_run *run) {
     json_key_double(json, "compression_s", run->compression_s);
     json_key_double(json, "compression_share", steps_s > 0 ? run->compression_s / steps_s : 0);
     json_key_unsigned(json, "compressions", run->compressions);
+    json_key_unsigned(json, "compressions_behind", run->compressions_behind); /* whose choice began behind a step */
     json_key_double(json, "slots_kept", run->slots_kept);
     json_key_unsigned(json, "steps", run->steps);
     json_key_unsigned(json, "steps_ahead", run->steps_ahead);

@@ -123,6 +123,7 @@ static bool cut_lanes(struct engine *engine, const struct scheduler_due *due, co
                                                          .keep = result->lanes[l].keep,
                                                          .n_keep = result->lanes[l].n_keep,
                                                          .destination = moves[l].destination,
+                                                         .place = result->place,
                                                          .lane = l};
     }
     if (n_items > 0) engine->backend->ops->compact(engine->backend, n_items, compress->items);
@@ -159,20 +160,87 @@ static bool drop_blocks(struct engine *engine, const struct scheduler_due *due, 
     return true;
 }
 
+/* ---- choices that are under way ---- */
+
+static bool is_for(const struct begun *begun, const struct scheduler_due *due) {
+    return begun->request_id == due->request_id && begun->choice == due->choice && begun->n_computed == due->n_computed;
+}
+
+static struct begun *begun_for(struct compress *compress, const struct scheduler_due *due) {
+    for (uint32_t i = 0; i < compress->n_begun; i++)
+        if (is_for(&compress->begun[i], due)) return &compress->begun[i];
+    return NULL;
+}
+
+/* A point is passed again after a preemption: then it is neither measured nor counted. */
+static bool is_first_time(const struct scheduler_due *due) { return due->n_computed > ((const struct request *)due->owner)->state->compressed_to; }
+
+static bool needs_room(const struct compress *compress, const struct scheduler_due *due) {
+    const struct request *request = due->owner;
+    return compressor_needs_room(compress->compressor, &request->kv, request->measure_hits && is_first_time(due));
+}
+
+/* false: there is no place, or it must be alone. */
+static bool begin_one(struct compress *compress, const struct scheduler_due *due, bool behind) {
+    const struct request *request = due->owner;
+    const struct compressor_sequence sequence = {.ring = due->ring,
+                                                 .n_computed = due->n_computed,
+                                                 .n_window = compression_window(&request->kv, due->n_computed, due->n_prompt),
+                                                 .tokens = request->tokens[due->choice],
+                                                 .block_ids = due->block_ids,
+                                                 .lane_first = due->lane_first,
+                                                 .lane_tokens = due->lane_tokens};
+    const uint32_t place = compressor_begin(compress->compressor, &request->kv, &sequence, request->measure_hits && is_first_time(due));
+    if (place == COMPRESSOR_PLACE_NONE) return false;
+    compress->begun[compress->n_begun++] =
+        (struct begun){.place = place, .request_id = due->request_id, .choice = due->choice, .n_computed = due->n_computed, .behind = behind};
+    return true;
+}
+
+static void forget(struct compress *compress, struct begun *begun) { *begun = compress->begun[--compress->n_begun]; }
+
+static void drop(struct compress *compress, struct begun *begun) {
+    compressor_drop(compress->compressor, begun->place);
+    forget(compress, begun);
+}
+
+/* Those whose sequence is not due any more: what they were begun with may be gone. */
+static void drop_others(struct compress *compress, const struct scheduler_due *due, uint32_t n_due) {
+    for (uint32_t i = compress->n_begun; i-- > 0;) {
+        bool lives = false;
+        for (uint32_t d = 0; d < n_due; d++) lives = lives || is_for(&compress->begun[i], &due[d]);
+        if (!lives) drop(compress, &compress->begun[i]);
+    }
+}
+
+void compress_behind(struct engine *engine) {
+    struct compress *compress = &engine->compress;
+    struct scheduler_due due[RANK_PLACES_MAX];
+    if (engine->requests.n_compressed == 0) return;
+    CHECK(compress->n_begun == 0);
+    const uint32_t n = scheduler_list_due(engine->scheduler, due, RANK_PLACES_MAX);
+    for (uint32_t i = 0; i < n; i++)
+        if (!needs_room(compress, &due[i]) && !begin_one(compress, &due[i], true)) break;
+}
+
 static void compress_one(struct engine *engine, const struct scheduler_due *due) {
+    struct compress *compress = &engine->compress;
     struct request *request = due->owner;
     const struct kv_plan *kv = &request->kv;
-    struct compressor_sequence sequence = {.ring = due->ring,
-                                           .n_computed = due->n_computed,
-                                           .n_window = compression_window(kv, due->n_computed, due->n_prompt),
-                                           .tokens = request->tokens[due->choice],
-                                           .block_ids = due->block_ids,
-                                           .lane_first = due->lane_first,
-                                           .lane_tokens = due->lane_tokens};
+    struct begun *begun = begun_for(compress, due);
+    if (!begun) { /* there are more than places, or it must be alone */
+        while (!begin_one(compress, due, false)) {
+            CHECK(compress->n_begun > 0);
+            drop(compress, &compress->begun[compress->n_begun - 1]);
+        }
+        compressor_run(compress->compressor);
+        begun = begun_for(compress, due);
+    }
     struct compressor_result result;
-    bool first_time = due->n_computed > request->state->compressed_to;
-    bool evicts = compressor_choose(engine->compress.compressor, kv, &sequence, request->measure_hits && first_time, &result);
-    if (first_time) {
+    const bool evicts = compressor_take(compress->compressor, begun->place, &result);
+    engine->stats.compressions_behind += begun->behind;
+    forget(compress, begun);
+    if (is_first_time(due)) {
         request->state->compressed_to = due->n_computed;
         count_hits(engine, request, &result);
         request->kv_report.pressure_compressions += due->pressure;
@@ -196,9 +264,19 @@ static double pool_usage(struct engine *engine, struct scheduler_stats *stats) {
     return (double)stats->blocks_used / stats->blocks_total;
 }
 
+/* Those who are due, as many at a time as there are places: they wait for the device together. To deal with one may preempt another. */
 static void compress_all_due(struct engine *engine) {
-    struct scheduler_due due;
-    while (scheduler_next_due(engine->scheduler, &due)) compress_one(engine, &due);
+    struct compress *compress = &engine->compress;
+    struct scheduler_due due[RANK_PLACES_MAX], next;
+    for (;;) {
+        const uint32_t n = scheduler_list_due(engine->scheduler, due, RANK_PLACES_MAX);
+        drop_others(compress, due, n);
+        if (n == 0) return;
+        for (uint32_t i = 0; i < n; i++)
+            if (!begun_for(compress, &due[i]) && (needs_room(compress, &due[i]) || !begin_one(compress, &due[i], false))) break;
+        compressor_run(compress->compressor);
+        for (uint32_t i = 0; i < n && scheduler_next_due(engine->scheduler, &next); i++) compress_one(engine, &next);
+    }
 }
 
 /* From the high mark down to the low one, longest uncompressed first; while it is above, no new prompt is admitted. */
@@ -216,7 +294,10 @@ static void relieve_pressure(struct engine *engine) {
 }
 
 void compress_step(struct engine *engine) {
-    if (engine->requests.n_compressed == 0 && !engine->compress.pressing) return;
+    if (engine->requests.n_compressed == 0 && !engine->compress.pressing) {
+        drop_others(&engine->compress, NULL, 0);
+        return;
+    }
     uint64_t begin = clock_now_ns();
     compress_all_due(engine);
     if (engine->requests.n_pressed > 0)

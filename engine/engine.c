@@ -361,6 +361,12 @@ static void run_ahead(struct engine *engine) {
     engine->is_ahead = true;
 }
 
+/* What the device can do behind the step in flight: the next one, or else the choices that compression will ask for. */
+static void go_ahead(struct engine *engine) {
+    run_ahead(engine);
+    if (engine->runs_ahead && !engine->is_ahead && engine->flights[engine->current].status == STATUS_OK) compress_behind(engine);
+}
+
 static void end_step(struct engine *engine) {
     struct flight *flight = &engine->flights[engine->current];
     if (flight->status == STATUS_OK) flight->status = engine->backend->ops->sync(engine->backend, flight->builder.results, &flight->error);
@@ -388,7 +394,7 @@ static void end_step(struct engine *engine) {
 static bool step(struct engine *engine) {
     if (!engine->is_ahead && !begin_step(engine)) return false;
     engine->is_ahead = false;
-    run_ahead(engine);
+    go_ahead(engine);
     end_step(engine);
     engine->current ^= 1;
     return true;

@@ -98,8 +98,18 @@ struct flight {
 
 /* ---- compression: engine thread ---- */
 
+/* A choice that was begun, and for whom. */
+struct begun {
+    uint32_t place; /* COMPRESSOR_PLACE_NONE: none */
+    uint64_t request_id;
+    uint32_t choice, n_computed;
+    bool behind; /* before its step was over */
+};
+
 struct compress {
     struct compressor *compressor;
+    struct begun begun[RANK_PLACES_MAX];
+    uint32_t n_begun;
     uint32_t n_lanes, n_kv_heads, n_layers, sink_slots;
     double pressure_high, pressure_low;
     bool pressing;            /* above the low mark since the high one was reached */
@@ -115,6 +125,8 @@ void compress_init(struct compress *compress, struct backend *backend, const str
 void compress_done(struct compress *compress);
 /* Between two steps, before the plan. */
 void compress_step(struct engine *engine);
+/* Behind a step in flight, where the backend allows it: choices begin for those who will be due after it, so that the device need not wait until the host asks. */
+void compress_behind(struct engine *engine);
 /* A choice ends with lanes of lane_tokens + n_rows slots, having seen n_seen tokens: into the request's report. */
 void compress_report(struct engine *engine, struct request *request, const uint32_t *lane_tokens, uint32_t n_rows, uint32_t n_seen);
 

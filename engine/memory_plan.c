@@ -91,6 +91,7 @@ void engine_backend_limits(const struct memory_plan *plan, const struct config *
         .sink_slots = plan->sink_slots,
         .accumulators = plan->accumulators,
         .rank_slots = plan->max_model_len,
+        .rank_places = RANK_PLACES_MAX,
         .mock_tokens_per_second = config->mock_tokens_per_second,
     };
     CHECK(activation_bits_parse(config->activations, &limits->activation_bits)); /* one of the option's choices */

@@ -45,6 +45,7 @@ struct backend_limits {
     uint32_t sink_slots;     /* slots a lane whose keys shift_sinks may move, a multiple of BLOCK_TOKENS; 0: none. Each ring holds their unrotated copy */
     bool accumulators;       /* slots carry accumulated attention */
     uint32_t rank_slots;     /* slots a lane of which rank() may be asked; 0: it is not */
+    uint32_t rank_places;    /* sequences that would be ranked at a time, <= RANK_PLACES_MAX (0: one). A backend has no more than pay (struct backend) */
     double mock_tokens_per_second; /* mock only: rate of each step's rows; 0: as fast as it goes */
     void (*progress)(void *context, double fraction); /* during prepare; may be NULL */
     void *progress_context;
@@ -99,10 +100,10 @@ struct memory_line {
 struct compaction {
     const uint32_t *source; /* [blocks of n_slots] the lane's block ids, in order */
     uint32_t n_slots;
-    const uint32_t *keep;   /* [n_keep] ascending, < n_slots; NULL: what the backend's last keep() left of `lane`, of which n_slots and n_keep are those numbers */
+    const uint32_t *keep;   /* [n_keep] ascending, < n_slots; NULL: what the backend's last keep() left in `place` of `lane`, of which n_slots and n_keep are those numbers */
     uint32_t n_keep;
     const uint32_t *destination; /* [blocks of n_keep] */
-    uint32_t lane;               /* where keep is NULL */
+    uint32_t place, lane;        /* where keep is NULL */
 };
 
 struct backend; /* each backend's own struct begins with this: */
@@ -132,7 +133,7 @@ struct backend_ops {
     /* Waits for the older step in flight; results[i] answers batch.samples[i]. If it fails, a second one is still in flight. */
     enum status (*sync)(struct backend *backend, struct sample_result *results, struct error *error);
 
-    /* KV services, while no step is in flight. */
+    /* KV services, while no step is in flight (but see rank). */
     /* Whole blocks: block destination[i] becomes a copy of block source[i] (K, V, metadata). */
     void (*copy_blocks)(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
     /* Could rows go on right behind these blocks, each the last or the last but one of its lane? KIVI dtypes: if it still has them in full precision, which it then does until the next submit,
@@ -144,13 +145,16 @@ struct backend_ops {
     void (*read_f32)(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
     /* Scores of cached slots (kernels/score.h). Bit-identical whatever the chunks and batches in which the rows ran. */
     void (*score)(struct backend *backend, const struct score_request *request, float *scores);
-    /* Which slots of one sequence stay (kernels/select.h). rank makes a key of every slot of every lane: n_protected [n_lanes] (NULL: not wanted) of them always stay; scores (NULL: not wanted) lane
-     * after lane, as they are before protection. */
-    void (*rank)(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
-    void (*cut)(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes); /* lanes [n_lanes] */
+    /* Which slots of a sequence stay (kernels/select.h), in `place` < backend.rank_places. What these three fill is there after settle, before which no other call is made of that place;
+     * requests and their arrays are read at once. Where backend.takes_two, rank and cut may also be called behind a step in flight, of a sequence as that step leaves it.
+     * rank makes a key of every slot of every lane: n_protected [n_lanes] (NULL: not wanted) of them always stay; scores (NULL: not wanted) lane after lane, as they are before protection. */
+    void (*rank)(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores);
+    void (*cut)(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes); /* lanes [n_lanes] */
     /* Of each lane the `evict` lowest go, or all that may. lanes [n_lanes]; keep (NULL: the lists stay in the backend): the list of lane l begins where its slots would if lanes lay one after
      * another. */
-    void (*keep)(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
+    void (*keep)(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
+    /* Waits for what rank, cut and keep of all places have yet to fill. */
+    void (*settle)(struct backend *backend);
     /* positions [count * BLOCK_TOKENS]: what the slots of these blocks hold; undefined past a lane's length. */
     void (*read_positions)(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
     /* The keys of the first request->n_slots slots of every lane are rotated to position + shift, from an unrotated copy in the ring. first: the copy is made now, from the
@@ -173,6 +177,7 @@ struct backend_ops {
 struct backend {
     const struct backend_ops *ops;
     struct ranking *ranking; /* of backends that compute on the host (kernels/select.h); NULL: limits.rank_slots is 0 */
+    uint32_t rank_places; /* 0: limits.rank_slots is 0 */
     bool takes_two;    /* steps: one may run ahead of the host. It then draws by nothing the host has yet to see: no sample of it penalizes (sampling_penalizes) */
     bool joins_blocks; /* a KIVI dtype: slots of a block that the next row reads as codes stay or go together (select_join) */
 };

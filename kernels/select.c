@@ -13,12 +13,16 @@
 
 #define RAW_BYTES_WANTED (8u << 20) /* raw scores of as many layers at a time as fit; one at least */
 
-struct ranking {
-    uint32_t n_lanes, n_layers, n_kv_heads, group, lane_slots, raw_layers;
-    /* Of the sequence that was ranked last: */
+/* Of the sequence that was ranked last there. */
+struct ranked {
     uint32_t *n_slots, *n_protected, *n_joined; /* [n_lanes] */
     size_t *first;                              /* [n_lanes] where a lane's keys and list begin */
     uint32_t *keys, *kept;                      /* [n_lanes * lane_slots] */
+};
+
+struct ranking {
+    uint32_t n_lanes, n_layers, n_kv_heads, group, lane_slots, raw_layers, n_places;
+    struct ranked places[RANK_PLACES_MAX], *at; /* at: that of the call */
     /* Scratch: */
     uint32_t *below;         /* [n_lanes] */
     uint32_t *n_some;        /* [n_lanes] */
@@ -40,15 +44,16 @@ static uint32_t layers_at_once(const struct program *program, uint32_t lane_slot
     return layers < 1 ? 1 : layers > program->n_layers ? program->n_layers : (uint32_t)layers;
 }
 
-uint64_t ranking_bytes(const struct program *program, uint32_t lane_slots) {
+uint64_t ranking_bytes(const struct program *program, uint32_t lane_slots, uint32_t n_places) {
     if (lane_slots == 0) return 0;
     lane_slots = whole_blocks(lane_slots);
     uint64_t lanes = program_lanes(program), layers = layers_at_once(program, lane_slots), heads = program->n_kv_heads;
-    return lanes * (4 * sizeof(uint32_t) + 2 * sizeof(size_t) + 256 * sizeof(uint32_t)) + lanes * lane_slots * 2 * sizeof(uint32_t) +
+    uint64_t place = lanes * (3 * sizeof(uint32_t) + sizeof(size_t)) + lanes * lane_slots * 2 * sizeof(uint32_t);
+    return (n_places ? n_places : 1) * place + lanes * (2 * sizeof(uint32_t) + sizeof(size_t) + 256 * sizeof(uint32_t)) +
            layers * (program->n_heads + heads) * lane_slots * sizeof(float) + (2 * heads + 2) * lane_slots * sizeof(float);
 }
 
-struct ranking *ranking_new(const struct program *program, uint32_t lane_slots) {
+struct ranking *ranking_new(const struct program *program, uint32_t lane_slots, uint32_t n_places) {
     lane_slots = whole_blocks(lane_slots);
     struct ranking *r = check_calloc(1, sizeof *r);
     *r = (struct ranking){.n_lanes = program_lanes(program),
@@ -56,14 +61,17 @@ struct ranking *ranking_new(const struct program *program, uint32_t lane_slots) 
                           .n_kv_heads = program->n_kv_heads,
                           .group = program->n_heads / program->n_kv_heads,
                           .lane_slots = lane_slots,
-                          .raw_layers = layers_at_once(program, lane_slots)};
+                          .raw_layers = layers_at_once(program, lane_slots),
+                          .n_places = n_places ? n_places : 1};
+    CHECK(r->n_places <= RANK_PLACES_MAX);
     size_t lanes = r->n_lanes, slots = lanes * lane_slots, layer = (size_t)r->n_kv_heads * lane_slots;
-    r->n_slots = check_calloc(lanes, sizeof *r->n_slots);
-    r->n_protected = check_calloc(lanes, sizeof *r->n_protected);
-    r->n_joined = check_calloc(lanes, sizeof *r->n_joined);
-    r->first = check_calloc(lanes, sizeof *r->first);
-    r->keys = check_calloc(slots, sizeof *r->keys);
-    r->kept = check_calloc(slots, sizeof *r->kept);
+    for (uint32_t i = 0; i < r->n_places; i++)
+        r->places[i] = (struct ranked){.n_slots = check_calloc(lanes, sizeof(uint32_t)),
+                                       .n_protected = check_calloc(lanes, sizeof(uint32_t)),
+                                       .n_joined = check_calloc(lanes, sizeof(uint32_t)),
+                                       .first = check_calloc(lanes, sizeof(size_t)),
+                                       .keys = check_calloc(slots, sizeof(uint32_t)),
+                                       .kept = check_calloc(slots, sizeof(uint32_t))};
     r->below = check_calloc(lanes, sizeof *r->below);
     r->n_some = check_calloc(lanes, sizeof *r->n_some);
     r->counts = check_calloc(lanes, sizeof *r->counts);
@@ -79,10 +87,21 @@ struct ranking *ranking_new(const struct program *program, uint32_t lane_slots) 
 
 void ranking_free(struct ranking *r) {
     if (!r) return;
-    void *all[] = {r->n_slots, r->n_protected, r->n_joined, r->first, r->keys,   r->kept,      r->below,  r->n_some, r->counts,
-                   r->offset,  r->raw,         r->norms, r->scores, r->positions, r->pooled, r->sum};
+    for (uint32_t i = 0; i < r->n_places; i++) {
+        void *own[] = {r->places[i].n_slots, r->places[i].n_protected, r->places[i].n_joined,
+                       r->places[i].first,   r->places[i].keys,        r->places[i].kept};
+        for (size_t j = 0; j < sizeof own / sizeof *own; j++) free(own[j]);
+    }
+    void *all[] = {r->below, r->n_some, r->counts, r->offset, r->raw, r->norms, r->scores, r->positions, r->pooled, r->sum};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(r);
+}
+
+static struct ranking *ranking_at(const struct backend *backend, uint32_t place) {
+    struct ranking *r = backend->ranking;
+    CHECK(r && place < r->n_places);
+    r->at = &r->places[place];
+    return r;
 }
 
 /* ---- rank ---- */
@@ -157,9 +176,9 @@ static void fold(const struct ranking *r, const struct rank_request *request, co
 }
 
 static void average_layer(const struct ranking *r, uint32_t lane, float *const *scores, int32_t *const *positions) {
-    uint32_t n = r->n_slots[lane], heads = r->n_kv_heads;
+    uint32_t n = r->at->n_slots[lane], heads = r->n_kv_heads;
     for (uint32_t h = 1; h < heads; h++)
-        if (r->n_slots[lane + h] != n || memcmp(positions[h], positions[0], n * sizeof *positions[h]) != 0) return;
+        if (r->at->n_slots[lane + h] != n || memcmp(positions[h], positions[0], n * sizeof *positions[h]) != 0) return;
     for (uint32_t i = 0; i < n; i++) {
         float sum = 0;
         for (uint32_t h = 0; h < heads; h++) sum += scores[h][i];
@@ -178,7 +197,7 @@ static void rank_layer(struct backend *backend, const struct rank_request *reque
     const int32_t below = within_int32(request->protect_below), above = within_int32(request->protect_above);
     const uint32_t lane = layer * r->n_kv_heads, group = score_per_query_head(request->score.kind) ? r->group : 1;
     for (uint32_t h = 0; h < r->n_kv_heads; h++) {
-        const uint32_t l = lane + h, n = r->n_slots[l];
+        const uint32_t l = lane + h, n = r->at->n_slots[l];
         scores[h] = r->scores + (size_t)h * r->lane_slots;
         positions[h] = r->positions + (size_t)h * r->lane_slots;
         backend->ops->read_positions(backend, whole_blocks(n) / BLOCK_TOKENS, request->score.block_ids + request->score.lane_first[l], positions[h]);
@@ -197,17 +216,17 @@ static void rank_layer(struct backend *backend, const struct rank_request *reque
     if (request->layer_mean) average_layer(r, lane, scores, positions);
     for (uint32_t h = 0; h < r->n_kv_heads; h++) {
         const uint32_t l = lane + h;
-        uint32_t *keys = r->keys + r->first[l];
-        if (scores_out) memcpy(scores_out + r->first[l], scores[h], r->n_slots[l] * sizeof *scores_out);
+        uint32_t *keys = r->at->keys + r->at->first[l];
+        if (scores_out) memcpy(scores_out + r->at->first[l], scores[h], r->at->n_slots[l] * sizeof *scores_out);
         uint32_t n_protected = 0;
-        for (uint32_t i = 0; i < r->n_slots[l]; i++) {
+        for (uint32_t i = 0; i < r->at->n_slots[l]; i++) {
             bool stays = positions[h][i] < below || positions[h][i] > above;
             keys[i] = stays ? RANK_PROTECTED : select_key(scores[h][i]);
             n_protected += stays;
         }
-        r->n_protected[l] = n_protected;
-        r->n_joined[l] =
-            backend->joins_blocks ? select_join(keys, positions[h], r->n_slots[l], request->score.last_position + 1, &r->n_protected[l]) : 0;
+        r->at->n_protected[l] = n_protected;
+        r->at->n_joined[l] =
+            backend->joins_blocks ? select_join(keys, positions[h], r->at->n_slots[l], request->score.last_position + 1, &r->at->n_protected[l]) : 0;
     }
 }
 
@@ -219,7 +238,7 @@ static void score_layers(struct backend *backend, const struct rank_request *req
     size_t used = 0;
     for (uint32_t l = first; l < end; l++) {
         r->offset[l] = used * per_slot;
-        used += r->n_slots[l];
+        used += r->at->n_slots[l];
     }
     score.kind = kind;
     score.first_lane = first;
@@ -229,15 +248,15 @@ static void score_layers(struct backend *backend, const struct rank_request *req
     for (uint32_t l = first; l < end; l++) r->offset[l] /= per_slot;
 }
 
-void host_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores) {
-    struct ranking *r = backend->ranking;
-    CHECK(r && r->n_kv_heads <= RANK_HEADS_MAX);
+void host_rank(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores) {
+    struct ranking *r = ranking_at(backend, place);
+    CHECK(r->n_kv_heads <= RANK_HEADS_MAX);
     size_t used = 0;
     for (uint32_t l = 0; l < r->n_lanes; l++) {
-        r->n_slots[l] = request->score.lane_tokens[l];
-        CHECK(r->n_slots[l] <= r->lane_slots);
-        r->first[l] = used;
-        used += r->n_slots[l];
+        r->at->n_slots[l] = request->score.lane_tokens[l];
+        CHECK(r->at->n_slots[l] <= r->lane_slots);
+        r->at->first[l] = used;
+        used += r->at->n_slots[l];
     }
     for (uint32_t first = 0; first < r->n_layers; first += r->raw_layers) {
         uint32_t left = r->n_layers - first, count = left < r->raw_layers ? left : r->raw_layers;
@@ -247,7 +266,7 @@ void host_rank(struct backend *backend, const struct rank_request *request, uint
         }
         for (uint32_t layer = first; layer < first + count; layer++) rank_layer(backend, request, layer, scores);
     }
-    if (n_protected) memcpy(n_protected, r->n_protected, r->n_lanes * sizeof *n_protected);
+    if (n_protected) memcpy(n_protected, r->at->n_protected, r->n_lanes * sizeof *n_protected);
 }
 
 /* ---- cut ---- */
@@ -266,8 +285,8 @@ static uint32_t keep_prefix(const uint32_t *from, uint32_t n, uint32_t prefix, i
 /* Of a lane's keys that are still in question (their bytes above are the prefix): for each value of the next byte, how many have it or a lower one. `kept` is free until keep: from
  * the second byte on it holds those keys alone, which are few. */
 static void count_byte(struct ranking *r, uint32_t lane, uint32_t prefix, int shift) {
-    const uint32_t *keys = r->keys + r->first[lane];
-    uint32_t *counts = r->counts[lane], *some = r->kept + r->first[lane], n = r->n_slots[lane];
+    const uint32_t *keys = r->at->keys + r->at->first[lane];
+    uint32_t *counts = r->counts[lane], *some = r->at->kept + r->at->first[lane], n = r->at->n_slots[lane];
     memset(counts, 0, sizeof r->counts[lane]);
     if (shift == 24) { /* neighbours have the same first byte often: two counters do not wait for each other */
         uint32_t odd[256] = {0}, i = 0;
@@ -280,7 +299,7 @@ static void count_byte(struct ranking *r, uint32_t lane, uint32_t prefix, int sh
         for (uint32_t i = 0; i < n; i++) counts[some[i] >> shift & 255]++;
     }
     if (prefix == (shift == 24 ? 0 : UINT32_MAX << (shift + 8)))
-        counts[255] -= r->n_protected[lane]; /* RANK_PROTECTED, all ones, is not in question */
+        counts[255] -= r->at->n_protected[lane]; /* RANK_PROTECTED, all ones, is not in question */
     for (uint32_t byte = 1; byte < 256; byte++) counts[byte] += counts[byte - 1];
 }
 
@@ -290,7 +309,8 @@ static uint32_t find_byte(const struct ranking *r, uint32_t first, uint32_t end,
     while (low < high) {
         uint32_t middle = (low + high) / 2;
         uint64_t freed = 0;
-        for (uint32_t l = first; l < end; l++) freed += select_units(r->n_slots[l], r->n_protected[l], unit, r->below[l] + r->counts[l][middle]);
+        for (uint32_t l = first; l < end; l++)
+            freed += select_units(r->at->n_slots[l], r->at->n_protected[l], unit, r->below[l] + r->counts[l][middle]);
         if (freed >= needed)
             high = middle;
         else
@@ -315,9 +335,9 @@ static void cut_group(struct ranking *r, uint32_t first, uint32_t end, uint32_t 
     }
 }
 
-void host_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes) {
-    struct ranking *r = backend->ranking;
-    CHECK(r && request->lanes_each > 0 && r->n_lanes % request->lanes_each == 0 && request->unit > 0);
+void host_cut(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes) {
+    struct ranking *r = ranking_at(backend, place);
+    CHECK(request->lanes_each > 0 && r->n_lanes % request->lanes_each == 0 && request->unit > 0);
     for (uint32_t first = 0; first < r->n_lanes; first += request->lanes_each) {
         uint32_t needed = request->needed[first / request->lanes_each], end = first + request->lanes_each;
         if (needed > 0)
@@ -383,21 +403,23 @@ uint32_t select_keep_joined(const uint32_t *keys, uint32_t n, uint32_t n_protect
     return n_keep;
 }
 
-void host_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
-    struct ranking *r = backend->ranking;
-    CHECK(r);
+void host_keep(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
+    struct ranking *r = ranking_at(backend, place);
     for (uint32_t l = 0; l < r->n_lanes; l++) {
-        uint32_t *kept = r->kept + r->first[l], moved = 0;
-        uint32_t n_keep = select_keep_joined(r->keys + r->first[l], r->n_slots[l], r->n_protected[l], evict[l], r->n_joined[l], kept);
+        uint32_t *kept = r->at->kept + r->at->first[l], moved = 0;
+        uint32_t n_keep =
+            select_keep_joined(r->at->keys + r->at->first[l], r->at->n_slots[l], r->at->n_protected[l], evict[l], r->at->n_joined[l], kept);
         while (moved < n_keep && kept[moved] == moved) moved++;
         lanes[l] = (struct kept_lane){.n_keep = n_keep, .first_moved = moved};
-        if (keep) memcpy(keep + r->first[l], kept, n_keep * sizeof *keep);
+        if (keep) memcpy(keep + r->at->first[l], kept, n_keep * sizeof *keep);
     }
 }
 
+void host_settle(struct backend *backend) { (void)backend; }
+
 const uint32_t *host_kept(const struct backend *backend, const struct compaction *item) {
-    const struct ranking *r = backend->ranking;
     if (item->keep) return item->keep;
-    CHECK(r && item->lane < r->n_lanes && item->n_slots == r->n_slots[item->lane]);
-    return r->kept + r->first[item->lane];
+    const struct ranking *r = backend->ranking; /* workers ask side by side: nothing is noted */
+    CHECK(r && item->place < r->n_places && item->lane < r->n_lanes && item->n_slots == r->places[item->place].n_slots[item->lane]);
+    return r->places[item->place].kept + r->places[item->place].first[item->lane];
 }

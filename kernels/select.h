@@ -1,8 +1,8 @@
 /* Which of a sequence's cached slots stay, as numbers: slots get rank keys made from scores, cuts find the key below which enough of them lie, and what is left is listed. Which scores, how
  * much of what: policies/ business.
  *
- * Three calls for one sequence at a time, between steps: rank, then cuts as many as wanted, then keep. What they leave behind in the backend, the lists among it, lasts until the next rank.
- * Every choice is deterministic: of equal keys the older slot stays. */
+ * Three calls for a sequence: rank, then cuts as many as wanted, then keep. Several sequences may be under way, each in a place of its own (struct backend.rank_places): what the calls leave
+ * behind there, the lists among it, lasts until the next rank of that place. Every choice is deterministic: of equal keys the older slot stays. */
 #pragma once
 
 #include <stdbool.h>
@@ -20,6 +20,7 @@
 #define SELECT_INLINE static inline
 #endif
 
+#define RANK_PLACES_MAX 8u
 #define RANK_PROTECTED UINT32_MAX /* the key of a slot that always stays; no other slot has it */
 
 enum rank_source {
@@ -106,13 +107,14 @@ struct backend_limits;
 struct compaction;
 struct program;
 struct ranking;
-uint64_t ranking_bytes(const struct program *program, uint32_t lane_slots); /* 0 for 0 */
-struct ranking *ranking_new(const struct program *program, uint32_t lane_slots);
+uint64_t ranking_bytes(const struct program *program, uint32_t lane_slots, uint32_t n_places); /* 0 for 0 slots */
+struct ranking *ranking_new(const struct program *program, uint32_t lane_slots, uint32_t n_places);
 void ranking_free(struct ranking *ranking); /* NULL is fine */
 
-/* struct backend_ops' entries, over backend->ranking, ops->score and ops->read_positions. */
-void host_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
-void host_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes);
-void host_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
+/* struct backend_ops' entries, over backend->ranking, ops->score and ops->read_positions. Results are there at once. */
+void host_rank(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores);
+void host_cut(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes);
+void host_keep(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
+void host_settle(struct backend *backend);
 /* The item's list: its own, or what host_keep left of its lane. */
 const uint32_t *host_kept(const struct backend *backend, const struct compaction *item);

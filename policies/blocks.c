@@ -28,28 +28,35 @@ static void deal(struct chooser *chooser, uint64_t left) {
 /* The least key at which all lanes together can free `wanted` blocks; then those below it, and of those at it as many as are missing. Where they cannot, all that may go is below. */
 static void free_blocks(struct chooser *chooser, uint32_t wanted) {
     uint64_t below = 0;
-    const struct cut_request cut = {.lanes_each = chooser->n_lanes, .unit = chooser->request.block_tokens, .needed = &wanted};
-    chooser->backend->ops->cut(chooser->backend, &cut, chooser->cut);
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
-        uint32_t n = chooser->lanes[l].n_slots; /* protected slots are in neither count */
-        chooser->budgets[l] = select_units(n, 0, cut.unit, chooser->cut[l].below);
-        chooser->needed[l] = select_units(n, 0, cut.unit, chooser->cut[l].below + chooser->cut[l].equal);
+        uint32_t n = chooser->lanes[l].n_slots, unit = chooser->request.block_tokens; /* protected slots are in neither count */
+        chooser->budgets[l] = select_units(n, 0, unit, chooser->cut[l].below);
+        chooser->needed[l] = select_units(n, 0, unit, chooser->cut[l].below + chooser->cut[l].equal);
         below += chooser->budgets[l];
     }
     CHECK(below <= wanted);
     deal(chooser, wanted - below);
 }
 
-void chooser_blocks(struct chooser *chooser) {
+/* Blocks to free. The budget is an average over the lanes, which rounding it up to a block a lane, as the published code does, would exceed by up to a block less one slot. */
+static uint32_t blocks_wanted(const struct chooser *chooser) {
     uint32_t size = chooser->request.block_tokens;
-    /* The budget is an average over the lanes, which rounding it up to a block a lane, as the published code does, would exceed by up to a block less one slot. */
     uint64_t held = 0, target = (uint64_t)chooser->request.budget * chooser->n_lanes / size;
-    for (uint32_t l = 0; l < chooser->n_lanes; l++) {
-        held += (chooser->lanes[l].n_slots + size - 1) / size;
-        chooser->budgets[l] = 0;
-    }
-    uint64_t wanted = held > target ? held - target : 0;
-    CHECK(wanted <= UINT32_MAX);
-    if (wanted > 0) free_blocks(chooser, (uint32_t)wanted);
-    for (uint32_t l = 0; l < chooser->n_lanes; l++) chooser->evict[l] = select_evictions(chooser->lanes[l].n_slots, size, chooser->budgets[l]);
+    for (uint32_t l = 0; l < chooser->n_lanes; l++) held += (chooser->lanes[l].n_slots + size - 1) / size;
+    CHECK(held <= UINT32_MAX);
+    return held > target ? (uint32_t)(held - target) : 0;
+}
+
+void chooser_blocks(struct chooser *chooser) {
+    uint32_t wanted = blocks_wanted(chooser);
+    const struct cut_request cut = {.lanes_each = chooser->n_lanes, .unit = chooser->request.block_tokens, .needed = &wanted};
+    if (wanted > 0) chooser->backend->ops->cut(chooser->backend, chooser->place, &cut, chooser->cut);
+}
+
+void chooser_blocks_cut(struct chooser *chooser) {
+    uint32_t wanted = blocks_wanted(chooser);
+    for (uint32_t l = 0; l < chooser->n_lanes; l++) chooser->budgets[l] = 0;
+    if (wanted > 0) free_blocks(chooser, wanted);
+    for (uint32_t l = 0; l < chooser->n_lanes; l++)
+        chooser->evict[l] = select_evictions(chooser->lanes[l].n_slots, chooser->request.block_tokens, chooser->budgets[l]);
 }

@@ -68,11 +68,14 @@ static void pool_layers(struct chooser *chooser) {
         chooser->needed[layer] = evictable > wanted ? (uint32_t)(evictable - wanted) + 1 : 0;
     }
     const struct cut_request cut = {.lanes_each = request->n_kv_heads, .unit = 1, .needed = chooser->needed};
-    chooser->backend->ops->cut(chooser->backend, &cut, chooser->cut);
-    for (uint32_t layer = 0; layer < request->n_layers; layer++) pool_layer(chooser, layer);
+    chooser->backend->ops->cut(chooser->backend, chooser->place, &cut, chooser->cut);
 }
 
-void chooser_budgets(struct chooser *chooser) {
+void chooser_budgets_cut(struct chooser *chooser) {
+    for (uint32_t layer = 0; layer < chooser->request.n_layers; layer++) pool_layer(chooser, layer);
+}
+
+bool chooser_budgets(struct chooser *chooser) {
     const struct choose_request *request = &chooser->request;
     enum policy_budget shape = request->policy->budget;
     uint32_t reserved = most_protected(chooser), slots = 0;
@@ -86,10 +89,11 @@ void chooser_budgets(struct chooser *chooser) {
         for (uint32_t layer = 0; layer < request->n_layers; layer++) chooser->layer_budgets[layer] = average;
     if (pooled) {
         pool_layers(chooser);
-        return;
+        return false;
     }
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
         uint32_t budget = chooser->layer_budgets[l / request->n_kv_heads] + reserved, least = chooser->n_protected[l];
         chooser->budgets[l] = budget > least ? budget : least;
     }
+    return true;
 }

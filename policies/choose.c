@@ -11,10 +11,16 @@ static size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static size_t whole_blocks(size_t slots) { return (slots + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS; }
 
-size_t choose_scratch_bytes(uint32_t n_lanes, uint32_t slots_max, size_t slots_total) {
+bool choose_needs_room(const struct policy *policy, bool wants_lists) { return wants_lists || policy->budget == BUDGET_LADDER; }
+
+size_t choose_room_bytes(uint32_t slots_max, size_t slots_total) {
+    return align(slots_total * sizeof(float)) + align(slots_max * sizeof(uint32_t)) + align(whole_blocks(slots_max) * sizeof(int32_t)) +
+           align(slots_max);
+}
+
+size_t choose_scratch_bytes(uint32_t n_lanes) {
     return align(sizeof(struct chooser)) + 5 * align(n_lanes * sizeof(uint32_t)) + align(n_lanes * sizeof(struct cut_lane)) +
-           align(n_lanes * sizeof(struct kept_lane)) + align(slots_total * sizeof(float)) + align(slots_max * sizeof(uint32_t)) +
-           align(whole_blocks(slots_max) * sizeof(int32_t)) + align(slots_max) + 64;
+           align(n_lanes * sizeof(struct kept_lane));
 }
 
 static void *carve(char **scratch, size_t bytes) {
@@ -111,19 +117,24 @@ static void drop_blocks(const struct choose_request *request, uint32_t budget, s
 }
 
 static void keep_budgets(struct chooser *chooser) {
-    uint32_t *list = chooser->request.lists;
+    uint32_t *list = chooser->request.wants_lists ? chooser->request.lists : NULL;
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
         uint32_t n = chooser->lanes[l].n_slots, budget = chooser->budgets[l];
         chooser->evict[l] = n > budget ? n - budget : 0;
         if (chooser->request.policy->granularity == GRANULARITY_BLOCK) drop_blocks(&chooser->request, budget, &chooser->lanes[l], list);
-        list += n;
+        if (list) list += n;
     }
 }
 
 /* Of each lane the `evict` lowest go; of equals the newest. */
+static void list_best(struct chooser *chooser) {
+    uint32_t *lists = chooser->request.wants_lists ? chooser->request.lists : NULL;
+    chooser->backend->ops->keep(chooser->backend, chooser->place, chooser->evict, chooser->kept, lists);
+    chooser->stage = CHOOSER_LISTED;
+}
+
 static void keep_best(struct chooser *chooser) {
     uint32_t *list = chooser->request.wants_lists ? chooser->request.lists : NULL;
-    chooser->backend->ops->keep(chooser->backend, chooser->evict, chooser->kept, list);
     for (uint32_t l = 0; l < chooser->n_lanes; l++) {
         struct choose_lane *lane = &chooser->lanes[l];
         lane->n_keep = chooser->kept[l].n_keep;
@@ -133,43 +144,81 @@ static void keep_best(struct chooser *chooser) {
     }
 }
 
-static struct chooser *begin(const struct choose_request *request, struct backend *backend, struct choose_lane *lanes, uint32_t slots_max,
-                             size_t slots_total, void *scratch) {
+static struct chooser *prepare(const struct choose_request *request, struct backend *backend, uint32_t place, struct choose_lane *lanes,
+                               void *scratch) {
     uint32_t n_lanes = request->n_layers * request->n_kv_heads;
     char *memory = scratch;
     struct chooser *chooser = carve(&memory, sizeof *chooser);
-    *chooser = (struct chooser){.request = *request, .backend = backend, .rank = rank_of(request), .lanes = lanes, .n_lanes = n_lanes};
+    *chooser =
+        (struct chooser){.request = *request, .backend = backend, .place = place, .rank = rank_of(request), .lanes = lanes, .n_lanes = n_lanes};
     uint32_t **const counts[] = {&chooser->n_protected, &chooser->budgets, &chooser->evict, &chooser->layer_budgets, &chooser->needed};
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) *counts[i] = carve(&memory, n_lanes * sizeof(uint32_t));
     chooser->cut = carve(&memory, n_lanes * sizeof *chooser->cut);
     chooser->kept = carve(&memory, n_lanes * sizeof *chooser->kept);
-    chooser->scores = carve(&memory, slots_total * sizeof *chooser->scores);
-    chooser->keys = carve(&memory, slots_max * sizeof *chooser->keys);
-    chooser->positions = carve(&memory, whole_blocks(slots_max) * sizeof *chooser->positions);
-    chooser->flags = carve(&memory, slots_max);
     return chooser;
 }
 
-void choose(const struct choose_request *request, struct backend *backend, struct choose_lane *lanes, void *scratch) {
+static void furnish(struct chooser *chooser, uint32_t slots_max, size_t slots_total) {
+    char *room = chooser->request.room;
+    chooser->scores = carve(&room, slots_total * sizeof *chooser->scores);
+    chooser->keys = carve(&room, slots_max * sizeof *chooser->keys);
+    chooser->positions = carve(&room, whole_blocks(slots_max) * sizeof *chooser->positions);
+    chooser->flags = carve(&room, slots_max);
+}
+
+struct chooser *choose_begin(const struct choose_request *request, struct backend *backend, uint32_t place, struct choose_lane *lanes,
+                             void *scratch) {
     const struct policy *policy = request->policy;
     uint32_t n_lanes = request->n_layers * request->n_kv_heads, slots_max = 0;
     size_t slots_total = 0;
+    CHECK(!choose_needs_room(policy, request->wants_lists) || (request->lists && request->room));
     for (uint32_t l = 0; l < n_lanes; l++) {
         lanes[l] = (struct choose_lane){.n_slots = request->lane_tokens[l]};
-        keep_all(request, &lanes[l], request->lists + slots_total);
+        keep_all(request, &lanes[l], request->wants_lists ? request->lists + slots_total : NULL);
         slots_total += lanes[l].n_slots;
         if (lanes[l].n_slots > slots_max) slots_max = lanes[l].n_slots;
     }
-    if (policy->scorer == SCORER_NONE || (slots_max <= request->budget && policy->budget != BUDGET_LADDER)) return;
-    struct chooser *chooser = begin(request, backend, lanes, slots_max, slots_total, scratch);
-    backend->ops->rank(backend, &chooser->rank, policy->budget == BUDGET_BLOCKS ? NULL : chooser->n_protected,
+    if (policy->scorer == SCORER_NONE || (slots_max <= request->budget && policy->budget != BUDGET_LADDER)) return NULL;
+    struct chooser *chooser = prepare(request, backend, place, lanes, scratch);
+    if (policy->budget == BUDGET_LADDER) furnish(chooser, slots_max, slots_total);
+    backend->ops->rank(backend, place, &chooser->rank, policy->budget == BUDGET_BLOCKS ? NULL : chooser->n_protected,
                        policy->budget == BUDGET_LADDER ? chooser->scores : NULL);
-    switch (policy->budget) {
-    case BUDGET_LADDER: chooser_ladder(chooser); return;
-    case BUDGET_BLOCKS: chooser_blocks(chooser); break;
-    default: chooser_budgets(chooser); keep_budgets(chooser);
+    chooser->stage = CHOOSER_RANKED;
+    if (policy->budget == BUDGET_BLOCKS) {
+        chooser_blocks(chooser);
+        chooser->stage = CHOOSER_CUT;
     }
-    if (policy->granularity == GRANULARITY_SLOT) keep_best(chooser);
+    return chooser;
+}
+
+bool choose_go_on(struct chooser *chooser) {
+    const struct policy *policy = chooser->request.policy;
+    switch (chooser->stage) {
+    case CHOOSER_LISTED: keep_best(chooser); return false;
+    case CHOOSER_RANKED:
+        if (policy->budget == BUDGET_LADDER) {
+            chooser_ladder(chooser);
+            return false;
+        }
+        if (!chooser_budgets(chooser)) {
+            chooser->stage = CHOOSER_CUT;
+            return true;
+        }
+        keep_budgets(chooser);
+        break;
+    case CHOOSER_CUT:
+        if (policy->budget == BUDGET_BLOCKS) {
+            chooser_blocks_cut(chooser);
+            break;
+        }
+        chooser_budgets_cut(chooser);
+        keep_budgets(chooser);
+        break;
+    default: CHECK(!"a stage");
+    }
+    if (policy->granularity != GRANULARITY_SLOT) return false;
+    list_best(chooser);
+    return true;
 }
 
 void choose_hits(const struct choose_lane *lane, const float *persistence, uint32_t group, double *kept, double *all) {

@@ -3,9 +3,14 @@
 
 #include "policies/choose.h"
 
+/* What the backend was asked for last. */
+enum chooser_stage { CHOOSER_RANKED, CHOOSER_CUT, CHOOSER_LISTED };
+
 struct chooser {
     struct choose_request request;
     struct backend *backend;
+    uint32_t place;
+    enum chooser_stage stage;
     struct rank_request rank;
     struct choose_lane *lanes; /* [n_lanes] the caller's */
     uint32_t n_lanes;
@@ -16,7 +21,7 @@ struct chooser {
     uint32_t *needed;        /* [n_lanes] of a cut */
     struct cut_lane *cut;    /* [n_lanes] */
     struct kept_lane *kept;  /* [n_lanes] */
-    /* The ladder's: */
+    /* The ladder's, in request.room: */
     float *scores;      /* [slots of all lanes] */
     uint32_t *keys;     /* [most slots of a lane] */
     int32_t *positions; /* [the same, whole blocks] */
@@ -27,6 +32,8 @@ static inline uint32_t chooser_evictable(const struct chooser *chooser, uint32_t
     return chooser->lanes[lane].n_slots - chooser->n_protected[lane];
 }
 
-void chooser_budgets(struct chooser *chooser); /* budget.c: fills budgets */
-void chooser_blocks(struct chooser *chooser);  /* blocks.c: fills evict */
-void chooser_ladder(struct chooser *chooser);  /* ladder.c: fills lanes */
+bool chooser_budgets(struct chooser *chooser);     /* budget.c: fills budgets; false: it asked for a cut, */
+void chooser_budgets_cut(struct chooser *chooser); /* which this fills them by */
+void chooser_blocks(struct chooser *chooser);      /* blocks.c: asks for a cut, behind the ranking, */
+void chooser_blocks_cut(struct chooser *chooser);  /* by which this fills evict */
+void chooser_ladder(struct chooser *chooser);      /* ladder.c: fills lanes */

@@ -49,26 +49,55 @@ static bool was_pressed(const struct choice *choice) {
     return false;
 }
 
+static void describe_due(struct scheduler *s, const struct choice *choice, struct scheduler_due *due) {
+    const struct scheduler_request *asked = &request_of(s, choice)->asked;
+    *due = (struct scheduler_due){.owner = asked->owner,
+                                  .request_id = asked->id,
+                                  .choice = choice->index,
+                                  .n_computed = choice->n_computed,
+                                  .n_prompt = asked->n_prompt,
+                                  .ring = choice->ring,
+                                  .pressure = was_pressed(choice),
+                                  .block_ids = s->tables.ids,
+                                  .lane_first = table_lane_first(&s->tables, choice->table),
+                                  .lane_tokens = table_lane_tokens(&s->tables, choice->table)};
+}
+
 bool scheduler_next_due(struct scheduler *s, struct scheduler_due *due) {
     CHECK(s->n_planned == 0 && s->due == NONE);
     for (uint32_t at = 0; at < s->n_running; at++) {
         struct choice *choice = &s->choices[s->running[at]];
         if (!choice_is_due(s, choice)) continue;
-        const struct scheduler_request *asked = &request_of(s, choice)->asked;
-        *due = (struct scheduler_due){.owner = asked->owner,
-                                      .request_id = asked->id,
-                                      .choice = choice->index,
-                                      .n_computed = choice->n_computed,
-                                      .n_prompt = asked->n_prompt,
-                                      .ring = choice->ring,
-                                      .pressure = was_pressed(choice),
-                                      .block_ids = s->tables.ids,
-                                      .lane_first = table_lane_first(&s->tables, choice->table),
-                                      .lane_tokens = table_lane_tokens(&s->tables, choice->table)};
+        describe_due(s, choice, due);
         s->due = s->running[at];
         return true;
     }
     return false;
+}
+
+/* Of a step in flight, by its entries: who is in none of them was not due before it, and has not moved. */
+static uint32_t list_due_in_flight(struct scheduler *s, struct scheduler_due *due, uint32_t max) {
+    const struct plan *plan = &s->plans[s->current];
+    const uint32_t *choices = plan_choices(s, s->current);
+    uint32_t n = 0;
+    plan_advance(s);
+    for (uint32_t e = 0; e < plan->n_entries && n < max; e++) {
+        if (choices[e] == NONE) continue;
+        const struct choice *choice = &s->choices[choices[e]];
+        const struct plan_entry *entry = &plan->entries[e];
+        bool is_last = entry->n_samples > 0 && entry->n_tokens + 1 == choice_limit(request_of(s, choice));
+        if (!is_last && choice_is_due(s, choice)) describe_due(s, choice, &due[n++]);
+    }
+    return n;
+}
+
+uint32_t scheduler_list_due(struct scheduler *s, struct scheduler_due *due, uint32_t max) {
+    CHECK(s->n_planned <= 1 && s->due == NONE);
+    if (s->n_planned > 0) return list_due_in_flight(s, due, max);
+    uint32_t n = 0;
+    for (uint32_t at = 0; at < s->n_running && n < max; at++)
+        if (choice_is_due(s, &s->choices[s->running[at]])) describe_due(s, &s->choices[s->running[at]], &due[n++]);
+    return n;
 }
 
 static struct choice *due_choice(struct scheduler *s) {

@@ -172,7 +172,7 @@ static void compression_metrics(struct page *page, const struct metrics_view *vi
                            policy_trigger_name((enum policy_trigger)(1u << t)));
             sample(page, "kvasir_compressions_total", labels, (double)engine->compressions[p][t]);
         }
-    single(page, "kvasir_compression_seconds_total", "counter", "Time in scoring, choosing and moving.", (double)engine->compression_ns / 1e9);
+    single(page, "kvasir_compression_seconds_total", "counter", "Time between steps in scoring, choosing and moving.", (double)engine->compression_ns / 1e9);
     single(page, "kvasir_kv_slots_kept_total", "counter", "Cached tokens of a head that compressions kept.", (double)engine->slots_kept);
     single(page, "kvasir_kv_slots_evicted_total", "counter", "Cached tokens of a head that compressions evicted.", (double)engine->slots_evicted);
     single(page, "kvasir_kv_blocks_freed_total", "counter", "Blocks that compressions gave back.", (double)engine->kv_blocks_freed);

@@ -268,7 +268,7 @@ static uint32_t cpu_memory_plan(const struct program *program, const struct back
     if (n < max) lines[n++] = (struct memory_line){.what = "KV residual", .count = 1, .bytes_each = residual.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "scratch", .count = 1, .bytes_each = scratch.used};
     if (n < max) lines[n++] = (struct memory_line){.what = "query rings", .count = 1, .bytes_each = rings.used};
-    if (n < max) lines[n++] = (struct memory_line){.what = "ranking", .count = 1, .bytes_each = ranking_bytes(program, limits->rank_slots)};
+    if (n < max) lines[n++] = (struct memory_line){.what = "ranking", .count = 1, .bytes_each = ranking_bytes(program, limits->rank_slots, 1)};
     return n;
 }
 
@@ -388,7 +388,10 @@ static enum status cpu_prepare(const struct program *program, const struct backe
     }
     (void)snprintf(cpu->description, sizeof cpu->description, "cpu %s, %u thread%s%s", isa->name, n_workers, n_workers == 1 ? "" : "s",
                    act_planes(limits) == 2 ? ", 16-bit activations" : "");
-    if (limits->rank_slots > 0) cpu->backend.ranking = ranking_new(program, limits->rank_slots);
+    if (limits->rank_slots > 0) {
+        cpu->backend.rank_places = 1;
+        cpu->backend.ranking = ranking_new(program, limits->rank_slots, cpu->backend.rank_places);
+    }
     for (uint32_t i = 0; i < program->n_phases; i++) {
         pack_phase(cpu, &program->phases[i]);
         if (limits->progress) limits->progress(limits->progress_context, (double)(i + 1) / program->n_phases);
@@ -490,6 +493,7 @@ const struct backend_ops backend_cpu = {
     .rank = host_rank,
     .cut = host_cut,
     .keep = host_keep,
+    .settle = host_settle,
     .read_positions = cpu_read_positions,
     .shift_sinks = cpu_shift_sinks,
     .tap_logits = cpu_tap_logits,

@@ -278,6 +278,7 @@ static enum status cuda_prepare(const struct program *program, const struct back
     begin(cuda, program, limits);
     cuda->backend.ops = &backend_cuda;
     cuda->backend.takes_two = !limits->phase_ns; /* the events between phases are there once */
+    cuda->backend.rank_places = services_rank_places(cuda);
     cuda->backend.joins_blocks = kivi_bits(limits->kv_dtype) > 0;
     const enum status status = open_all(cuda, error);
     if (status != STATUS_OK) {
@@ -310,6 +311,7 @@ extern "C" const struct backend_ops backend_cuda = {
     .rank = cuda_rank,
     .cut = cuda_cut,
     .keep = cuda_keep,
+    .settle = cuda_settle,
     .read_positions = cuda_read_positions,
     .shift_sinks = cuda_shift_sinks,
     .tap_logits = cuda_tap_logits,

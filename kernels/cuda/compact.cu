@@ -105,15 +105,15 @@ static uint32_t item_words(const struct compaction *item) {
 
 /* Lists to `words`, which lie at `device` there; returns how many. */
 static uint32_t put_item(const struct cuda *cuda, const struct compaction *item, struct move_item *out, uint32_t *words, const uint32_t *device) {
-    const struct score_device *score = cuda->score;
     const uint32_t n_source = blocks_of(item->n_slots), n_destination = blocks_of(item->n_keep);
     *out = (struct move_item){device, NULL, device + n_source, item->n_keep, item->n_slots, {}};
     stage_ids(cuda, item->source, n_source, words);
     stage_ids(cuda, item->destination, n_destination, words + n_source);
     if (!item->keep) { /* as cuda_keep left it */
-        CHECK(score->rank_slots > 0 && item->lane < cuda->n_lanes && item->n_slots == score->lane_slots_ranked[item->lane] &&
-              item->n_keep == score->n_kept[item->lane]);
-        out->keep = score->kept + score->lane_at[item->lane];
+        CHECK(item->place < cuda->score->rank_places && item->lane < cuda->n_lanes);
+        const struct ranked_device *ranked = &cuda->score->ranked[item->place];
+        CHECK(item->n_slots == ranked->n_slots[item->lane] && item->n_keep == ranked->n_kept[item->lane]);
+        out->keep = ranked->kept + ranked->lane_at[item->lane];
         return n_source + n_destination;
     }
     uint32_t *keep = words + n_source + n_destination;

@@ -333,15 +333,17 @@ void services_lay_out(struct cuda *cuda, struct device_arena *arena);
 size_t services_pinned_bytes(const struct cuda *cuda);
 enum status services_open(struct cuda *cuda, struct error *error);
 void services_close(struct cuda *cuda);
+uint32_t services_rank_places(const struct cuda *cuda); /* in which sequences are ranked, by the limits */
 /* What was read of the pool is out of date. */
 void services_pool_changes(struct cuda *cuda);
 void cuda_copy_blocks(struct backend *backend, uint32_t count, const uint32_t *source, const uint32_t *destination);
 void cuda_compact(struct backend *backend, uint32_t count, const struct compaction *items);
 void cuda_read_f32(struct backend *backend, uint32_t block, uint32_t slot, float *k, float *v, int32_t *position);
 void cuda_score(struct backend *backend, const struct score_request *request, float *scores);
-void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores);
-void cuda_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes);
-void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
+void cuda_rank(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores);
+void cuda_cut(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes);
+void cuda_keep(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep);
+void cuda_settle(struct backend *backend);
 void cuda_read_positions(struct backend *backend, uint32_t count, const uint32_t *blocks, int32_t *positions);
 void cuda_shift_sinks(struct backend *backend, const struct shift_request *request);
 

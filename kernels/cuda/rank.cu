@@ -1,7 +1,7 @@
 /* Which cached slots stay, on the device (kernels/select.h; the oracle is kernels/select.c: the same keys from the same scores, bit for bit, and the same choice from the same keys). Called by
- * the engine's thread between steps, runs on cuda->stream. Keys and lists stay in struct score_device from one call to the next; counts come back, and a call waits only for
- * those that were asked for. Sums of counts are
- * integers, so that their order does not matter. */
+ * the engine's thread between steps, or behind one, runs on cuda->stream. Keys and lists stay in their place of struct score_device from one call to the next; counts are on their way to the host
+ * until cuda_settle, which waits once for those of all places. Scores and lists that are asked for are waited for at once: they are large, and for tests and rare policies.
+ * Sums of counts are integers, so that their order does not matter. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -160,7 +160,43 @@ static __global__ void __launch_bounds__(THREADS) key_kernel(const struct fold_p
     put_key(pass, job, slot, slot < job.n_slots ? pass.scores[job.slots_before + slot] : 0);
 }
 
-static void rank_pass(struct cuda *cuda, const struct rank_request *request, uint32_t first, const struct pass_plan *plan, float *scores) {
+/* ---- answers ---- */
+
+static struct ranked_device *ranked_at(struct cuda *cuda, uint32_t place) {
+    CHECK(place < cuda->score->rank_places);
+    struct ranked_device *ranked = &cuda->score->ranked[place];
+    CHECK(ranked->answer == ANSWER_NONE);
+    return ranked;
+}
+
+static void answers(struct ranked_device *ranked, enum ranked_answer answer, void *to) {
+    ranked->answer = answer;
+    ranked->to = to;
+}
+
+static void take_answer(struct ranked_device *ranked, uint32_t n_lanes) {
+    static_assert(sizeof(struct cut_lane) == sizeof(uint2) && sizeof(struct kept_lane) == sizeof(uint2), "two counts a lane");
+    if (ranked->answer == ANSWER_PROTECTED) memcpy(ranked->to, ranked->counts, n_lanes * sizeof(uint32_t));
+    if (ranked->answer == ANSWER_CUT || ranked->answer == ANSWER_KEPT) memcpy(ranked->to, ranked->counts, n_lanes * sizeof(uint2));
+    for (uint32_t lane = 0; ranked->answer == ANSWER_KEPT && lane < n_lanes; lane++)
+        ranked->n_kept[lane] = ((const struct kept_lane *)ranked->to)[lane].n_keep;
+    ranked->answer = ANSWER_NONE;
+}
+
+void cuda_settle(struct backend *backend) {
+    struct cuda *cuda = cuda_of(backend);
+    struct score_device *score = cuda->score;
+    bool any = false;
+    for (uint32_t place = 0; place < score->rank_places; place++) any = any || score->ranked[place].answer != ANSWER_NONE;
+    if (!any) return;
+    stage_wait(cuda);
+    for (uint32_t place = 0; place < score->rank_places; place++) take_answer(&score->ranked[place], cuda->n_lanes);
+}
+
+/* ---- rank ---- */
+
+static void rank_pass(struct cuda *cuda, const struct ranked_device *ranked, const struct rank_request *request, uint32_t first,
+                      const struct pass_plan *plan, float *scores) {
     struct score_device *score = cuda->score;
     const bool scored = request->source == RANK_SCORES, at_once = !request->layer_mean && !scores;
     const struct lane_jobs jobs = stage_pass(cuda, &request->score, first, plan);
@@ -174,10 +210,10 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
     pass.protect_below = request->protect_below, pass.protect_above = request->protect_above;
     pass.raw = score->numbers;
     pass.norms = score->numbers + plan->n_slots * pass.group;
-    pass.scores = (float *)(void *)(score->keys + score->lane_at[first]);
-    pass.keys = score->keys + score->lane_at[first];
-    pass.n_protected = score->n_protected;
-    pass.n_joined = score->n_joined;
+    pass.scores = (float *)(void *)(ranked->keys + ranked->lane_at[first]);
+    pass.keys = ranked->keys + ranked->lane_at[first];
+    pass.n_protected = ranked->n_protected;
+    pass.n_joined = ranked->n_joined;
     pass.next = request->score.last_position + 1;
     if (scored) {
         score_pass(cuda, &request->score, &jobs, score->numbers);
@@ -190,35 +226,37 @@ static void rank_pass(struct cuda *cuda, const struct rank_request *request, uin
     launch(at_once ? fold_kernel<true> : fold_kernel<false>, jobs.n_splits, THREADS, 0, cuda->stream, pass);
     if (request->layer_mean) launch(layer_mean_kernel, jobs.n_jobs, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
-    if (scores) read_back(cuda, scores + score->lane_at[first], pass.scores, plan->n_slots * sizeof *scores);
+    if (scores) read_back(cuda, scores + ranked->lane_at[first], pass.scores, plan->n_slots * sizeof *scores);
     /* The pass's lists are still there: what waiting set free is written again only by copies that come later on the stream. */
     if (!at_once) launch(key_kernel, jobs.n_splits, THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
 }
 
-void cuda_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores) {
+void cuda_rank(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores) {
     struct cuda *cuda = cuda_of(backend);
-    struct score_device *score = cuda->score;
+    struct ranked_device *ranked = ranked_at(cuda, place);
     const bool scored = request->source == RANK_SCORES;
     const uint32_t per_slot = !scored ? 0 : (score_per_query_head(request->score.kind) ? cuda->group : 1) + (request->value_power > 0);
     const struct work_need need = scored ? score_need(cuda, &request->score) : (struct work_need){0, 0, 0};
     size_t n_slots = 0;
-    CHECK(score->rank_slots > 0 && request->value_power <= 2);
+    CHECK(request->value_power <= 2);
     for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
-        CHECK(request->score.lane_tokens[lane] <= score->rank_slots);
-        score->lane_slots_ranked[lane] = request->score.lane_tokens[lane];
-        score->lane_at[lane] = n_slots;
+        CHECK(request->score.lane_tokens[lane] <= cuda->score->rank_slots);
+        ranked->n_slots[lane] = request->score.lane_tokens[lane];
+        ranked->lane_at[lane] = n_slots;
         n_slots += request->score.lane_tokens[lane];
     }
-    CUDA_CHECK(cudaMemsetAsync(score->n_protected, 0, cuda->n_lanes * sizeof *score->n_protected, cuda->stream));
-    if (score->n_joined) CUDA_CHECK(cudaMemsetAsync(score->n_joined, 0, cuda->n_lanes * sizeof *score->n_joined, cuda->stream));
+    CUDA_CHECK(cudaMemsetAsync(ranked->n_protected, 0, cuda->n_lanes * sizeof *ranked->n_protected, cuda->stream));
+    if (ranked->n_joined) CUDA_CHECK(cudaMemsetAsync(ranked->n_joined, 0, cuda->n_lanes * sizeof *ranked->n_joined, cuda->stream));
     const uint32_t each = request->layer_mean ? cuda->program->n_kv_heads : 1;
     for (uint32_t first = 0; first < cuda->n_lanes;) {
         const struct pass_plan plan = plan_pass(cuda, request->score.lane_tokens, first, cuda->n_lanes, each, per_slot, need);
-        if (plan.n_jobs > 0) rank_pass(cuda, request, first, &plan, scores);
+        if (plan.n_jobs > 0) rank_pass(cuda, ranked, request, first, &plan, scores);
         first = plan.end;
     }
-    if (n_protected) read_back(cuda, n_protected, score->n_protected, cuda->n_lanes * sizeof *n_protected);
+    if (!n_protected) return;
+    CUDA_CHECK(cudaMemcpyAsync(ranked->counts, ranked->n_protected, cuda->n_lanes * sizeof *n_protected, cudaMemcpyDeviceToHost, cuda->stream));
+    answers(ranked, ANSWER_PROTECTED, n_protected);
 }
 
 /* ---- counting keys by a byte ---- */
@@ -317,32 +355,31 @@ static __global__ void __launch_bounds__(CHOICE_THREADS) cut_kernel(const struct
     if (units > 0) atomicAdd(pass.freed + ((size_t)group * 4 + (uint32_t)round) * BYTES + t, units);
 }
 
-static uint2 *stage_lanes(const struct cuda *cuda, uint2 *lanes) {
-    const struct score_device *score = cuda->score;
-    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) lanes[lane] = make_uint2((uint32_t)score->lane_at[lane], score->lane_slots_ranked[lane]);
+static uint2 *stage_lanes(const struct cuda *cuda, const struct ranked_device *ranked, uint2 *lanes) {
+    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) lanes[lane] = make_uint2((uint32_t)ranked->lane_at[lane], ranked->n_slots[lane]);
     return lanes + cuda->n_lanes;
 }
 
-void cuda_cut(struct backend *backend, const struct cut_request *request, struct cut_lane *lanes) {
+void cuda_cut(struct backend *backend, uint32_t place, const struct cut_request *request, struct cut_lane *lanes) {
     struct cuda *cuda = cuda_of(backend);
     struct score_device *score = cuda->score;
-    CHECK(score->rank_slots > 0 && request->lanes_each > 0 && cuda->n_lanes % request->lanes_each == 0 && request->unit > 0);
+    struct ranked_device *ranked = ranked_at(cuda, place);
+    CHECK(request->lanes_each > 0 && cuda->n_lanes % request->lanes_each == 0 && request->unit > 0);
     const uint32_t groups = cuda->n_lanes / request->lanes_each;
     const size_t bytes = cuda->n_lanes * sizeof(uint2) + groups * sizeof(uint32_t);
     struct cut_pass pass = {};
     uint2 *host = (uint2 *)stage_take(cuda, bytes, &pass.lanes);
-    memcpy(stage_lanes(cuda, host), request->needed, groups * sizeof(uint32_t));
+    memcpy(stage_lanes(cuda, ranked, host), request->needed, groups * sizeof(uint32_t));
     stage_send(cuda, host, bytes);
-    pass.keys = score->keys, pass.n_protected = score->n_protected;
+    pass.keys = ranked->keys, pass.n_protected = ranked->n_protected;
     pass.needed = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
     pass.lanes_each = request->lanes_each, pass.unit = request->unit;
     pass.below = score->cut_below, pass.counted = score->cut_counted, pass.freed = score->cut_freed;
-    pass.out = (struct cut_lane *)(void *)score->back_host;
+    pass.out = (struct cut_lane *)(void *)ranked->counts;
     CUDA_CHECK(cudaMemsetAsync(pass.freed, 0, (size_t)groups * 4 * BYTES * sizeof(uint32_t), cuda->stream));
     for (int round = 0; round <= 4; round++) launch(cut_kernel, cuda->n_lanes, CHOICE_THREADS, 0, cuda->stream, pass, round);
     CUDA_CHECK(cudaGetLastError());
-    stage_wait(cuda);
-    memcpy(lanes, pass.out, cuda->n_lanes * sizeof *lanes);
+    answers(ranked, ANSWER_CUT, lanes);
 }
 
 /* ---- keep ---- */
@@ -422,24 +459,23 @@ static __global__ void __launch_bounds__(CHOICE_THREADS) keep_kernel(const struc
     if (t == 0) pass.out[lane] = {n_keep, first_gone < n_keep ? first_gone : n_keep};
 }
 
-void cuda_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
+void cuda_keep(struct backend *backend, uint32_t place, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
     struct cuda *cuda = cuda_of(backend);
-    struct score_device *score = cuda->score;
-    CHECK(score->rank_slots > 0);
+    struct ranked_device *ranked = ranked_at(cuda, place);
     const size_t bytes = cuda->n_lanes * (sizeof(uint2) + sizeof(uint32_t));
     struct keep_pass pass = {};
     uint2 *host = (uint2 *)stage_take(cuda, bytes, &pass.lanes);
-    memcpy(stage_lanes(cuda, host), evict, cuda->n_lanes * sizeof(uint32_t));
+    memcpy(stage_lanes(cuda, ranked, host), evict, cuda->n_lanes * sizeof(uint32_t));
     stage_send(cuda, host, bytes);
-    pass.keys = score->keys, pass.n_protected = score->n_protected, pass.evict = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
-    pass.kept = score->kept;
-    pass.n_joined = score->n_joined;
-    pass.out = (struct kept_lane *)(void *)score->back_host;
+    pass.keys = ranked->keys, pass.n_protected = ranked->n_protected, pass.evict = (const uint32_t *)(const void *)(pass.lanes + cuda->n_lanes);
+    pass.kept = ranked->kept;
+    pass.n_joined = ranked->n_joined;
+    pass.out = (struct kept_lane *)(void *)ranked->counts;
     launch(keep_kernel, cuda->n_lanes, CHOICE_THREADS, 0, cuda->stream, pass);
     CUDA_CHECK(cudaGetLastError());
-    stage_wait(cuda);
-    memcpy(lanes, pass.out, cuda->n_lanes * sizeof *lanes);
-    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) score->n_kept[lane] = lanes[lane].n_keep;
+    answers(ranked, ANSWER_KEPT, lanes);
+    if (!keep) return;
     const uint32_t last = cuda->n_lanes - 1;
-    if (keep) read_back(cuda, keep, score->kept, (score->lane_at[last] + score->lane_slots_ranked[last]) * sizeof *keep);
+    read_back(cuda, keep, ranked->kept, (ranked->lane_at[last] + ranked->n_slots[last]) * sizeof *keep);
+    take_answer(ranked, cuda->n_lanes); /* it is there too */
 }

@@ -10,6 +10,7 @@ enum {
     STAGE_BYTES = 4 << 20,
     BACK_BYTES = 4 << 20,
     NUMBERS_BYTES = 32 << 20,
+    RANKED_BYTES = 64 << 20, /* of all places together, but for the first */
     WORK_BYTES = 32 << 20,
 };
 
@@ -18,12 +19,20 @@ enum {
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
+uint32_t services_rank_places(const struct cuda *cuda) {
+    const size_t slots = (size_t)cuda->n_lanes * cuda->limits.rank_slots, wanted = most(1, cuda->limits.rank_places);
+    if (slots == 0) return 0;
+    CHECK(wanted <= RANK_PLACES_MAX);
+    return (uint32_t)most(1, least(wanted, RANKED_BYTES / (2 * slots * sizeof(uint32_t))));
+}
+
 /* Sizes alone. Whole layers fit at least: some scores are averaged over them. */
 static void measure(const struct cuda *cuda, struct score_device *score) {
     const size_t blocks = cuda->lane_blocks ? cuda->lane_blocks : 1, heads = cuda->program->n_kv_heads, layers = cuda->program->n_layers;
     *score = (struct score_device){};
     score->lane_slots = (uint32_t)(blocks * BLOCK_TOKENS);
     score->rank_slots = cuda->limits.rank_slots;
+    score->rank_places = services_rank_places(cuda);
     size_t numbers, work, lists = (2 * blocks + score->lane_slots) * sizeof(uint32_t) + 64,
                           layer = heads * (blocks * sizeof(uint32_t) + sizeof(struct lane_job));
     size_t sinks = (size_t)cuda->n_lanes * blocks_of(cuda->limits.sink_slots) * sizeof(uint32_t),
@@ -39,10 +48,13 @@ static void measure(const struct cuda *cuda, struct score_device *score) {
 static void lay_out_ranking(const struct cuda *cuda, struct device_arena *arena, struct score_device *score) {
     const size_t lanes = cuda->n_lanes, slots = lanes * score->rank_slots;
     if (slots == 0) return;
-    score->keys = (uint32_t *)device_take(arena, slots, sizeof *score->keys);
-    score->kept = (uint32_t *)device_take(arena, slots, sizeof *score->kept);
-    score->n_protected = (uint32_t *)device_take(arena, lanes, sizeof *score->n_protected);
-    if (kivi_bits(cuda->limits.kv_dtype)) score->n_joined = (uint32_t *)device_take(arena, lanes, sizeof *score->n_joined);
+    for (uint32_t place = 0; place < score->rank_places; place++) {
+        struct ranked_device *ranked = &score->ranked[place];
+        ranked->keys = (uint32_t *)device_take(arena, slots, sizeof *ranked->keys);
+        ranked->kept = (uint32_t *)device_take(arena, slots, sizeof *ranked->kept);
+        ranked->n_protected = (uint32_t *)device_take(arena, lanes, sizeof *ranked->n_protected);
+        if (kivi_bits(cuda->limits.kv_dtype)) ranked->n_joined = (uint32_t *)device_take(arena, lanes, sizeof *ranked->n_joined);
+    }
     score->cut_below = (uint32_t *)device_take(arena, lanes, sizeof *score->cut_below);
     score->cut_counted = (uint32_t *)device_take(arena, lanes * 256, sizeof *score->cut_counted);
     score->cut_freed = (uint32_t *)device_take(arena, lanes * 4 * 256, sizeof *score->cut_freed);
@@ -60,23 +72,31 @@ void services_lay_out(struct cuda *cuda, struct device_arena *arena) {
     *cuda->score = score;
 }
 
+static size_t ranked_counts_bytes(const struct cuda *cuda) { return (size_t)services_rank_places(cuda) * cuda->n_lanes * sizeof(uint2); }
+
 static size_t block_host_bytes(const struct cuda *cuda) { return (2 * (size_t)cuda->pool.d + 1) * BLOCK_TOKENS * sizeof(float); }
 
 size_t services_pinned_bytes(const struct cuda *cuda) {
     struct score_device score;
     measure(cuda, &score);
-    return score.stage_bytes + score.back_bytes + block_host_bytes(cuda);
+    return score.stage_bytes + score.back_bytes + block_host_bytes(cuda) + ranked_counts_bytes(cuda);
 }
 
 enum status services_open(struct cuda *cuda, struct error *error) {
     struct score_device *score = cuda->score;
-    CHECK(score && score->lane_slots > 0 && cuda->pool.d % 8 == 0); /* rows of a block are whole units of 8 or 16 bytes, which a thread moves at a time */
-    score->lane_at = (size_t *)check_calloc(cuda->n_lanes, sizeof *score->lane_at);
-    score->lane_slots_ranked = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *score->lane_slots_ranked);
-    score->n_kept = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *score->n_kept);
+    CHECK(score && score->lane_slots > 0 &&
+          cuda->pool.d % 8 == 0); /* rows of a block are whole units of 8 or 16 bytes, which a thread moves at a time */
     CUDA_TRY(error, cudaMallocHost((void **)&score->stage_host, score->stage_bytes));
     CUDA_TRY(error, cudaMallocHost((void **)&score->back_host, score->back_bytes));
     CUDA_TRY(error, cudaMallocHost((void **)&score->block_host, block_host_bytes(cuda)));
+    if (score->rank_places > 0) CUDA_TRY(error, cudaMallocHost((void **)&score->ranked_counts, ranked_counts_bytes(cuda)));
+    for (uint32_t place = 0; place < score->rank_places; place++) {
+        struct ranked_device *ranked = &score->ranked[place];
+        ranked->lane_at = (size_t *)check_calloc(cuda->n_lanes, sizeof *ranked->lane_at);
+        ranked->n_slots = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *ranked->n_slots);
+        ranked->n_kept = (uint32_t *)check_calloc(cuda->n_lanes, sizeof *ranked->n_kept);
+        ranked->counts = score->ranked_counts + (size_t)place * cuda->n_lanes;
+    }
     services_pool_changes(cuda);
     return STATUS_OK;
 }
@@ -87,9 +107,12 @@ void services_close(struct cuda *cuda) {
     if (score->stage_host) (void)cudaFreeHost(score->stage_host);
     if (score->back_host) (void)cudaFreeHost(score->back_host);
     if (score->block_host) (void)cudaFreeHost(score->block_host);
-    free(score->lane_at);
-    free(score->lane_slots_ranked);
-    free(score->n_kept);
+    if (score->ranked_counts) (void)cudaFreeHost(score->ranked_counts);
+    for (uint32_t place = 0; place < score->rank_places; place++) {
+        free(score->ranked[place].lane_at);
+        free(score->ranked[place].n_slots);
+        free(score->ranked[place].n_kept);
+    }
     free(score);
     cuda->score = NULL;
 }

@@ -6,6 +6,21 @@
 
 #define BLOCK_NONE_READ UINT32_MAX
 
+/* What rank, cut and keep have yet to fill on the host: counts that lie in the place's pinned memory once the stream has been waited for. */
+enum ranked_answer { ANSWER_NONE, ANSWER_PROTECTED, ANSWER_CUT, ANSWER_KEPT };
+
+/* Of the sequence that was ranked last in a place (rank.cu). */
+struct ranked_device {
+    uint32_t *keys, *kept;      /* on the device, [n_lanes * rank_slots]: keys and lists, lane after lane */
+    uint32_t *n_protected;      /* on the device, [n_lanes] */
+    uint32_t *n_joined;         /* KIVI: on the device, [n_lanes] slots in blocks that stay or go whole; else NULL */
+    size_t *lane_at;            /* [n_lanes] where a lane's keys begin */
+    uint32_t *n_slots, *n_kept; /* [n_lanes] */
+    uint2 *counts;              /* pinned, [n_lanes] */
+    enum ranked_answer answer;
+    void *to; /* where the answer goes: [n_lanes] of its kind */
+};
+
 struct score_device {
     uint32_t lane_slots; /* most slots of a lane */
     /* Lists: filled in pinned memory, copied to the same offset on the device. What was taken stays until the stream has been waited for. */
@@ -20,16 +35,13 @@ struct score_device {
     size_t n_numbers;
     uint8_t *work; /* what their kernels leave to one another */
     size_t work_bytes;
-    /* Of the sequence that was ranked last (rank.cu); NULL where limits.rank_slots is 0. */
-    uint32_t rank_slots;
-    uint32_t *keys, *kept;                /* on the device, [n_lanes * rank_slots]: keys and lists, lane after lane */
-    uint32_t *n_protected;                /* on the device, [n_lanes] */
-    uint32_t *n_joined;                   /* KIVI: on the device, [n_lanes] slots in blocks that stay or go whole; else NULL */
-    uint32_t *cut_below;                  /* on the device, [n_lanes] */
-    uint32_t *cut_counted;                /* on the device, [n_lanes][256] */
-    uint32_t *cut_freed;                  /* on the device, [n_lanes][4][256] */
-    size_t *lane_at;                      /* [n_lanes] where a lane's keys begin */
-    uint32_t *lane_slots_ranked, *n_kept; /* [n_lanes] */
+    /* Ranking; NULL and no place where limits.rank_slots is 0. */
+    uint32_t rank_slots, rank_places;
+    struct ranked_device ranked[RANK_PLACES_MAX];
+    uint2 *ranked_counts;  /* pinned, [rank_places][n_lanes] */
+    uint32_t *cut_below;   /* on the device, [n_lanes]: of one cut at a time, in the order of the stream */
+    uint32_t *cut_counted; /* on the device, [n_lanes][256] */
+    uint32_t *cut_freed;   /* on the device, [n_lanes][4][256] */
 };
 
 /* Room for `bytes` of lists, from its start on the host; their place on the device in *device. At most score->stage_bytes. */

@@ -116,7 +116,7 @@ static uint32_t mock_memory_plan(const struct program *program, const struct bac
         {"scratch samples", limits->max_samples, 2 * sizeof(struct sample_result), false},
         {"query rings", limits->n_rings, sizeof(struct ring), false},
         {"tables", limits->n_tables, sizeof(struct table) + table_id_count(program_lanes(program), limits) * sizeof(uint32_t), false},
-        {"ranking", 1, ranking_bytes(program, limits->rank_slots), false},
+        {"ranking", 1, ranking_bytes(program, limits->rank_slots, limits->rank_places), false},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -159,7 +159,10 @@ static enum status mock_prepare(const struct program *program, const struct back
         mock_close(&mock->backend);
         return error_set(error, STATUS_NO_MEMORY, "mock backend: no memory for %u blocks", (unsigned)limits->n_blocks);
     }
-    if (limits->rank_slots > 0) mock->backend.ranking = ranking_new(program, limits->rank_slots);
+    if (limits->rank_slots > 0) {
+        mock->backend.rank_places = limits->rank_places ? limits->rank_places : 1;
+        mock->backend.ranking = ranking_new(program, limits->rank_slots, mock->backend.rank_places);
+    }
     mock->rings = check_calloc((size_t)limits->n_rings + 1, sizeof *mock->rings);
     mock->tables = check_calloc((size_t)limits->n_tables + 1, sizeof *mock->tables);
     mock->table_ids = check_calloc(limits->n_tables * table_id_count(mock->n_lanes, limits) + 1, sizeof *mock->table_ids);
@@ -435,7 +438,7 @@ static const struct slot *lane_slot(const struct mock *mock, const uint32_t *ids
 /* A number in [0, 1) a slot (and query head), of the kind, the lane and the history the slot was written for. The ring must hold the window of this sequence. */
 static void mock_score(struct backend *backend, const struct score_request *request, float *scores) {
     const struct mock *mock = (const struct mock *)(void *)backend;
-    CHECK(mock->n_flights == 0);
+    CHECK(mock->n_flights <= 1); /* one: rank, behind it */
     CHECK(request->first_lane + request->n_lanes <= mock->n_lanes);
     CHECK(request->kind != SCORE_ACCUMULATED || mock->limits.accumulators);
     const struct ring *ring = NULL;
@@ -526,6 +529,7 @@ const struct backend_ops backend_mock = {
     .rank = host_rank,
     .cut = host_cut,
     .keep = host_keep,
+    .settle = host_settle,
     .read_positions = mock_read_positions,
     .shift_sinks = mock_shift_sinks,
     .tap_logits = mock_tap_logits,

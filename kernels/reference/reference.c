@@ -36,7 +36,7 @@ static uint32_t reference_memory_plan(const struct program *program, const struc
         {"scratch", 1, sizeof(float) * floats_once(program), false},
         {"scratch samples", limits->max_samples, sizeof(struct sample_result), false},
         {"query rings", limits->n_rings, sizeof(float) * (ring_query_floats(program, limits) + ring_sink_floats(program, limits)), false},
-        {"ranking", 1, ranking_bytes(program, limits->rank_slots), false},
+        {"ranking", 1, ranking_bytes(program, limits->rank_slots, 1), false},
     };
     uint32_t n = 0;
     for (; n < sizeof all / sizeof *all && n < max; n++) lines[n] = all[n];
@@ -117,7 +117,10 @@ static enum status reference_prepare(const struct program *program, const struct
         reference_close(&r->backend);
         return status;
     }
-    if (limits->rank_slots > 0) r->backend.ranking = ranking_new(program, limits->rank_slots);
+    if (limits->rank_slots > 0) {
+        r->backend.rank_places = 1;
+        r->backend.ranking = ranking_new(program, limits->rank_slots, r->backend.rank_places);
+    }
     if (limits->progress) limits->progress(limits->progress_context, 1);
     *backend = &r->backend;
     return STATUS_OK;
@@ -397,6 +400,7 @@ const struct backend_ops backend_reference = {
     .rank = host_rank,
     .cut = host_cut,
     .keep = host_keep,
+    .settle = host_settle,
     .read_positions = reference_read_positions,
     .shift_sinks = reference_shift_sinks,
     .tap_logits = reference_tap_logits,

@@ -18,16 +18,18 @@ enum {
     RUN_MOVES_MAX = 4096
 };
 
-static struct model *run_model; /* model_dummy("tiny") */
-static bool run_kivi4;          /* KV is kept as kivi4; else as f32 by the reference, as f16 by others */
+static struct model *run_model;        /* model_dummy("tiny") */
+static bool run_kivi4;                 /* KV is kept as kivi4; else as f32 by the reference, as f16 by others */
+static uint32_t run_measured_each = 1; /* of so many requests one has its hits measured */
+static uint32_t run_places_max = RANK_PLACES_MAX;
 
 struct run_setting {
     const char *backend;
     uint32_t threads, max_rows, max_sequences;
-    uint32_t pool_tokens; /* slots a lane; 0: plenty */
-    uint32_t model_len;   /* 0: RUN_MODEL_LEN */
-    bool prefix_cache, reading;
-    const char *triggers; /* NULL: each policy's own */
+    uint32_t pool_tokens;                /* slots a lane; 0: plenty */
+    uint32_t model_len;                  /* 0: RUN_MODEL_LEN */
+    bool prefix_cache, reading, in_turn; /* in_turn: nothing runs ahead of the host */
+    const char *triggers;                /* NULL: each policy's own */
     double pressure_high, pressure_low;
     const char *policy; /* the operator's; NULL: none */
     uint32_t budget;    /* the operator's */
@@ -56,39 +58,50 @@ static uint32_t n_run_moves;
 static uint64_t
     run_scores_after_prompt; /* a sum of hashes of accumulated attention, as asked for once a prompt of 200 tokens was read: in any order */
 
-/* Of the last ranking: where each lane's numbers begin, and the lists that were kept. */
-static size_t run_first[RUN_LANES_MAX];
-static uint32_t *run_lists;
-static const uint32_t *run_listed;
+/* Of the last ranking in a place: where each lane's numbers begin, and the lists that were kept. */
+static struct run_place {
+    size_t first[RUN_LANES_MAX];
+    uint32_t *lists;
+    const uint32_t *listed;
+} run_places[RANK_PLACES_MAX];
 
-static void run_rank(struct backend *backend, const struct rank_request *request, uint32_t *n_protected, float *scores) {
+static void run_hash_scores(const struct rank_request *request, const float *scores, const size_t *first) {
+    for (uint32_t lane = 0; lane < program_lanes(model_program(run_model)); lane++) {
+        uint64_t hash = lane;
+        for (uint32_t i = 0; i < request->score.lane_tokens[lane]; i++) hash = random_mix(hash ^ float_bits(scores[first[lane] + i]));
+        run_scores_after_prompt += hash;
+    }
+}
+
+static void run_rank(struct backend *backend, uint32_t at, const struct rank_request *request, uint32_t *n_protected, float *scores) {
+    struct run_place *place = &run_places[at];
     uint32_t lanes = program_lanes(model_program(run_model));
     size_t slots = 0;
     CHECK(lanes <= RUN_LANES_MAX);
-    for (uint32_t lane = 0; lane < lanes; slots += request->score.lane_tokens[lane++]) run_first[lane] = slots;
-    run_lists = check_realloc(run_lists, slots + 1, sizeof *run_lists);
+    for (uint32_t lane = 0; lane < lanes; slots += request->score.lane_tokens[lane++]) place->first[lane] = slots;
+    place->lists = check_realloc(place->lists, slots + 1, sizeof *place->lists);
+    if (scores || request->source != RANK_SCORES || request->score.kind != SCORE_ACCUMULATED || request->score.last_position < 200) {
+        run_below->rank(backend, at, request, n_protected, scores);
+        return;
+    }
     float *own = check_calloc(slots + 1, sizeof *own);
-    run_below->rank(backend, request, n_protected, own);
-    if (scores) memcpy(scores, own, slots * sizeof *scores);
-    if (request->source == RANK_SCORES && request->score.kind == SCORE_ACCUMULATED && request->score.last_position >= 200)
-        for (uint32_t lane = 0; lane < lanes; lane++) {
-            uint64_t hash = lane;
-            for (uint32_t i = 0; i < request->score.lane_tokens[lane]; i++) hash = random_mix(hash ^ float_bits(own[run_first[lane] + i]));
-            run_scores_after_prompt += hash;
-        }
+    run_below->rank(backend, at, request, n_protected, own);
+    run_below->settle(backend);
+    run_hash_scores(request, own, place->first);
     free(own);
 }
 
-static void run_keep(struct backend *backend, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
-    run_listed = keep ? keep : run_lists;
-    run_below->keep(backend, evict, lanes, keep ? keep : run_lists);
+static void run_keep(struct backend *backend, uint32_t at, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
+    run_places[at].listed = keep ? keep : run_places[at].lists;
+    run_below->keep(backend, at, evict, lanes, keep ? keep : run_places[at].lists);
 }
 
 static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     uint64_t before = run_kept;
     run_kept = 0;
     for (uint32_t n = 0; n < count; n++) {
-        const uint32_t *keep = items[n].keep ? items[n].keep : run_listed + run_first[items[n].lane];
+        const struct run_place *place = &run_places[items[n].place];
+        const uint32_t *keep = items[n].keep ? items[n].keep : place->listed + place->first[items[n].lane];
         run_kept = random_mix(run_kept ^ items[n].n_slots);
         for (uint32_t i = 0; i < items[n].n_keep; i++) run_kept = random_mix(run_kept ^ keep[i]);
     }
@@ -99,7 +112,9 @@ static void run_compact(struct backend *backend, uint32_t count, const struct co
 }
 
 static enum status run_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
-    enum status status = run_below->prepare(program, limits, backend, error);
+    struct backend_limits own = *limits;
+    own.rank_places = own.rank_places < run_places_max ? own.rank_places : run_places_max;
+    enum status status = run_below->prepare(program, &own, backend, error);
     if (status == STATUS_OK) (*backend)->ops = &run_ops;
     return status;
 }
@@ -113,6 +128,7 @@ static inline void run_config(const struct run_setting *setting, struct config *
     enum kv_dtype dtype = run_kivi4 ? KV_KIVI4 : strcmp(setting->backend, "reference") == 0 ? KV_F32 : KV_F16;
     (void)snprintf(config->kv_dtype, sizeof config->kv_dtype, "%s", kv_dtype_name(dtype));
     config->deterministic = true;
+    config->run_ahead = !setting->in_turn;
     config->threads = setting->threads;
     config->max_model_len = setting->model_len ? setting->model_len : RUN_MODEL_LEN;
     config->max_sequences = setting->max_sequences;
@@ -187,7 +203,6 @@ static inline void run_wish(const struct config *config, struct job *job, const 
         (void)fprintf(stderr, "%s: %s\n", field, error.text);
         CHECK(!"a wish that is granted");
     }
-    job->request.measure_hits = true;
 }
 
 struct run_request {
@@ -212,6 +227,7 @@ static inline struct job *run_job(const struct config *config, const struct run_
     job->request.sampling.n_top = 1;
     if (asked->temperature > 0) job->request.sampling.temperature = asked->temperature, job->request.sampling.seed = 77 + asked->number;
     job->request.arrival_ns = 1 + asked->number;
+    job->request.measure_hits = asked->number % run_measured_each == 0;
     job->request.head_hits = run_hits[asked->number];
     memset(run_hits[asked->number], 0, sizeof run_hits[asked->number]);
     run_wish(config, job, asked->policy, asked->budget, asked->ratio);

@@ -8,6 +8,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include <cmocka.h>
 
@@ -201,6 +202,68 @@ static void test_neighbours_change_nothing(void **state) {
         (void)run_together(&setting, asked, n, &second);
         expect_same(run_backends[b], asked, n, &first, &second);
     }
+}
+
+/* ---- behind a step ---- */
+
+static int by_hash(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* On the host device each request takes seconds. */
+static uint32_t behind_requests(bool is_short, struct run_request *asked) {
+    static const char *const some[] = {"kv_compress", "ada_snapkv", "h2o", "streaming_llm"};
+    uint32_t n = 0;
+    if (!is_short) {
+        for (uint32_t p = 0; p < policy_count(); p++) n += cut_requests(policies[p]->name, n, asked + n);
+        return n;
+    }
+    for (size_t p = 0; p < sizeof some / sizeof *some; p++) {
+        (void)cut_requests(some[p], n, asked + n);
+        asked[n].n_prompt = 100;
+        asked[n++].n_new = 35;
+    }
+    return n;
+}
+
+/* Choices that begin behind a step in flight, several at a time, keep what they keep between steps, one sequence after another. The mock's slots know whose they are, and when they are written. */
+static void check_behind(const char *backend, uint32_t places, bool is_short) {
+    static struct run_request asked[RUN_JOBS_MAX];
+    static uint64_t moves[RUN_MOVES_MAX];
+    uint32_t n = behind_requests(is_short, asked), n_moves;
+    struct run_setting setting = {.backend = backend, .threads = 1, .max_rows = 512, .max_sequences = 1, .in_turn = true};
+    run_alone(&setting, asked, n, &first);
+    n_moves = n_run_moves;
+    memcpy(moves, run_moves, n_moves * sizeof *moves);
+    qsort(moves, n_moves, sizeof *moves, by_hash);
+    setting = (struct run_setting){.backend = backend, .threads = 1, .max_rows = 80, .max_sequences = 24};
+    struct client client;
+    struct config config;
+    memset(&second, 0, sizeof second);
+    run_places_max = places;
+    run_open(&client, &setting, &config, &second);
+    run_all(&client, &config, asked, n, &second);
+    run_places_max = RANK_PLACES_MAX;
+    struct engine_stats stats = client_settled(&client);
+    client_done(&client);
+    expect_same(backend, asked, n, &first, &second);
+    assert_int_equal(stats.preemptions, 0);
+    if (stats.compressions_behind <= n / 2) fail_msg("%s, %u places: %lu choices began behind a step", backend, places, stats.compressions_behind);
+    assert_int_equal(n_run_moves, n_moves);
+    qsort(run_moves, n_moves, sizeof *run_moves, by_hash);
+    assert_memory_equal(run_moves, moves, n_moves * sizeof *moves);
+}
+
+static void test_behind_a_step_the_same_is_chosen(void **state) {
+    (void)state;
+    static const uint32_t places[] = {RANK_PLACES_MAX, 2, 1};
+    const bool is_short = getenv("KVASIR_TEST_SHORT") != NULL;
+    run_measured_each = 5; /* what is measured needs the one room for lists, and waits for its turn */
+    for (size_t i = 0; i < sizeof places / sizeof *places && !run_kivi4; i++) check_behind("mock", places[i], false);
+    for (size_t b = 0; b < n_run_backends; b++)
+        if (strcmp(run_backends[b], "cuda") == 0) check_behind("cuda", is_short ? 2 : RANK_PLACES_MAX, is_short);
+    run_measured_each = 1;
 }
 
 /* ---- prefix cache, forks ---- */
@@ -404,11 +467,6 @@ static void test_pressure(void **state) {
                 fail_msg("%s, %s: pressed %u", run_backends[b], policies[p]->name, pressed);
             client_done(&client);
         }
-}
-
-static int by_hash(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
 }
 
 /* Pressure as the only trigger: nothing is compressed for another reason, and whoever is preempted after it was pressed is compressed at the same places again, to the same slots: of
@@ -692,6 +750,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_a_wide_budget_changes_nothing),
         cmocka_unit_test(test_chunks_and_threads_change_nothing),
         cmocka_unit_test(test_neighbours_change_nothing),
+        cmocka_unit_test(test_behind_a_step_the_same_is_chosen),
         cmocka_unit_test(test_prefix_hits_change_nothing),
         cmocka_unit_test(test_forks_change_nothing),
         cmocka_unit_test(test_accumulated_attention_is_each_candidates_own),

@@ -91,6 +91,7 @@ static void check_all_is_back(struct client *client) {
     assert_int_equal(own.running + own.waiting, 0);
     assert_null(client->engine->requests.oldest);
     assert_int_equal(client->engine->requests.n_compressed + client->engine->requests.n_pressed, 0);
+    assert_int_equal(client->engine->compress.n_begun, 0);
     scheduler_check(client->engine->scheduler);
 }
 
@@ -151,14 +152,17 @@ static void run_mixed(uint64_t seed, const char *triggers, bool reading, uint32_
     check_all_is_back(&client);
     struct scheduler_stats stats;
     scheduler_stats(client.engine->scheduler, &stats);
-    print_message("  %s: %u choices, %u aborted; %u compactions, %u preemptions, %u replays, %u forks, %u steals, %u copies, %u drops, %u pressed\n",
+    const struct engine_stats counted = client_settled(&client);
+    print_message("  %s: %u choices, %u aborted; %u compactions, %u preemptions, %u replays, %u forks, %u steals, %u copies, %u drops, %u pressed, "
+                  "%u chosen behind\n",
                   triggers, totals.n_choices, totals.n_aborted, (unsigned)stats.compactions, (unsigned)stats.preemptions, (unsigned)stats.replays,
                   (unsigned)stats.forks, (unsigned)stats.prefix_steals, (unsigned)stats.compaction_copies, (unsigned)stats.compaction_drops,
-                  (unsigned)stats.pressure_compactions);
+                  (unsigned)stats.pressure_compactions, (unsigned)counted.compressions_behind);
     for (uint32_t p = 0; p < policy_count(); p++) assert_true(totals.n_of[p] >= n_requests / 40);
     assert_true(totals.n_aborted >= totals.n_choices / 20 && totals.n_aborted <= totals.n_choices / 2);
     assert_true(stats.compactions >= n_requests && stats.preemptions >= n_requests / 100 && stats.forks >= n_requests / 20);
     assert_true(stats.prefix_steals > 0 && stats.compaction_copies > 0 && stats.compaction_drops > 0 && stats.replays > 0);
+    assert_true(counted.compressions_behind >= n_requests / 4);
     if (strstr(triggers, "pressure")) assert_true(stats.pressure_compactions >= n_requests / 100);
     client_done(&client);
 }

@@ -15,6 +15,7 @@
 #include "kernels/program.h"
 #include "policies/choose.h"
 #include "tests/support/array_backend.h"
+#include "tests/support/choosing.h"
 
 #define LINE_MAX_BYTES (4u << 20)
 #define LANES_MAX 16
@@ -153,10 +154,11 @@ static void check_policy(struct golden *g, const char *name) {
                                      .block_ids = array->block_ids,
                                      .lane_first = array->lane_first,
                                      .lane_tokens = array->lane_tokens,
+                                     .wants_lists = true,
                                      .lists = lists,
-                                     .wants_lists = true};
-    void *scratch = check_calloc(1, choose_scratch_bytes(n_lanes, g->n, (size_t)n_lanes * g->n));
-    choose(&request, &array->backend, lanes, scratch);
+                                     .room = check_calloc(1, choose_room_bytes(g->n, (size_t)n_lanes * g->n))};
+    void *scratch = check_calloc(1, choose_scratch_bytes(n_lanes));
+    choose_all(&request, &array->backend, 0, lanes, scratch);
     for (uint32_t l = 0; l < n_lanes; l++) {
         assert_true(next_line(g));
         uint32_t k = 0;
@@ -182,6 +184,7 @@ static void check_policy(struct golden *g, const char *name) {
     array_backend_free(array);
     free(lists);
     free(scratch);
+    free(request.room);
     free(positions);
     g->n_policies++;
 }

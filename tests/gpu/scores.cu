@@ -97,7 +97,7 @@ static void check_scores(struct world *world) {
 }
 
 /* Lists of the same choice on both sides, then a compaction by those that stayed on the device. */
-static void check_choice(struct world *world, const struct tables *tables, struct array_backend *array, const char *what) {
+static void check_choice(struct world *world, uint32_t place, const struct tables *tables, struct array_backend *array, const char *what) {
     const uint32_t n_lanes = world->cuda.n_lanes, each[] = {1, world->shape.n_kv_heads, n_lanes}, units[] = {1, BLOCK_TOKENS};
     struct cut_lane *cut = (struct cut_lane *)check_calloc(2 * n_lanes, sizeof *cut), *host_cut_lanes = cut + n_lanes;
     struct kept_lane *kept = (struct kept_lane *)check_calloc(2 * n_lanes, sizeof *kept), *host_kept_lanes = kept + n_lanes;
@@ -109,8 +109,9 @@ static void check_choice(struct world *world, const struct tables *tables, struc
         for (uint32_t unit : units) {
             const struct cut_request request = {.lanes_each = lanes_each, .unit = unit, .needed = numbers};
             for (uint32_t g = 0; g < n_lanes / lanes_each; g++) numbers[g] = random_below(&world->random, 800 * lanes_each / unit + 2);
-            cuda_cut(&world->cuda.backend, &request, cut);
-            host_cut(&array->backend, &request, host_cut_lanes);
+            cuda_cut(&world->cuda.backend, place, &request, cut);
+            cuda_settle(&world->cuda.backend);
+            host_cut(&array->backend, 0, &request, host_cut_lanes);
             for (uint32_t lane = 0; lane < n_lanes; lane++)
                 if (cut[lane].below != host_cut_lanes[lane].below || cut[lane].equal != host_cut_lanes[lane].equal) {
                     WRONG("%s: cut of %u lanes by %u: lane %u has %u below, %u equal; expected %u, %u", what, lanes_each, unit, lane, cut[lane].below,
@@ -119,8 +120,8 @@ static void check_choice(struct world *world, const struct tables *tables, struc
                 }
         }
     for (uint32_t lane = 0; lane < n_lanes; lane++) numbers[lane] = random_below(&world->random, tables->lane_tokens[lane] + 2);
-    cuda_keep(&world->cuda.backend, numbers, kept, lists);
-    host_keep(&array->backend, numbers, host_kept_lanes, host_lists);
+    cuda_keep(&world->cuda.backend, place, numbers, kept, lists);
+    host_keep(&array->backend, 0, numbers, host_kept_lanes, host_lists);
     struct compaction *items = (struct compaction *)check_calloc(n_lanes, sizeof *items);
     size_t at = 0;
     for (uint32_t lane = 0; lane < n_lanes; at += tables->lane_tokens[lane++]) {
@@ -129,8 +130,13 @@ static void check_choice(struct world *world, const struct tables *tables, struc
             WRONG("%s: lane %u keeps %u, first moved %u; expected %u, %u", what, lane, kept[lane].n_keep, kept[lane].first_moved,
                   host_kept_lanes[lane].n_keep, host_kept_lanes[lane].first_moved);
         uint32_t *ids = world->ids + tables->lane_first[lane];
-        items[lane] = (struct compaction){
-            .source = ids, .n_slots = tables->lane_tokens[lane], .keep = NULL, .n_keep = kept[lane].n_keep, .destination = ids, .lane = lane};
+        items[lane] = (struct compaction){.source = ids,
+                                          .n_slots = tables->lane_tokens[lane],
+                                          .keep = NULL,
+                                          .n_keep = kept[lane].n_keep,
+                                          .destination = ids,
+                                          .place = place,
+                                          .lane = lane};
     }
     cuda_compact(&world->cuda.backend, n_lanes, items);
     at = 0;
@@ -192,15 +198,17 @@ static void check_ranking(struct world *world) {
         uint32_t *protected_slots = (uint32_t *)check_calloc(2 * n_lanes, sizeof *protected_slots);
         char what[96];
         (void)snprintf(what, sizeof what, "choice %u, %s d %u group %u", round, kv_dtype_name(world->shape.dtype), world->shape.d, group);
-        cuda_rank(&world->cuda.backend, &request, protected_slots, round % 2 ? mine : NULL);
-        host_rank(&array->backend, &plain, protected_slots + n_lanes, host);
+        const uint32_t place = (uint32_t)round % world->cuda.score->rank_places;
+        cuda_rank(&world->cuda.backend, place, &request, protected_slots, round % 2 ? mine : NULL);
+        cuda_settle(&world->cuda.backend);
+        host_rank(&array->backend, 0, &plain, protected_slots + n_lanes, host);
         if (memcmp(protected_slots, protected_slots + n_lanes, n_lanes * sizeof *protected_slots) != 0) WRONG("%s: other slots are protected", what);
         for (size_t i = 0; round % 2 && i < slots; i++)
             if (memcmp(&mine[i], &host[i], sizeof *mine) != 0) {
                 WRONG("%s: slot %zu of all: %.9g, expected %.9g", what, i, (double)mine[i], (double)host[i]);
                 break;
             }
-        check_choice(world, &tables, array, what);
+        check_choice(world, place, &tables, array, what);
         array_backend_free(array);
         free(lanes), free(raw), free(positions), free(protected_slots);
         free_tables(&tables);
@@ -230,11 +238,20 @@ static void bench_choice(struct world *world, const uint32_t *lane_first, const 
     const struct cut_request request = {.lanes_each = n_lanes, .unit = BLOCK_TOKENS, .needed = &needed};
     char what[64];
     (void)snprintf(what, sizeof what, "rank %u x %u: squares, window 32", n_lanes, slots);
-    measure(what, (double)n_lanes * slots * 512, rate, cuda->stream, [&] { cuda_rank(&cuda->backend, &rank, protected_slots, NULL); });
-    measure("cut: whole blocks over all lanes", (double)n_lanes * slots * 16, rate, cuda->stream, [&] { cuda_cut(&cuda->backend, &request, cut); });
+    measure(what, (double)n_lanes * slots * 512, rate, cuda->stream, [&] {
+        cuda_rank(&cuda->backend, 0, &rank, protected_slots, NULL);
+        cuda_settle(&cuda->backend);
+    });
+    measure("cut: whole blocks over all lanes", (double)n_lanes * slots * 16, rate, cuda->stream, [&] {
+        cuda_cut(&cuda->backend, 0, &request, cut);
+        cuda_settle(&cuda->backend);
+    });
     for (uint32_t lane = 0; lane < n_lanes; lane++)
         evict[lane] = select_evictions(slots, BLOCK_TOKENS, select_units(slots, protected_slots[lane], BLOCK_TOKENS, cut[lane].below));
-    measure("keep", (double)n_lanes * slots * 20, rate, cuda->stream, [&] { cuda_keep(&cuda->backend, evict, lanes, NULL); });
+    measure("keep", (double)n_lanes * slots * 20, rate, cuda->stream, [&] {
+        cuda_keep(&cuda->backend, 0, evict, lanes, NULL);
+        cuda_settle(&cuda->backend);
+    });
     uint64_t moved = 0;
     for (uint32_t lane = 0; lane < n_lanes; lane++) {
         const uint32_t *ids = world->ids + lane_first[lane];

@@ -114,7 +114,7 @@ static void world_open(struct world *world, const struct shape *shape) {
     cuda->program = program;
     cuda->limits.n_blocks = shape->n_blocks, cuda->limits.n_rings = 2, cuda->limits.ring_rows = shape->ring_rows;
     cuda->limits.sink_slots = 2 * BLOCK_TOKENS, cuda->limits.accumulators = true, cuda->limits.kv_dtype = shape->dtype;
-    cuda->limits.rank_slots = shape->lane_blocks * BLOCK_TOKENS;
+    cuda->limits.rank_slots = shape->lane_blocks * BLOCK_TOKENS, cuda->limits.rank_places = 3;
     cuda->n_lanes = shape->n_layers * shape->n_kv_heads, cuda->group = shape->group;
     cuda->n_q = program->n_heads * shape->d, cuda->n_kv = program->n_kv_heads * shape->d, cuda->lane_blocks = shape->lane_blocks;
     CUDA_CHECK(cudaStreamCreate(&cuda->stream));

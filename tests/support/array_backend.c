@@ -30,8 +30,13 @@ static void array_read_positions(struct backend *backend, uint32_t count, const 
         }
 }
 
-static const struct backend_ops array_ops = {
-    .name = "arrays", .score = array_score, .read_positions = array_read_positions, .rank = host_rank, .cut = host_cut, .keep = host_keep};
+static const struct backend_ops array_ops = {.name = "arrays",
+                                             .score = array_score,
+                                             .read_positions = array_read_positions,
+                                             .rank = host_rank,
+                                             .cut = host_cut,
+                                             .keep = host_keep,
+                                             .settle = host_settle};
 
 struct array_backend *array_backend_new(uint32_t n_layers, uint32_t n_kv_heads, uint32_t group, const struct array_lane *lanes) {
     struct array_backend *array = check_calloc(1, sizeof *array);
@@ -51,7 +56,8 @@ struct array_backend *array_backend_new(uint32_t n_layers, uint32_t n_kv_heads, 
     array->block_ids = check_calloc(n_ids + 1, sizeof(uint32_t));
     for (uint32_t l = 0; l < n_lanes; l++)
         for (uint32_t j = 0; j * BLOCK_TOKENS < lanes[l].n_slots; j++) array->block_ids[array->lane_first[l] + j] = l * LANE_BLOCKS + j;
-    array->backend.ranking = ranking_new(&array->program, most);
+    array->backend.ranking = ranking_new(&array->program, most, RANK_PLACES_MAX);
+    array->backend.rank_places = RANK_PLACES_MAX;
     return array;
 }
 

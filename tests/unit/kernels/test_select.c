@@ -100,7 +100,8 @@ static void open_cache(struct cache *cache, const struct backend_ops *ops, enum 
                                           .n_rings = 2,
                                           .ring_rows = RING_ROWS,
                                           .accumulators = true,
-                                          .rank_slots = TOKENS};
+                                          .rank_slots = TOKENS,
+                                          .rank_places = 3};
     struct error error = {0};
     if (ops->prepare(cache->program, &limits, &cache->backend, &error) != STATUS_OK) fail_msg("%s: %s", ops->name, error.text);
     for (uint32_t i = 0; i < POOL; i++) cache->ids[i] = i * 37 % POOL; /* 37 and the pool's size have no common divisor */
@@ -226,7 +227,7 @@ static uint32_t expect_keep(const uint32_t *keys, uint32_t n, uint32_t joined, u
     return n_keep;
 }
 
-static void check_cuts(const struct cache *cache, const struct expected *expected, struct random *random) {
+static void check_cuts(const struct cache *cache, uint32_t place, const struct expected *expected, struct random *random) {
     static const uint32_t each[] = {1, HEADS, LANES}, units[] = {1, 8, BLOCK_TOKENS};
     uint32_t needed[LANES];
     struct cut_lane got[LANES];
@@ -234,7 +235,8 @@ static void check_cuts(const struct cache *cache, const struct expected *expecte
     for (uint32_t g = 0; g < LANES / request.lanes_each; g++)
         needed[g] = random_below(random, 4) ? random_below(random, TOKENS / request.unit + 2) : random_below(random, 2) * 5000;
     memset(got, 0xa5, sizeof got);
-    cache->ops->cut(cache->backend, &request, got);
+    cache->ops->cut(cache->backend, place, &request, got);
+    cache->ops->settle(cache->backend);
     for (uint32_t g = 0; g < LANES / request.lanes_each; g++) expect_cut(cache, expected, &request, g, got);
 }
 
@@ -255,7 +257,7 @@ static void expect_keys(const struct cache *cache, const struct rank_request *re
 }
 
 /* Lists what stays, asks once more, which changes nothing. `lists` [LANES * TOKENS], one lane's behind the other's slots. Returns how many slots went beyond what was asked for. */
-static uint32_t check_lists(const struct cache *cache, const struct expected *expected, struct random *random, struct kept_lane *got,
+static uint32_t check_lists(const struct cache *cache, uint32_t place, const struct expected *expected, struct random *random, struct kept_lane *got,
                             uint32_t *lists) {
     uint32_t evict[LANES], beyond = 0;
     for (uint32_t l = 0; l < LANES; l++)
@@ -263,7 +265,8 @@ static uint32_t check_lists(const struct cache *cache, const struct expected *ex
     for (int asked = 0; asked < 2; asked++) {
         uint32_t *list = lists;
         memset(got, 0xa5, LANES * sizeof *got);
-        cache->ops->keep(cache->backend, evict, got, asked == 1 || random_below(random, 2) ? lists : NULL);
+        cache->ops->keep(cache->backend, place, evict, got, asked == 1 || random_below(random, 2) ? lists : NULL);
+        cache->ops->settle(cache->backend);
         for (uint32_t l = 0; l < LANES; list += cache->lane_tokens[l++]) {
             uint32_t keep[TOKENS], n = cache->lane_tokens[l], most = n - expected->n_protected[l], moved = 0;
             const uint32_t n_keep = expect_keep(expected->keys[l], n, expected->n_joined[l], evict[l], keep);
@@ -279,18 +282,19 @@ static uint32_t check_lists(const struct cache *cache, const struct expected *ex
 }
 
 /* Lists, and a compaction into free blocks by the lists that stayed in the backend: each slot is known by its position. */
-static void check_keep(const struct cache *cache, const struct expected *expected, struct random *random) {
+static void check_keep(const struct cache *cache, uint32_t place, const struct expected *expected, struct random *random) {
     static uint32_t lists[LANES * TOKENS];
     uint32_t next = POOL / 2;
     int32_t positions[LANE_BLOCKS * BLOCK_TOKENS];
     struct kept_lane got[LANES];
     struct compaction items[LANES];
-    (void)check_lists(cache, expected, random, got, lists);
+    (void)check_lists(cache, place, expected, random, got, lists);
     for (uint32_t l = 0; l < LANES; l++) {
         items[l] = (struct compaction){.source = cache->ids + cache->lane_first[l],
                                        .n_slots = cache->lane_tokens[l],
                                        .n_keep = got[l].n_keep,
                                        .destination = cache->ids + next,
+                                       .place = place,
                                        .lane = l};
         next += blocks_of(got[l].n_keep);
     }
@@ -314,22 +318,30 @@ static void host_ranking(const struct cache *cache, const struct rank_request *r
     host.score.lane_first = array->lane_first;
     host.score.lane_tokens = array->lane_tokens;
     array->backend.joins_blocks = cache->backend->joins_blocks;
-    host_rank(&array->backend, &host, n_protected, scores);
+    host_rank(&array->backend, 0, &host, n_protected, scores);
     array_backend_free(array);
 }
 
-static void check_round(struct cache *cache, struct random *random) {
+/* What is in one place is not changed by what is done in another. */
+struct others {
+    uint32_t n;
+    struct expected expected[RANK_PLACES_MAX];
+};
+
+static void check_round(struct cache *cache, uint32_t place, struct others *others, struct random *random) {
     static float scores[LANES * TOKENS], host_scores[LANES * TOKENS];
-    static struct expected expected;
+    struct expected *expected = &others->expected[place];
     struct rank_request request = draw_request(cache, random);
     uint32_t n_protected[LANES], host_protected[LANES];
     read_scores(cache, &request);
     host_ranking(cache, &request, host_protected, host_scores);
     memset(scores, 0xa5, sizeof scores);
     memset(n_protected, 0xa5, sizeof n_protected);
-    cache->ops->rank(cache->backend, &request, n_protected, random_below(random, 2) ? scores : NULL);
+    cache->ops->rank(cache->backend, place, &request, n_protected, random_below(random, 2) ? scores : NULL);
+    cache->ops->settle(cache->backend);
     assert_memory_equal(n_protected, host_protected, sizeof n_protected);
-    cache->ops->rank(cache->backend, &request, n_protected, scores);
+    cache->ops->rank(cache->backend, place, &request, n_protected, scores);
+    cache->ops->settle(cache->backend);
     size_t at = 0;
     for (uint32_t l = 0; l < LANES; at += cache->lane_tokens[l++])
         for (uint32_t i = 0; i < cache->lane_tokens[l]; i++)
@@ -337,17 +349,61 @@ static void check_round(struct cache *cache, struct random *random) {
                 fail_msg("%s, kind %d, fold %d, pooling %d of %u, value power %u: lane %u slot %u has %.9g, expected %.9g", cache->ops->name,
                          request.score.kind, request.fold, request.pooling, request.pooling_kernel, request.value_power, l, i, (double)scores[at + i],
                          (double)host_scores[at + i]);
-    expect_keys(cache, &request, scores, &expected);
-    assert_memory_equal(n_protected, expected.n_protected, sizeof n_protected);
-    for (int i = 0; i < 3; i++) check_cuts(cache, &expected, random);
-    for (int i = 0; i < 2; i++) check_keep(cache, &expected, random);
+    expect_keys(cache, &request, scores, expected);
+    assert_memory_equal(n_protected, expected->n_protected, sizeof n_protected);
+    for (int i = 0; i < 3; i++) check_cuts(cache, place, expected, random);
+    for (int i = 0; i < 2; i++) check_keep(cache, place, expected, random);
+    if (place >= others->n) others->n = place + 1;
+    if (random_below(random, 4) > 0) return;
+    const uint32_t other = random_below(random, others->n);
+    check_cuts(cache, other, &others->expected[other], random);
+    check_keep(cache, other, &others->expected[other], random);
+}
+
+/* Requests of all places are under way before the first is waited for: rank and cut, then keep. */
+static void check_places_at_once(struct cache *cache, const struct others *others, struct random *random) {
+    static float scores[LANES * TOKENS];
+    static struct expected expected[RANK_PLACES_MAX];
+    const uint32_t n = cache->backend->rank_places, needed = random_below(random, LANES * LANE_BLOCKS);
+    uint32_t evict[RANK_PLACES_MAX][LANES], lists[TOKENS];
+    struct cut_lane cuts[RANK_PLACES_MAX][LANES];
+    struct kept_lane kept[RANK_PLACES_MAX][LANES];
+    struct rank_request requests[RANK_PLACES_MAX];
+    const struct cut_request cut = {.lanes_each = LANES, .unit = BLOCK_TOKENS, .needed = &needed};
+    assert_int_equal(others->n, n);
+    for (uint32_t place = 0; place < n; place++) { /* what must come of it, one after another */
+        requests[place] = draw_request(cache, random);
+        cache->ops->rank(cache->backend, 0, &requests[place], NULL, scores);
+        cache->ops->settle(cache->backend);
+        expect_keys(cache, &requests[place], scores, &expected[place]);
+    }
+    memset(cuts, 0xa5, sizeof cuts);
+    memset(kept, 0xa5, sizeof kept);
+    for (uint32_t place = 0; place < n; place++) {
+        cache->ops->rank(cache->backend, place, &requests[place], NULL, NULL);
+        cache->ops->cut(cache->backend, place, &cut, cuts[place]);
+    }
+    cache->ops->settle(cache->backend);
+    for (uint32_t place = 0; place < n; place++) {
+        expect_cut(cache, &expected[place], &cut, 0, cuts[place]);
+        for (uint32_t l = 0; l < LANES; l++) evict[place][l] = random_below(random, cache->lane_tokens[l] + 1);
+        cache->ops->keep(cache->backend, place, evict[place], kept[place], NULL);
+    }
+    cache->ops->settle(cache->backend);
+    for (uint32_t place = 0; place < n; place++)
+        for (uint32_t l = 0; l < LANES; l++)
+            assert_int_equal(kept[place][l].n_keep,
+                             expect_keep(expected[place].keys[l], cache->lane_tokens[l], expected[place].n_joined[l], evict[place][l], lists));
 }
 
 static void test_choice(const struct backend_ops *ops, enum kv_dtype dtype) {
     static struct cache cache;
     struct random random = {(uint64_t)dtype + 11};
     open_cache(&cache, ops, dtype, &random);
-    for (int round = 0; round < ROUNDS; round++) check_round(&cache, &random);
+    static struct others others;
+    others.n = 0;
+    for (uint32_t round = 0; round < ROUNDS; round++) check_round(&cache, round % cache.backend->rank_places, &others, &random);
+    check_places_at_once(&cache, &others, &random);
     ops->close(cache.backend);
     tiny_program_free(cache.program);
 }
@@ -410,11 +466,13 @@ static void test_on_arrays(bool joins) {
                                                  .lane_tokens = array->lane_tokens},
                                        .protect_below = random_below(&random, 6),
                                        .protect_above = (int64_t)newest - random_below(&random, random_below(&random, 10) ? 40 : TOKENS)};
-        cache.ops->rank(cache.backend, &request, n_protected, scores);
+        const uint32_t place = random_below(&random, array->backend.rank_places);
+        cache.ops->rank(cache.backend, place, &request, n_protected, scores);
+        cache.ops->settle(cache.backend);
         expect_keys(&cache, &request, scores, &expected);
         assert_memory_equal(n_protected, expected.n_protected, sizeof n_protected);
-        check_cuts(&cache, &expected, &random);
-        for (int i = 0; i < 2; i++) beyond += check_lists(&cache, &expected, &random, kept, lists) > 0;
+        check_cuts(&cache, place, &expected, &random);
+        for (int i = 0; i < 2; i++) beyond += check_lists(&cache, place, &expected, &random, kept, lists) > 0;
         for (uint32_t l = 0; l < LANES; l++) joined += expected.n_joined[l] > 0;
         array_backend_free(array);
     }

@@ -13,6 +13,7 @@
 #include "base/random.h"
 #include "policies/choose.h"
 #include "tests/support/array_backend.h"
+#include "tests/support/choosing.h"
 
 #define LANES_MAX 24
 #define SLOTS_MAX 400
@@ -34,17 +35,19 @@ struct scenario {
     uint32_t lists[LANES_MAX * SLOTS_MAX];
     uint8_t classes[4 * SLOTS_MAX];
     int32_t tokens[4 * SLOTS_MAX];
-    void *scratch;
+    void *scratch, *room;
 };
 
 static struct scenario *scenario_new(void) {
     struct scenario *s = check_calloc(1, sizeof *s);
-    s->scratch = check_calloc(1, choose_scratch_bytes(LANES_MAX, SLOTS_MAX, (size_t)LANES_MAX * SLOTS_MAX));
+    s->scratch = check_calloc(1, choose_scratch_bytes(LANES_MAX));
+    s->room = check_calloc(1, choose_room_bytes(SLOTS_MAX, (size_t)LANES_MAX * SLOTS_MAX));
     return s;
 }
 
 static void scenario_free(struct scenario *s) {
     free(s->scratch);
+    free(s->room);
     free(s);
 }
 
@@ -55,8 +58,9 @@ static void run_choose(struct scenario *s) {
     s->request.lane_first = array->lane_first;
     s->request.lane_tokens = array->lane_tokens;
     s->request.lists = s->lists;
+    s->request.room = s->room;
     s->request.wants_lists = true;
-    choose(&s->request, &array->backend, s->lanes, s->scratch);
+    choose_all(&s->request, &array->backend, RANK_PLACES_MAX - 1, s->lanes, s->scratch);
     for (uint32_t l = 0; l < s->request.n_layers * s->request.n_kv_heads; l++) {
         uint32_t moved = 0;
         while (moved < s->lanes[l].n_keep && s->lanes[l].keep[moved] == moved) moved++;

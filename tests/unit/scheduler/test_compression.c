@@ -91,6 +91,61 @@ static void test_points(void **state) {
     fixture_free(f);
 }
 
+/* While a step is under way it is known who will be due after it, but for those whom it ends by a stop token. */
+static void test_who_will_be_due(void **state) {
+    (void)state;
+    struct fixture *f = fixture_new((struct scheduler_limits){.prefix_cache = true});
+    struct scheduler_due listed[4];
+    struct scheduler_request growing = ask(f, 2, 2, 30, 13), endless = ask(f, 4, 4, 30, 100);
+    growing.points.growing = endless.points.growing = 4;
+    add(f, ask_compressed(f, 1, 1, 20, 5));
+    add(f, growing);
+    add(f, ask_compressed(f, 3, 3, 25, 0)); /* ends with its prompt, whatever is due */
+    add(f, endless);
+    assert_int_equal(scheduler_list_due(f->scheduler, listed, 4), 0);
+    plan(f); /* all four prompts */
+    assert_int_equal(f->plan->n_entries, 4);
+    assert_int_equal(scheduler_list_due(f->scheduler, listed, 4), 2);
+    assert_int_equal(listed[0].request_id, 1);
+    assert_int_equal(listed[0].n_computed, 20);
+    assert_int_equal(listed[0].lane_tokens[1], 20); /* the rows under way are counted */
+    assert_int_equal(listed[1].request_id, 3);
+    assert_int_equal(scheduler_list_due(f->scheduler, listed, 1), 1);
+    assert_true(f->plan->advanced);
+    commit(f);
+    assert_int_equal(scheduler_list_due(f->scheduler, listed, 4), 1);
+    assert_int_equal(listed[0].request_id, 1);
+    assert_true(next_due(f));
+    assert_memory_equal(&due, &listed[0], sizeof due);
+    compact_to(f, 10);
+    steps(f, 3);
+    plan(f); /* requests 2 and 4 will have 34 tokens, 1 ends by its length */
+    assert_int_equal(scheduler_list_due(f->scheduler, listed, 4), 2);
+    assert_int_equal(listed[0].request_id, 2);
+    assert_int_equal(listed[1].request_id, 4);
+    assert_null(scheduler_plan_ahead(f->scheduler));
+    bool last[64] = {false};
+    for (uint32_t i = 0; i < f->plan->n_entries; i++) last[i] = f->plan->entries[i].request_id == 4;
+    commit_ended(f, 1000, last);
+    assert_int_equal(live(f), 1);
+    assert_int_equal(scheduler_list_due(f->scheduler, listed, 4), 1);
+    assert_int_equal(listed[0].request_id, 2);
+    assert_true(next_due(f));
+    compact_to(f, 16);
+    steps(f, 3);
+    plan(f);
+    assert_int_equal(scheduler_list_due(f->scheduler, listed, 4), 1);
+    commit(f);
+    assert_true(next_due(f)); /* nothing that was listed is lost by being listed */
+    compact_to(f, 16);
+    steps(f, 3);
+    plan(f); /* its last, at a point */
+    assert_int_equal(scheduler_list_due(f->scheduler, listed, 4), 0);
+    commit(f);
+    assert_int_equal(live(f), 0);
+    fixture_free(f);
+}
+
 /* Who is due and not dealt with has no row, the others have. */
 static void test_a_due_sequence_waits(void **state) {
     (void)state;
@@ -661,6 +716,7 @@ static void test_freed_blocks_admit(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_points),
+        cmocka_unit_test(test_who_will_be_due),
         cmocka_unit_test(test_a_due_sequence_waits),
         cmocka_unit_test(test_compaction_in_place),
         cmocka_unit_test(test_compaction_steals_from_the_cache),
