@@ -129,6 +129,7 @@ struct bench_run {
     double reading_s, decode_s,
         compression_s; /* in steps that read some prompt (answers go on in them); in steps that only decode; compressing, between steps */
     double host_us;    /* of a step, all but waiting for the device or doing its work; compression not in it */
+    double decode_host_us; /* the same of the steps that only decode: those that read launch more, kernel by kernel, while the device works */
     double batch_mean; /* sequences in a step that only decodes */
     uint64_t batch_max;
     uint64_t decode_blocks; /* in use, summed over the steps that only decode */

@@ -153,6 +153,8 @@ static void take_stats(struct bench_run *run, const struct engine_stats *before,
     run->decode_s = seconds(after->decode_ns - before->decode_ns);
     run->compression_s = seconds(after->compression_ns - before->compression_ns);
     run->host_us = steps ? (double)(busy - (after->wait_ns - before->wait_ns)) / 1e3 / (double)steps : 0;
+    run->decode_host_us =
+        decode_steps ? (run->decode_s * 1e9 - (double)(after->decode_wait_ns - before->decode_wait_ns)) / 1e3 / (double)decode_steps : 0;
     run->steps = steps;
     run->steps_ahead = after->steps_ahead - before->steps_ahead;
     run->decode_steps = decode_steps;

@@ -84,6 +84,7 @@ static void write_run(struct json_writer *json, const struct bench_run *run) {
     json_key_unsigned(json, "batch_max", run->batch_max);
     json_key_unsigned(json, "preemptions", run->preemptions);
     json_key_double(json, "host_us", run->host_us);
+    json_key_double(json, "decode_host_us", run->decode_host_us);
     json_key_double(json, "ratio", run->ratio);
     json_key_double(json, "ratio_of_steps", run->ratio_of_steps);
     json_key_double(json, "of_steps", run->ratio_of_steps > 0 ? run->ratio / run->ratio_of_steps : 0);

@@ -205,11 +205,14 @@ static void drop(struct compress *compress, struct begun *begun) {
 }
 
 /* Those whose sequence is not due any more: what they were begun with may be gone. */
-static void drop_others(struct compress *compress, const struct scheduler_due *due, uint32_t n_due) {
+static void drop_others(struct engine *engine, const struct scheduler_due *due, uint32_t n_due) {
+    struct compress *compress = &engine->compress;
     for (uint32_t i = compress->n_begun; i-- > 0;) {
         bool lives = false;
         for (uint32_t d = 0; d < n_due; d++) lives = lives || is_for(&compress->begun[i], &due[d]);
-        if (!lives) drop(compress, &compress->begun[i]);
+        if (lives) continue;
+        engine->stats.choices_dropped++;
+        drop(compress, &compress->begun[i]);
     }
 }
 
@@ -270,7 +273,7 @@ static void compress_all_due(struct engine *engine) {
     struct scheduler_due due[RANK_PLACES_MAX], next;
     for (;;) {
         const uint32_t n = scheduler_list_due(engine->scheduler, due, RANK_PLACES_MAX);
-        drop_others(compress, due, n);
+        drop_others(engine, due, n);
         if (n == 0) return;
         for (uint32_t i = 0; i < n; i++)
             if (!begun_for(compress, &due[i]) && (needs_room(compress, &due[i]) || !begin_one(compress, &due[i], false))) break;
@@ -295,7 +298,7 @@ static void relieve_pressure(struct engine *engine) {
 
 void compress_step(struct engine *engine) {
     if (engine->requests.n_compressed == 0 && !engine->compress.pressing) {
-        drop_others(&engine->compress, NULL, 0);
+        drop_others(engine, NULL, 0);
         return;
     }
     uint64_t begin = clock_now_ns();

@@ -182,6 +182,8 @@ static bool only_decodes(const struct plan *plan) {
 
 static void count_time(struct engine *engine, bool decodes, uint32_t n_rows, uint32_t blocks_used, uint64_t elapsed_ns) {
     struct engine_stats *stats = &engine->stats;
+    uint64_t waited = stats->wait_ns - engine->counted_wait_ns;
+    engine->counted_wait_ns = stats->wait_ns;
     stats->busy_ns += elapsed_ns;
     if (!decodes) {
         stats->reading_steps++;
@@ -190,6 +192,7 @@ static void count_time(struct engine *engine, bool decodes, uint32_t n_rows, uin
     }
     stats->decode_steps++;
     stats->decode_ns += elapsed_ns;
+    stats->decode_wait_ns += waited;
     stats->decode_rows += n_rows;
     if (n_rows > stats->decode_rows_max) stats->decode_rows_max = n_rows;
     stats->decode_blocks += blocks_used;

@@ -101,12 +101,14 @@ struct engine_stats {
     uint64_t wait_ns;              /* in steps, waiting for the device or doing its work (backend_limits.wait_ns) */
     /* Steps in which every sequence took in one token of its answer, and all others, which read some prompt, or a sequence again that had been preempted: busy_ns is the sum of both. */
     uint64_t decode_steps, decode_ns, reading_steps, reading_ns;
+    uint64_t decode_wait_ns; /* of wait_ns, in steps of the first kind */
     double cost_ratio;                   /* of what steps in which some read while others decode take to what was fitted at start */
     uint64_t decode_rows, decode_blocks; /* of decode steps: sequences, blocks in use, each summed over the steps */
     uint64_t decode_rows_max;            /* most sequences of one of them, since a step last left no request */
     /* Compression */
     uint64_t compressions[ENGINE_POLICIES_MAX][TRIGGER_KINDS]; /* by policy_index() and bit of the trigger */
     uint64_t slots_kept, slots_evicted, kv_blocks_freed, compression_ns;
+    uint64_t choices_dropped;     /* that were begun likewise for nothing: the sequence ended with that step */
     uint64_t compressions_behind; /* whose choice began behind the step before; what is left of it when that is over is in compression_ns, which counts between steps alone */
     uint64_t layer_kept[ENGINE_LAYERS_MAX]; /* slots kept by compressions, layer by layer; the last one stands for all above */
     uint64_t layer_hits_kept[ENGINE_LAYERS_MAX], layer_hits[ENGINE_LAYERS_MAX]; /* struct head_hits, of requests that had them measured */

@@ -210,7 +210,8 @@ struct engine {
     bool runs_ahead;  /* steps may: backend and configuration allow it */
     struct compress compress;
     struct engine_stats stats;
-    uint64_t counted_ns; /* until when time is in stats.busy_ns, while steps run */
+    uint64_t counted_ns;        /* until when time is in stats.busy_ns, while steps run */
+    uint64_t counted_wait_ns;   /* of stats.wait_ns, what is counted by kind */
     bool rested;         /* the last step left no request */
     bool must_wake;      /* events were posted since the last wake */
     bool times_steps;    /* they take what a step takes: the scheduler hears of it */

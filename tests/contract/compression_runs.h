@@ -194,15 +194,17 @@ static inline struct scheduler_stats run_scheduler_stats(struct client *client) 
 
 static struct head_hits run_hits[RUN_JOBS_MAX][RUN_LANES_MAX]; /* of the job with this number that was made last */
 
-static inline void run_wish(const struct config *config, struct job *job, const char *policy, uint32_t budget, double ratio) {
+static inline struct kv_plan run_wish(const struct config *config, const char *policy, uint32_t budget, double ratio) {
     struct kv_wish wish = {.budget_tokens = budget, .keep_ratio = ratio};
+    struct kv_plan plan;
     struct error error = {0};
     const char *field = NULL;
     (void)snprintf(wish.policy, sizeof wish.policy, "%s", policy);
-    if (!compression_plan(config, &wish, &job->request.kv, &field, &error)) {
+    if (!compression_plan(config, &wish, &plan, &field, &error)) {
         (void)fprintf(stderr, "%s: %s\n", field, error.text);
         CHECK(!"a wish that is granted");
     }
+    return plan;
 }
 
 struct run_request {
@@ -213,7 +215,15 @@ struct run_request {
     uint32_t budget;
     double ratio;
     float temperature;
+    bool stops; /* at token `stop` */
+    int32_t stop;
 };
+
+static inline struct kv_plan run_plan(const struct run_setting *setting, const struct run_request *asked) {
+    struct config config;
+    run_config(setting, &config);
+    return run_wish(&config, asked->policy, asked->budget, asked->ratio);
+}
 
 static inline struct job *run_job(const struct config *config, const struct run_request *asked) {
     int32_t prompt[RUN_PROMPT_MAX];
@@ -230,7 +240,8 @@ static inline struct job *run_job(const struct config *config, const struct run_
     job->request.measure_hits = asked->number % run_measured_each == 0;
     job->request.head_hits = run_hits[asked->number];
     memset(run_hits[asked->number], 0, sizeof run_hits[asked->number]);
-    run_wish(config, job, asked->policy, asked->budget, asked->ratio);
+    if (asked->stops) job->stop[0] = asked->stop, job->request.n_stop_tokens = 1;
+    job->request.kv = run_wish(config, asked->policy, asked->budget, asked->ratio);
     return job;
 }
 

@@ -222,6 +222,7 @@ static uint32_t behind_requests(bool is_short, struct run_request *asked) {
     for (size_t p = 0; p < sizeof some / sizeof *some; p++) {
         (void)cut_requests(some[p], n, asked + n);
         asked[n].n_prompt = 100;
+        asked[n].temperature = 2; /* or the tiny model repeats itself, and stops too early */
         asked[n++].n_new = 35;
     }
     return n;
@@ -255,6 +256,41 @@ static void check_behind(const char *backend, uint32_t places, bool is_short) {
     assert_memory_equal(run_moves, moves, n_moves * sizeof *moves);
 }
 
+/* The step that brings a sequence to a point draws its stop token: what was begun for it is dropped, whoever comes after it has its place. */
+static void check_stops_behind(const char *backend, bool is_short) {
+    static struct run_request asked[RUN_JOBS_MAX];
+    const uint32_t n = behind_requests(is_short, asked);
+    uint32_t n_stops = 0;
+    struct run_setting setting = {.backend = backend, .threads = 1, .max_rows = 80, .max_sequences = 24};
+    (void)run_together(&setting, asked, n, &first);
+    for (uint32_t i = 0; i < n; i++) {
+        const struct run_answer *answer = &first.of[asked[i].number][0];
+        struct kv_plan plan = run_plan(&setting, &asked[i]);
+        const uint32_t point = compression_points(&plan).growing; /* n_computed of that step is n_prompt + point */
+        if (point == 0 || point >= answer->n_tokens) continue;
+        asked[i].stops = true;
+        asked[i].stop = answer->tokens[point];
+        for (uint32_t t = 0; t < point; t++) asked[i].stops = asked[i].stops && answer->tokens[t] != asked[i].stop;
+        n_stops += asked[i].stops;
+    }
+    assert_true(n_stops > n / 4);
+    struct client client;
+    struct config config;
+    memset(&second, 0, sizeof second);
+    run_open(&client, &setting, &config, &second);
+    run_all(&client, &config, asked, n, &second);
+    struct engine_stats stats = client_settled(&client);
+    client_done(&client);
+    assert_int_equal(stats.preemptions, 0);
+    for (uint32_t i = 0; i < n; i++) {
+        struct run_answer *whole = &first.of[asked[i].number][0];
+        for (uint32_t t = 0; asked[i].stops && t < whole->n_tokens; t++)
+            if (whole->tokens[t] == asked[i].stop) whole->n_tokens = t + 1;
+        expect_answer(asked[i].policy, asked[i].number, 0, whole, &second.of[asked[i].number][0]);
+    }
+    if (stats.choices_dropped < n_stops / 2) fail_msg("%s: %lu choices were dropped, %u sequences stopped", backend, stats.choices_dropped, n_stops);
+}
+
 static void test_behind_a_step_the_same_is_chosen(void **state) {
     (void)state;
     static const uint32_t places[] = {RANK_PLACES_MAX, 2, 1};
@@ -263,6 +299,16 @@ static void test_behind_a_step_the_same_is_chosen(void **state) {
     for (size_t i = 0; i < sizeof places / sizeof *places && !run_kivi4; i++) check_behind("mock", places[i], false);
     for (size_t b = 0; b < n_run_backends; b++)
         if (strcmp(run_backends[b], "cuda") == 0) check_behind("cuda", is_short ? 2 : RANK_PLACES_MAX, is_short);
+    run_measured_each = 1;
+}
+
+static void test_behind_a_step_that_ends_it(void **state) {
+    (void)state;
+    const bool is_short = getenv("KVASIR_TEST_SHORT") != NULL;
+    run_measured_each = RUN_JOBS_MAX;
+    if (!run_kivi4) check_stops_behind("mock", false);
+    for (size_t b = 0; b < n_run_backends; b++)
+        if (strcmp(run_backends[b], "cuda") == 0) check_stops_behind("cuda", is_short);
     run_measured_each = 1;
 }
 
@@ -629,7 +675,7 @@ static void test_prompts_longer_than_the_pool(void **state) {
                         jobs[i] = job_new(prompt, 2000, 40, 1);
                         jobs[i]->request.sampling.n_top = 0;
                         jobs[i]->request.arrival_ns = 1 + i + again;
-                        run_wish(&config, jobs[i], "", 0, 0);
+                        jobs[i]->request.kv = run_wish(&config, "", 0, 0), jobs[i]->request.measure_hits = true;
                         CHECK(client_submit(&client, jobs[i]));
                     }
                     client_run(&client, 0);
@@ -682,13 +728,13 @@ static void test_streams_go_on_beyond_the_context(void **state) {
         struct job *jobs[3];
         for (uint32_t i = 0; i < 3; i++) {
             struct job *job = job_new(prompt, 100, 1, 1);
-            run_wish(&config, job, "streaming_llm", budgets[i], 0);
+            job->request.kv = run_wish(&config, "streaming_llm", budgets[i], 0), job->request.measure_hits = true;
             uint32_t most = engine_tokens_max(client.engine, &job->request.kv);
             bool is_endless = i == 0;
             if (is_endless != (most > 512)) fail_msg("a budget of %u: up to %u tokens", budgets[i], most);
             job_free(job);
             jobs[i] = job_new(prompt, 100, is_endless ? n_new : most - 100, 1);
-            run_wish(&config, jobs[i], "streaming_llm", budgets[i], 0);
+            jobs[i]->request.kv = run_wish(&config, "streaming_llm", budgets[i], 0), jobs[i]->request.measure_hits = true;
             CHECK(client_submit(&client, jobs[i]));
         }
         client_run(&client, 0);
@@ -717,7 +763,7 @@ static void test_streams_are_replayed(void **state) {
         struct job *stream = job_new(prompt, PROMPT, N_STREAM, 1), *growers[GROWERS];
         stream->request.sampling.temperature = 1, stream->request.sampling.seed = 3;
         stream->request.arrival_ns = 1000;
-        run_wish(&config, stream, "streaming_llm", 128, 0);
+        stream->request.kv = run_wish(&config, "streaming_llm", 128, 0), stream->request.measure_hits = true;
         CHECK(client_submit(&client, stream));
         while (crowded && (client_drain(&client), stream->choices[0].n_tokens < N_STREAM / 2)) client_sleep(&client);
         for (uint32_t i = 0; crowded && i < GROWERS; i++) {
@@ -751,6 +797,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_chunks_and_threads_change_nothing),
         cmocka_unit_test(test_neighbours_change_nothing),
         cmocka_unit_test(test_behind_a_step_the_same_is_chosen),
+        cmocka_unit_test(test_behind_a_step_that_ends_it),
         cmocka_unit_test(test_prefix_hits_change_nothing),
         cmocka_unit_test(test_forks_change_nothing),
         cmocka_unit_test(test_accumulated_attention_is_each_candidates_own),

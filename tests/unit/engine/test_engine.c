@@ -19,8 +19,11 @@ static struct {
     sem_t entered, permits;             /* while held: a step says that it began, and waits for its permit */
     _Atomic int fail_submit, fail_sync; /* the n-th from now; 0: none */
     uint32_t n_flights;                 /* engine thread; main thread while it is held */
+    uint64_t *wait_ns;                  /* limits.wait_ns: each sync says that it waited WAITED ns */
     struct backend_ops ops;
 } gate;
+
+enum { WAITED = 7 };
 
 static bool strikes(_Atomic int *countdown) {
     if (atomic_load(countdown) == 0) return false;
@@ -30,6 +33,7 @@ static bool strikes(_Atomic int *countdown) {
 static enum status gate_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
     enum status status = backend_mock.prepare(program, limits, backend, error);
     if (status == STATUS_OK) (*backend)->ops = &gate.ops;
+    gate.wait_ns = limits->wait_ns;
     return status;
 }
 
@@ -46,6 +50,7 @@ static enum status gate_submit(struct backend *backend, const struct batch *batc
 static enum status gate_sync(struct backend *backend, struct sample_result *results, struct error *error) {
     enum status status = backend_mock.sync(backend, results, error);
     gate.n_flights--;
+    *gate.wait_ns += WAITED;
     if (strikes(&gate.fail_sync)) return error_set(error, STATUS_DEVICE, "mock: sync failed");
     return status;
 }
@@ -201,7 +206,8 @@ static void test_steps_are_counted_by_kind(void **state) {
     assert_int_equal(stats.decode_blocks, 4 * program_lanes(model_program(model))); /* 15 tokens: one block a lane */
     assert_true(stats.decode_ns > 0 && stats.reading_ns > 0);
     assert_int_equal(stats.decode_ns + stats.reading_ns, stats.busy_ns);
-    assert_int_equal(stats.wait_ns, 0); /* this mock waits for nothing */
+    assert_int_equal(stats.wait_ns, 6 * WAITED);
+    assert_int_equal(stats.decode_wait_ns, 4 * WAITED);
     check_job(job);
     job_free(job);
     client_done(&client);
