@@ -4,13 +4,15 @@ add_library(kvasir_flags INTERFACE)
 target_include_directories(kvasir_flags INTERFACE ${CMAKE_SOURCE_DIR})
 target_compile_definitions(kvasir_flags INTERFACE _GNU_SOURCE KVASIR_VERSION="${PROJECT_VERSION}")
 # nvcc: -std by hand, as CMake 3.25 knows no C++20 for it.
+# -fmacro-prefix-map: a CHECK that fails names its file from here on, not where somebody built it.
 # -ffp-contract=off: a multiply-add is fused only where the code says so, so that results do not depend on the compiler's mood.
 target_compile_options(kvasir_flags INTERFACE
   $<$<COMPILE_LANGUAGE:C>:-Wall -Wextra -Wshadow -Wconversion -Wvla -fno-math-errno -ffp-contract=off>
+  $<$<COMPILE_LANGUAGE:C,CXX>:-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=>
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -fno-rtti>
   $<$<AND:$<COMPILE_LANGUAGE:C,CXX>,$<CONFIG:Release>>:-O2 -g -fstack-protector-strong>
   $<$<AND:$<COMPILE_LANGUAGE:C,CXX>,$<CONFIG:Debug>>:-O0 -g3>
-  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -O3 -lineinfo -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers,-ffp-contract=off>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -O3 -lineinfo -Xcompiler=-Wall,-Wextra,-Wno-missing-field-initializers,-ffp-contract=off,-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=>)
 if(KVASIR_WERROR)
   target_compile_options(kvasir_flags INTERFACE $<$<COMPILE_LANGUAGE:C,CXX>:-Werror> $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
 endif()
