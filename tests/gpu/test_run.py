@@ -97,6 +97,25 @@ class Stages(Case):
             self.assertIn(words, summary)
         self.assertNotIn(str(self.folder), summary)
 
+    def test_a_served_load(self):
+        self.run_stages("--build", str(BUILD), "--stage", "served", "--model", str(self.tiny()))
+        step = self.steps("served")["served"]
+        self.assertEqual(step["status"], "ok", step)
+        rows = step["result"]["rows"]
+        self.assertEqual([(row["policy"], row["streams"]) for row in rows], [(policy, streams) for policy in ("none", "kv_compress") for streams in (1, 3)])
+        for row in rows:
+            self.assertTrue(row["output_tok_s"] > 0 and row["ttft_s"]["p50"] > 0 and row["counted"]["kvasir_steps_total"] > 0, row)
+            self.assertEqual(row["counted"]["kvasir_compression_seconds_total"] > 0, row["policy"] != "none")
+        self.assertIn("| policy | streams |", (self.folder / "out/summary.md").read_text())
+
+    def test_what_is_not_served(self):
+        broken = self.folder / "broken.gguf"
+        broken.write_bytes(b"GGUF")
+        self.run_stages("--build", str(BUILD), "--stage", "served", "--model", str(broken), code=1)
+        step = self.steps("served")["served"]
+        self.assertEqual(step["status"], "failed")
+        self.assertIn("broken.gguf", step["tail"])
+
     def test_a_stage_ends_in_time(self):
         began = time.monotonic()
         command = [sys.executable, str(HERE / "run"), "--out", str(self.folder / "out"), "--backend", "cpu", "--small", "--build", str(BUILD), "--stage", "bench", "--seconds", "0.001"]
