@@ -172,8 +172,8 @@ class Pack(Case):
         pack = self.folder / "pack"
         done = subprocess.run([sys.executable, str(HERE / "run"), "--pack", str(pack), "--build", str(BUILD)], capture_output=True, text=True, timeout=DEADLINE)
         self.assertIn(done.returncode, (0, 1) if os.environ.get("KVASIR_SANITIZED") else (0,), done.stdout + done.stderr)  # sanitized programs are large
-        self.assertEqual({path.name for path in pack.iterdir()}, {"run", "carry.py", "peer.py", "compare_torch.py", "llama_cpp.py", "report.py", "rounds.py", "shaped-model", "files.tar.xz"})
-        self.run_stages("--stage", "facts", "--stage", "bench", "--stage", "peer", "--peer", str(self.peer()), "--model", str(self.tiny()), script=pack / "run", cwd="/")
+        self.assertEqual({path.name for path in pack.iterdir()}, {"run", "carry.py", "peer.py", "served.py", "compare_torch.py", "llama_cpp.py", "report.py", "rounds.py", "servers.py", "shaped-model", "files.tar.xz"})
+        self.run_stages("--stage", "served", "--stage", "facts", "--stage", "bench", "--stage", "peer", "--peer", str(self.peer()), "--model", str(self.tiny()), script=pack / "run", cwd="/")
         for name in ("bin/kvasir", "tests/golden/tiny/logits.txt", "tests/golden/llama/llama.bin"):
             self.assertTrue((pack / "unpacked" / name).exists(), name)
         libraries = {path.name for path in (pack / "unpacked/lib").iterdir()}
