@@ -571,11 +571,10 @@ static void check_foretold(struct sim *sim) {
     if (sim->foretold_max == 0) return;
     const uint32_t n = scheduler_list_due(sim->scheduler, due, DUE_MAX);
     uint32_t n_found = 0;
-    for (uint32_t f = 0; f < sim->n_foretold; f++) {
+    for (uint32_t f = 0; f < sim->n_foretold; f++) { /* in the order in which they are dealt with */
         const struct scheduler_due *foretold = &sim->foretold[f];
         const struct sim_request *request = foretold->owner;
-        bool found = false;
-        for (uint32_t d = 0; d < n; d++) found = found || is_same_due(foretold, &due[d]);
+        bool found = n_found < n && is_same_due(foretold, &due[n_found]);
         EXPECT(found || !request->live || request->id != foretold->request_id || request->choices[foretold->choice].ended,
                "somebody was to be due, who neither is nor has ended");
         n_found += found;
