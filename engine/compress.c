@@ -278,7 +278,10 @@ static void compress_all_due(struct engine *engine) {
         for (uint32_t i = 0; i < n; i++)
             if (!begun_for(compress, &due[i]) && (needs_room(compress, &due[i]) || !begin_one(compress, &due[i], false))) break;
         compressor_run(compress->compressor);
-        for (uint32_t i = 0; i < n && scheduler_next_due(engine->scheduler, &next); i++) compress_one(engine, &next);
+        for (uint32_t i = 0; i < n && scheduler_next_due(engine->scheduler, &next); i++) {
+            compress_one(engine, &next);
+            if (compress->n_begun == 0) break; /* the next ones begin together */
+        }
     }
 }
 

@@ -77,28 +77,20 @@ bool scheduler_next_due(struct scheduler *s, struct scheduler_due *due) {
     return false;
 }
 
-/* Of a step in flight, by its entries: who is in none of them was not due before it, and has not moved. */
-static uint32_t list_due_in_flight(struct scheduler *s, struct scheduler_due *due, uint32_t max) {
-    const struct plan *plan = &s->plans[s->current];
-    const uint32_t *choices = plan_choices(s, s->current);
-    uint32_t n = 0;
-    plan_advance(s);
-    for (uint32_t e = 0; e < plan->n_entries && n < max; e++) {
-        if (choices[e] == NONE) continue;
-        const struct choice *choice = &s->choices[choices[e]];
-        const struct plan_entry *entry = &plan->entries[e];
-        bool is_last = entry->n_samples > 0 && entry->n_tokens + 1 == choice_limit(request_of(s, choice));
-        if (!is_last && choice_is_due(s, choice)) describe_due(s, choice, &due[n++]);
-    }
-    return n;
+/* Of a step in flight, whose rows are counted: it draws the choice's last token. (Who is not in it has a row less than tokens, and who waits for forks has got his.) */
+static bool ends_with_step(struct scheduler *s, const struct choice *choice) {
+    return choice->n_computed == choice->n_tokens && choice->n_tokens + 1 == choice_limit(request_of(s, choice));
 }
 
 uint32_t scheduler_list_due(struct scheduler *s, struct scheduler_due *due, uint32_t max) {
     CHECK(s->n_planned <= 1 && s->due == NONE);
-    if (s->n_planned > 0) return list_due_in_flight(s, due, max);
+    const bool in_flight = s->n_planned > 0;
     uint32_t n = 0;
-    for (uint32_t at = 0; at < s->n_running && n < max; at++)
-        if (choice_is_due(s, &s->choices[s->running[at]])) describe_due(s, &s->choices[s->running[at]], &due[n++]);
+    if (in_flight) plan_advance(s);
+    for (uint32_t at = 0; at < s->n_running && n < max; at++) {
+        const struct choice *choice = &s->choices[s->running[at]];
+        if (choice_is_due(s, choice) && !(in_flight && ends_with_step(s, choice))) describe_due(s, choice, &due[n++]);
+    }
     return n;
 }
 

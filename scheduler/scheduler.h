@@ -183,8 +183,8 @@ struct scheduler_due {
 /* The next sequence that waits at a point, oldest first; false: none. It must be dealt with by exactly one of the next three. All that are due must be before the next plan: those
  * that are not have no row in it, and a prompt's end that is to fork must not be left (CHECKed). */
 bool scheduler_next_due(struct scheduler *scheduler, struct scheduler_due *due);
-/* Who that will give, or, while a plan is carried out, who will be due when it is committed, if it does not end him: the first `max` of them. Returns how many. Like scheduler_plan_ahead it counts
- * the rows of the plan as filled at once. Nothing need follow from it. */
+/* Who that will give, or, while a plan is carried out, who will be due when it is committed, if it does not end him: the first `max` of them, in the order in which they will be dealt with. Returns how
+ * many. Like scheduler_plan_ahead it counts the rows of the plan as filled at once. Nothing need follow from it. */
 uint32_t scheduler_list_due(struct scheduler *scheduler, struct scheduler_due *due, uint32_t max);
 
 /* What a compaction moves, lane by lane. */

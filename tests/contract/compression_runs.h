@@ -22,6 +22,7 @@ static struct model *run_model;        /* model_dummy("tiny") */
 static bool run_kivi4;                 /* KV is kept as kivi4; else as f32 by the reference, as f16 by others */
 static uint32_t run_measured_each = 1; /* of so many requests one has its hits measured */
 static uint32_t run_places_max = RANK_PLACES_MAX;
+static bool run_unseen; /* nothing is remembered: lists and scores stay in the backend, and what it fills comes when it has settled, as without a test */
 
 struct run_setting {
     const char *backend;
@@ -61,8 +62,7 @@ static uint64_t
 /* Of the last ranking in a place: where each lane's numbers begin, and the lists that were kept. */
 static struct run_place {
     size_t first[RUN_LANES_MAX];
-    uint32_t *lists;
-    const uint32_t *listed;
+    uint32_t *lists, *listed;
 } run_places[RANK_PLACES_MAX];
 
 static void run_hash_scores(const struct rank_request *request, const float *scores, const size_t *first) {
@@ -80,7 +80,7 @@ static void run_rank(struct backend *backend, uint32_t at, const struct rank_req
     CHECK(lanes <= RUN_LANES_MAX);
     for (uint32_t lane = 0; lane < lanes; slots += request->score.lane_tokens[lane++]) place->first[lane] = slots;
     place->lists = check_realloc(place->lists, slots + 1, sizeof *place->lists);
-    if (scores || request->source != RANK_SCORES || request->score.kind != SCORE_ACCUMULATED || request->score.last_position < 200) {
+    if (run_unseen || scores || request->source != RANK_SCORES || request->score.kind != SCORE_ACCUMULATED || request->score.last_position < 200) {
         run_below->rank(backend, at, request, n_protected, scores);
         return;
     }
@@ -92,19 +92,19 @@ static void run_rank(struct backend *backend, uint32_t at, const struct rank_req
 }
 
 static void run_keep(struct backend *backend, uint32_t at, const uint32_t *evict, struct kept_lane *lanes, uint32_t *keep) {
-    run_places[at].listed = keep ? keep : run_places[at].lists;
-    run_below->keep(backend, at, evict, lanes, keep ? keep : run_places[at].lists);
+    run_places[at].listed = keep || run_unseen ? keep : run_places[at].lists;
+    run_below->keep(backend, at, evict, lanes, run_places[at].listed);
 }
 
 static void run_keep_units(struct backend *backend, uint32_t at, const struct unit_request *request, struct kept_lane *lanes, uint32_t *keep) {
-    run_places[at].listed = keep ? keep : run_places[at].lists;
-    run_below->keep_units(backend, at, request, lanes, keep ? keep : run_places[at].lists);
+    run_places[at].listed = keep || run_unseen ? keep : run_places[at].lists;
+    run_below->keep_units(backend, at, request, lanes, run_places[at].listed);
 }
 
 static void run_compact(struct backend *backend, uint32_t count, const struct compaction *items) {
     uint64_t before = run_kept;
     run_kept = 0;
-    for (uint32_t n = 0; n < count; n++) {
+    for (uint32_t n = 0; n < count && !run_unseen; n++) {
         const struct run_place *place = &run_places[items[n].place];
         const uint32_t *keep = items[n].keep ? items[n].keep : place->listed + place->first[items[n].lane];
         run_kept = random_mix(run_kept ^ items[n].n_slots);

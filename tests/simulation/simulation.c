@@ -3,6 +3,7 @@
  * The model of a backend: a slot of a block holds the hash of the history of the token that filled it (lane included). Every row checks that all slots its table names hold
  * exactly what this choice should have there. It also keeps copies of the tables, to which each plan adds what table_changes says is new, and compares them. The next token is a function of the history, so recomputation, forks and shared prefixes cannot change what a choice says.
  * In two seeds of three, steps run ahead where the scheduler allows it: their rows are written before the step before is committed, and what that one draws is shown to the scheduler with its commit.
+ * Behind half of the others it is asked who will be due, which must be who is due after the commit, but for those who ended with it.
  *
  *   simulation            the seeds that make a million steps; fails unless every hard path was taken a thousand times
  *   simulation --seed N   one seed, with its counters
@@ -22,6 +23,7 @@
 #define LEN_MAX 160
 #define CANDIDATES_MAX 4
 #define REQUESTS_MAX 48
+#define DUE_MAX TABLES_MAX
 #define STEPS_TO_END 60000u /* bound within which every request ends */
 
 #ifdef KVASIR_SANITIZED
@@ -68,13 +70,13 @@ struct flight {
 };
 
 struct counters {
-    uint64_t steps, requests, aborts[5], pool_full, ids_known, ids_new, ahead, ahead_full, ahead_again, for_nothing;
+    uint64_t steps, requests, aborts[5], pool_full, ids_known, ids_new, ahead, ahead_full, ahead_again, for_nothing, foretold, foretold_for_nothing;
     struct scheduler_stats sum;
 };
 
 struct sim {
     uint64_t seed;
-    struct random random, took, ahead;
+    struct random random, took, ahead, behind;
     struct scheduler_limits limits;
     struct scheduler *scheduler;
     struct sim_request requests[REQUESTS_MAX];
@@ -86,6 +88,9 @@ struct sim {
     uint32_t
         unfit; /* the choice at the head of those that wait, when a step ran ahead; NONE: nobody waited, or something has come since that could help him */
     bool pressing;
+    /* Who will be due after flights[0], as the scheduler says while it is under way. */
+    struct scheduler_due foretold[DUE_MAX];
+    uint32_t n_foretold, foretold_max; /* foretold_max: it was asked for so many; 0: it was not asked */
 };
 
 static struct counters counters;
@@ -550,12 +555,44 @@ static bool run_ahead(struct sim *sim) {
     return true;
 }
 
+static void foretell(struct sim *sim) {
+    sim->foretold_max = random_below(&sim->behind, 2) ? 0 : random_below(&sim->behind, 2) ? DUE_MAX : 1 + random_below(&sim->behind, 3);
+    sim->n_foretold = sim->foretold_max ? scheduler_list_due(sim->scheduler, sim->foretold, sim->foretold_max) : 0;
+}
+
+static bool is_same_due(const struct scheduler_due *a, const struct scheduler_due *b) {
+    return a->owner == b->owner && a->request_id == b->request_id && a->choice == b->choice && a->n_computed == b->n_computed &&
+           a->n_prompt == b->n_prompt && a->ring == b->ring && a->pressure == b->pressure && a->block_ids == b->block_ids &&
+           a->lane_first == b->lane_first && a->lane_tokens == b->lane_tokens;
+}
+
+static void check_foretold(struct sim *sim) {
+    struct scheduler_due due[DUE_MAX];
+    if (sim->foretold_max == 0) return;
+    const uint32_t n = scheduler_list_due(sim->scheduler, due, DUE_MAX);
+    uint32_t n_found = 0;
+    for (uint32_t f = 0; f < sim->n_foretold; f++) { /* in the order in which they are dealt with */
+        const struct scheduler_due *foretold = &sim->foretold[f];
+        const struct sim_request *request = foretold->owner;
+        bool found = n_found < n && is_same_due(foretold, &due[n_found]);
+        EXPECT(found || !request->live || request->id != foretold->request_id || request->choices[foretold->choice].ended,
+               "somebody was to be due, who neither is nor has ended");
+        n_found += found;
+    }
+    EXPECT(n_found == n || sim->n_foretold == sim->foretold_max, "somebody is due of whom it was not said");
+    counters.foretold += n_found;
+    counters.foretold_for_nothing += sim->n_foretold - n_found;
+}
+
 static bool step(struct sim *sim, bool load) {
     sim->step++;
     bool ran = sim->is_ahead || begin_step(sim, load);
     if (ran) {
         sim->is_ahead = sim->seed % 3 != 1 && random_below(&sim->ahead, 8) != 0 && run_ahead(sim);
+        sim->foretold_max = 0;
+        if (!sim->is_ahead) foretell(sim);
         commit_plan(sim, &sim->flights[0]);
+        check_foretold(sim);
         if (sim->is_ahead)
             sim->flights[0] = sim->flights[1];
         else if (sim->seed % 2)
@@ -578,6 +615,7 @@ static void run_seed(uint64_t seed, uint32_t n_steps) {
     sim->random.state = seed;
     sim->took.state = ~seed;
     sim->ahead.state = seed << 32;
+    sim->behind.state = ~seed << 32;
     sim->unfit = NONE;
     draw_limits(sim);
     sim->scheduler = scheduler_new(&sim->limits);
@@ -632,6 +670,8 @@ static bool report(void) {
     all &= enough("steps ahead of one ahead", counters.ahead_again);
     all &= enough("steps ahead while others wait", counters.ahead_full);
     all &= enough("rows ahead for nothing", counters.for_nothing);
+    all &= enough("due, as was said before", counters.foretold);
+    all &= enough("ended instead of being due", counters.foretold_for_nothing);
     return all;
 }
 

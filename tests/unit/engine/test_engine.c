@@ -20,6 +20,8 @@ static struct {
     _Atomic int fail_submit, fail_sync; /* the n-th from now; 0: none */
     uint32_t n_flights;                 /* engine thread; main thread while it is held */
     uint64_t *wait_ns;                  /* limits.wait_ns: each sync says that it waited WAITED ns */
+    uint32_t rank_places;               /* 0: as many as are asked for */
+    uint32_t n_ranks, n_settles;        /* engine thread; main thread once it has settled */
     struct backend_ops ops;
 } gate;
 
@@ -31,7 +33,9 @@ static bool strikes(_Atomic int *countdown) {
 }
 
 static enum status gate_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
-    enum status status = backend_mock.prepare(program, limits, backend, error);
+    struct backend_limits own = *limits;
+    if (gate.rank_places > 0) own.rank_places = gate.rank_places;
+    enum status status = backend_mock.prepare(program, &own, backend, error);
     if (status == STATUS_OK) (*backend)->ops = &gate.ops;
     gate.wait_ns = limits->wait_ns;
     return status;
@@ -53,6 +57,16 @@ static enum status gate_sync(struct backend *backend, struct sample_result *resu
     *gate.wait_ns += WAITED;
     if (strikes(&gate.fail_sync)) return error_set(error, STATUS_DEVICE, "mock: sync failed");
     return status;
+}
+
+static void gate_rank(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores) {
+    gate.n_ranks++;
+    backend_mock.rank(backend, place, request, n_protected, scores);
+}
+
+static void gate_settle(struct backend *backend) {
+    gate.n_settles++;
+    backend_mock.settle(backend);
 }
 
 static void gate_hold(void) { atomic_store(&gate.held, true); }
@@ -90,6 +104,9 @@ static void start(struct client *client, struct shape shape) {
     gate.ops.prepare = gate_prepare;
     gate.ops.submit = gate_submit;
     gate.ops.sync = gate_sync;
+    gate.ops.rank = gate_rank;
+    gate.ops.settle = gate_settle;
+    gate.n_ranks = gate.n_settles = 0;
     atomic_store(&gate.held, false);
     gate.n_flights = 0;
     atomic_store(&gate.fail_submit, 0);
@@ -502,6 +519,102 @@ static void test_backend_failures(void **state) {
     assert_int_equal(n_ahead > 0, runs_ahead);
 }
 
+/* ---- compressed ---- */
+
+static struct kv_plan kv_of(const char *policy, uint32_t budget) {
+    struct config config;
+    struct kv_plan plan;
+    struct kv_wish wish = {.budget_tokens = budget};
+    const char *field;
+    struct error error;
+    config_defaults(&config);
+    (void)snprintf(wish.policy, sizeof wish.policy, "%s", policy);
+    if (!compression_plan(&config, &wish, &plan, &field, &error)) fail_msg("%s: %s", field, error.text);
+    return plan;
+}
+
+/* Those who come to a point with one step are chosen for as many at a time as there are places: each time it takes two waits for the backend. */
+static void test_those_due_together_wait_together(void **state) {
+    (void)state;
+    static const uint32_t places[] = {1, 2, 3, RANK_PLACES_MAX};
+    enum { DUE = 8 };
+    for (size_t p = 0; p < sizeof places / sizeof *places; p++) {
+        struct client client;
+        struct job *first, *jobs[DUE];
+        int32_t prompt[60] = {0};
+        gate.rank_places = places[p];
+        start(&client, (struct shape){.sequences = DUE, .queue = 20, .rows = 1024, .len = 128, .pool = DUE});
+        gate_hold();
+        first = job_new(prompt, 4, 1, 1);
+        assert_true(client_submit(&client, first));
+        gate_wait();
+        for (uint32_t i = 0; i < DUE; i++) {
+            prompt[0] = (int32_t)i;
+            jobs[i] = job_new(prompt, 60, 3, 1);
+            jobs[i]->request.kv = kv_of("snapkv", 40);
+            assert_true(client_submit(&client, jobs[i]));
+        }
+        gate_open();
+        client_run(&client, 0);
+        struct engine_stats stats = client_settled(&client);
+        assert_int_equal(stats.reading_steps, 2); /* the prompts in one */
+        assert_int_equal(gate.n_ranks, DUE);
+        assert_int_equal(gate.n_settles, 2 * ((DUE + places[p] - 1) / places[p]));
+        assert_int_equal(stats.compressions_behind, runs_ahead ? places[p] : 0);
+        assert_int_equal(stats.choices_dropped, 0);
+        for (uint32_t i = 0; i < DUE; i++) {
+            assert_int_equal(jobs[i]->choices[0].finish, FINISH_LENGTH);
+            assert_true(jobs[i]->request.kv_report.slots_evicted > 0);
+            job_free(jobs[i]);
+        }
+        job_free(first);
+        client_done(&client);
+    }
+    gate.rank_places = 0;
+}
+
+/* The step behind which choices were begun fails: its sequences end, what was begun for them is dropped, and what comes later is served. */
+static void test_failures_before_a_choice(void **state) {
+    (void)state;
+    static const char *const policies_taken[] = {"snapkv", "kv_compress", "h2o", "streaming_llm", "ada_snapkv", "tova"};
+    enum { JOBS = 6 };
+    uint64_t n_dropped = 0;
+    for (int when = 1; when <= 24; when++) {
+        struct client client;
+        struct job *jobs[2 * JOBS];
+        int32_t prompt[200];
+        start(&client, (struct shape){.sequences = 4, .queue = 40, .rows = 160, .len = 256, .pool = 4});
+        for (uint32_t round = 0; round < 2; round++) {
+            if (round == 0) gate_hold();
+            for (uint32_t i = 0; i < JOBS; i++) {
+                for (uint32_t t = 0; t < 200; t++) prompt[t] = (int32_t)((t * (i % 3 + 1)) % 200);
+                struct job *job = jobs[round * JOBS + i] = job_new(prompt, 100 + 15 * i, 40, 1 + i % 3);
+                job->request.kv = kv_of(policies_taken[(i + (uint32_t)when) % JOBS], 70);
+                assert_true(client_submit(&client, job));
+            }
+            if (round == 0) {
+                atomic_store(&gate.fail_sync, when);
+                gate_open();
+            }
+            client_run(&client, 0);
+        }
+        uint32_t n_failed = 0;
+        for (uint32_t i = 0; i < 2 * JOBS; i++) {
+            for (uint32_t c = 0; c < jobs[i]->request.n_candidates; c++) {
+                assert_int_equal(jobs[i]->choices[c].n_terminal, 1);
+                n_failed += jobs[i]->choices[c].finish == FINISH_ERROR;
+                if (i >= JOBS) assert_int_equal(jobs[i]->choices[c].finish, FINISH_LENGTH);
+            }
+            job_free(jobs[i]);
+        }
+        assert_true(n_failed > 0);
+        n_dropped += client_settled(&client).choices_dropped;
+        scheduler_check(client.engine->scheduler);
+        client_done(&client);
+    }
+    assert_int_equal(n_dropped > 0, runs_ahead);
+}
+
 static struct job *decoding(const int32_t *prompt, uint32_t max_new) { return job_new(prompt, 4, max_new, 1); }
 
 /* While a second step is under way: the first one fails, or the second is refused, or fails when it is waited for. Nobody is told twice, nothing is left over, and what comes later is served. */
@@ -716,6 +829,8 @@ int main(void) {
         cmocka_unit_test(test_outbox_full),
         cmocka_unit_test(test_priorities),
         cmocka_unit_test(test_backend_failures),
+        cmocka_unit_test(test_those_due_together_wait_together),
+        cmocka_unit_test(test_failures_before_a_choice),
         cmocka_unit_test(test_failures_with_two_under_way),
         cmocka_unit_test(test_abort_with_two_under_way),
         cmocka_unit_test(test_stops_at_random),

@@ -307,38 +307,62 @@ static void check_keep(const struct cache *cache, uint32_t place, const struct e
 }
 
 /* One unit after another goes: of the next ones of all lanes the one whose last slot has the lowest key; of equals the lane's earlier one, then the lower lane. Blocks that are joined are whole. */
-static void check_units(const struct cache *cache, uint32_t place, const struct expected *expected, struct random *random) {
-    static uint32_t lists[LANES * TOKENS];
+static struct unit_request draw_units(const struct cache *cache, struct random *random) {
     static const uint32_t sizes[] = {1, 8, BLOCK_TOKENS};
-    uint32_t evict[LANES] = {0}, freed[LANES] = {0}, keep[TOKENS], sorted[LANES][TOKENS], n_units = 0;
     struct unit_request request = {.unit = sizes[random_below(random, 3)]};
+    uint32_t n_units = 0;
+    for (uint32_t l = 0; l < LANES; l++) n_units += (cache->lane_tokens[l] + request.unit - 1) / request.unit;
+    request.needed = random_below(random, 8) ? random_below(random, n_units + 1) : random_below(random, 2) * 2 * n_units;
+    return request;
+}
+
+static void expect_units(const struct cache *cache, const struct expected *expected, const struct unit_request *request, uint32_t *evict) {
+    static uint32_t sorted[LANES][TOKENS];
+    uint32_t freed[LANES] = {0};
     for (uint32_t l = 0; l < LANES; l++) {
+        evict[l] = 0;
         memcpy(sorted[l], expected->keys[l], cache->lane_tokens[l] * sizeof *sorted[l]);
         qsort(sorted[l], cache->lane_tokens[l], sizeof *sorted[l], ascending);
-        n_units += (cache->lane_tokens[l] + request.unit - 1) / request.unit;
     }
-    request.needed = random_below(random, 8) ? random_below(random, n_units + 1) : random_below(random, 2) * 2 * n_units;
-    for (uint32_t i = 0; i < request.needed; i++) {
+    for (uint32_t i = 0; i < request->needed; i++) {
         uint32_t best = LANES, cost = RANK_PROTECTED;
         for (uint32_t l = 0; l < LANES; l++) {
-            const uint32_t last = select_evictions(cache->lane_tokens[l], request.unit, freed[l] + 1); /* so many slots would be gone */
+            const uint32_t last = select_evictions(cache->lane_tokens[l], request->unit, freed[l] + 1); /* so many slots would be gone */
             if (last == 0 || last > cache->lane_tokens[l] - expected->n_protected[l]) continue;
             const uint32_t key = sorted[l][last - 1];
             if (best == LANES || key < cost || (key == cost && freed[l] < freed[best])) best = l, cost = key;
         }
         if (best == LANES) break;
-        evict[best] = select_evictions(cache->lane_tokens[best], request.unit, ++freed[best]);
+        evict[best] = select_evictions(cache->lane_tokens[best], request->unit, ++freed[best]);
     }
+}
+
+/* lists: NULL, or of all lanes, one behind the other's slots. */
+static void check_kept_units(const struct cache *cache, const struct expected *expected, const struct unit_request *request,
+                             const struct kept_lane *got, const uint32_t *lists) {
+    uint32_t evict[LANES], keep[TOKENS];
+    size_t at = 0;
+    expect_units(cache, expected, request, evict);
+    for (uint32_t l = 0; l < LANES; at += cache->lane_tokens[l++]) {
+        const uint32_t n_keep = expect_keep(expected->keys[l], cache->lane_tokens[l], expected->n_joined[l], evict[l], keep);
+        uint32_t moved = 0;
+        while (moved < n_keep && keep[moved] == moved) moved++;
+        if (got[l].n_keep != n_keep || got[l].first_moved != moved)
+            fail_msg("%s: %u units of %u: lane %u of %u slots keeps %u, the first moved is %u; expected %u and %u", cache->ops->name, request->needed,
+                     request->unit, l, cache->lane_tokens[l], got[l].n_keep, got[l].first_moved, n_keep, moved);
+        if (lists) assert_memory_equal(lists + at, keep, n_keep * sizeof *keep);
+    }
+}
+
+static void check_units(const struct cache *cache, uint32_t place, const struct expected *expected, struct random *random) {
+    static uint32_t lists[LANES * TOKENS];
+    const struct unit_request request = draw_units(cache, random);
+    uint32_t *const asked = random_below(random, 2) ? lists : NULL;
     struct kept_lane got[LANES];
     memset(got, 0xa5, sizeof got);
-    cache->ops->keep_units(cache->backend, place, &request, got, random_below(random, 2) ? lists : NULL);
+    cache->ops->keep_units(cache->backend, place, &request, got, asked);
     cache->ops->settle(cache->backend);
-    for (uint32_t l = 0; l < LANES; l++) {
-        const uint32_t n_keep = expect_keep(expected->keys[l], cache->lane_tokens[l], expected->n_joined[l], evict[l], keep);
-        if (got[l].n_keep != n_keep)
-            fail_msg("%s: %u units of %u: lane %u of %u slots keeps %u, expected %u", cache->ops->name, request.needed, request.unit, l, cache->lane_tokens[l],
-                     got[l].n_keep, n_keep);
-    }
+    check_kept_units(cache, expected, &request, got, asked);
 }
 
 /* Numbers that the backend's own scores must give, by the oracle of ranking. */
@@ -396,7 +420,7 @@ static void check_round(struct cache *cache, uint32_t place, struct others *othe
     check_keep(cache, other, &others->expected[other], random);
 }
 
-/* Requests of all places are under way before the first is waited for: rank and cut, then keep. */
+/* Requests of all places are under way before the first is waited for: rank and cut, then keep; rank and keep_units. */
 static void check_places_at_once(struct cache *cache, const struct others *others, struct random *random) {
     static float scores[LANES * TOKENS];
     static struct expected expected[RANK_PLACES_MAX];
@@ -430,6 +454,15 @@ static void check_places_at_once(struct cache *cache, const struct others *other
         for (uint32_t l = 0; l < LANES; l++)
             assert_int_equal(kept[place][l].n_keep,
                              expect_keep(expected[place].keys[l], cache->lane_tokens[l], expected[place].n_joined[l], evict[place][l], lists));
+    struct unit_request units[RANK_PLACES_MAX];
+    memset(kept, 0xa5, sizeof kept);
+    for (uint32_t place = n; place-- > 0;) { /* all that is left of a choice goes by what the device knows alone */
+        units[place] = draw_units(cache, random);
+        cache->ops->rank(cache->backend, place, &requests[place], NULL, NULL);
+        cache->ops->keep_units(cache->backend, place, &units[place], kept[place], NULL);
+    }
+    cache->ops->settle(cache->backend);
+    for (uint32_t place = 0; place < n; place++) check_kept_units(cache, &expected[place], &units[place], kept[place], NULL);
 }
 
 static void test_choice(const struct backend_ops *ops, enum kv_dtype dtype) {
