@@ -108,7 +108,7 @@ struct engine_stats {
     /* Compression */
     uint64_t compressions[ENGINE_POLICIES_MAX][TRIGGER_KINDS]; /* by policy_index() and bit of the trigger */
     uint64_t slots_kept, slots_evicted, kv_blocks_freed, compression_ns;
-    uint64_t choices_dropped;     /* that were begun likewise for nothing: the sequence ended with that step */
+    uint64_t choices_dropped;     /* that were begun likewise for nothing: the sequence ended with that step, or gave way to another's compaction */
     uint64_t compressions_behind; /* whose choice began behind the step before; what is left of it when that is over is in compression_ns, which counts between steps alone */
     uint64_t layer_kept[ENGINE_LAYERS_MAX]; /* slots kept by compressions, layer by layer; the last one stands for all above */
     uint64_t layer_hits_kept[ENGINE_LAYERS_MAX], layer_hits[ENGINE_LAYERS_MAX]; /* struct head_hits, of requests that had them measured */
