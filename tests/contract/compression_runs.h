@@ -7,6 +7,7 @@
 #include "base/half.h"
 #include "engine/compression.h"
 #include "tests/support/engine_client.h"
+#include "tests/support/kv_wish.h"
 
 enum {
     RUN_NEW_MAX = 160,
@@ -22,7 +23,8 @@ static struct model *run_model;        /* model_dummy("tiny") */
 static bool run_kivi4;                 /* KV is kept as kivi4; else as f32 by the reference, as f16 by others */
 static uint32_t run_measured_each = 1; /* of so many requests one has its hits measured */
 static uint32_t run_places_max = RANK_PLACES_MAX;
-static bool run_unseen; /* nothing is remembered: lists and scores stay in the backend, and what it fills comes when it has settled, as without a test */
+static bool
+    run_unseen; /* nothing is remembered: lists and scores stay in the backend, and what it fills comes when it has settled, as without a test */
 
 struct run_setting {
     const char *backend;
@@ -200,19 +202,6 @@ static inline struct scheduler_stats run_scheduler_stats(struct client *client) 
 
 static struct head_hits run_hits[RUN_JOBS_MAX][RUN_LANES_MAX]; /* of the job with this number that was made last */
 
-static inline struct kv_plan run_wish(const struct config *config, const char *policy, uint32_t budget, double ratio) {
-    struct kv_wish wish = {.budget_tokens = budget, .keep_ratio = ratio};
-    struct kv_plan plan;
-    struct error error = {0};
-    const char *field = NULL;
-    (void)snprintf(wish.policy, sizeof wish.policy, "%s", policy);
-    if (!compression_plan(config, &wish, &plan, &field, &error)) {
-        (void)fprintf(stderr, "%s: %s\n", field, error.text);
-        CHECK(!"a wish that is granted");
-    }
-    return plan;
-}
-
 struct run_request {
     uint32_t number; /* its place among the answers */
     uint32_t text;   /* requests of one text begin alike, for `shared` tokens */
@@ -228,7 +217,7 @@ struct run_request {
 static inline struct kv_plan run_plan(const struct run_setting *setting, const struct run_request *asked) {
     struct config config;
     run_config(setting, &config);
-    return run_wish(&config, asked->policy, asked->budget, asked->ratio);
+    return kv_wish_granted(&config, asked->policy, asked->budget, asked->ratio);
 }
 
 static inline struct job *run_job(const struct config *config, const struct run_request *asked) {
@@ -247,7 +236,7 @@ static inline struct job *run_job(const struct config *config, const struct run_
     job->request.head_hits = run_hits[asked->number];
     memset(run_hits[asked->number], 0, sizeof run_hits[asked->number]);
     if (asked->stops) job->stop[0] = asked->stop, job->request.n_stop_tokens = 1;
-    job->request.kv = run_wish(config, asked->policy, asked->budget, asked->ratio);
+    job->request.kv = kv_wish_granted(config, asked->policy, asked->budget, asked->ratio);
     return job;
 }
 

@@ -682,7 +682,7 @@ static void test_prompts_longer_than_the_pool(void **state) {
                         jobs[i] = job_new(prompt, 2000, 40, 1);
                         jobs[i]->request.sampling.n_top = 0;
                         jobs[i]->request.arrival_ns = 1 + i + again;
-                        jobs[i]->request.kv = run_wish(&config, "", 0, 0), jobs[i]->request.measure_hits = true;
+                        jobs[i]->request.kv = kv_wish_granted(&config, "", 0, 0), jobs[i]->request.measure_hits = true;
                         CHECK(client_submit(&client, jobs[i]));
                     }
                     client_run(&client, 0);
@@ -735,13 +735,13 @@ static void test_streams_go_on_beyond_the_context(void **state) {
         struct job *jobs[3];
         for (uint32_t i = 0; i < 3; i++) {
             struct job *job = job_new(prompt, 100, 1, 1);
-            job->request.kv = run_wish(&config, "streaming_llm", budgets[i], 0), job->request.measure_hits = true;
+            job->request.kv = kv_wish_granted(&config, "streaming_llm", budgets[i], 0), job->request.measure_hits = true;
             uint32_t most = engine_tokens_max(client.engine, &job->request.kv);
             bool is_endless = i == 0;
             if (is_endless != (most > 512)) fail_msg("a budget of %u: up to %u tokens", budgets[i], most);
             job_free(job);
             jobs[i] = job_new(prompt, 100, is_endless ? n_new : most - 100, 1);
-            jobs[i]->request.kv = run_wish(&config, "streaming_llm", budgets[i], 0), jobs[i]->request.measure_hits = true;
+            jobs[i]->request.kv = kv_wish_granted(&config, "streaming_llm", budgets[i], 0), jobs[i]->request.measure_hits = true;
             CHECK(client_submit(&client, jobs[i]));
         }
         client_run(&client, 0);
@@ -770,7 +770,7 @@ static void test_streams_are_replayed(void **state) {
         struct job *stream = job_new(prompt, PROMPT, N_STREAM, 1), *growers[GROWERS];
         stream->request.sampling.temperature = 1, stream->request.sampling.seed = 3;
         stream->request.arrival_ns = 1000;
-        stream->request.kv = run_wish(&config, "streaming_llm", 128, 0), stream->request.measure_hits = true;
+        stream->request.kv = kv_wish_granted(&config, "streaming_llm", 128, 0), stream->request.measure_hits = true;
         CHECK(client_submit(&client, stream));
         while (crowded && (client_drain(&client), stream->choices[0].n_tokens < N_STREAM / 2)) client_sleep(&client);
         for (uint32_t i = 0; crowded && i < GROWERS; i++) {

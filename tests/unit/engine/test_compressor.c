@@ -10,9 +10,9 @@
 
 #include "base/check.h"
 #include "base/random.h"
-#include "config/options.h"
 #include "engine/compressor.h"
 #include "tests/support/array_backend.h"
+#include "tests/support/kv_wish.h"
 
 enum { LAYERS = 2, HEADS = 2, GROUP = 2, LANES = LAYERS * HEADS, SLOTS = 200 };
 
@@ -52,18 +52,6 @@ static void world_free(struct world *w) {
     free(w);
 }
 
-static struct kv_plan plan_of(const char *policy, uint32_t budget) {
-    struct config config;
-    struct kv_plan plan;
-    struct kv_wish wish = {.budget_tokens = budget};
-    const char *field;
-    struct error error;
-    config_defaults(&config);
-    (void)snprintf(wish.policy, sizeof wish.policy, "%s", policy);
-    if (!compression_plan(&config, &wish, &plan, &field, &error)) fail_msg("%s: %s", field, error.text);
-    return plan;
-}
-
 static void test_as_many_as_there_are_places(void **state) {
     (void)state;
     struct world *w = world_new();
@@ -73,7 +61,7 @@ static void test_as_many_as_there_are_places(void **state) {
     uint32_t places[RANK_PLACES_MAX];
     static const char *const policies_taken[] = {"kv_compress", "snapkv", "ada_snapkv", "random"};
     for (uint32_t i = 0; i < RANK_PLACES_MAX; i++) {
-        plans[i] = plan_of(policies_taken[i % 4], 60 + 12 * i);
+        plans[i] = kv_wish_granted(NULL, policies_taken[i % 4], 60 + 12 * i, 0);
         assert_true(compressor_choose(w->compressor, &plans[i], &w->sequence, false, &result));
         alone[i] = result.n_keep;
     }
@@ -98,7 +86,7 @@ static void test_as_many_as_there_are_places(void **state) {
 static void test_one_has_the_room(void **state) {
     (void)state;
     struct world *w = world_new();
-    const struct kv_plan plain = plan_of("snapkv", 64), ladder = plan_of("fastgen", 100);
+    const struct kv_plan plain = kv_wish_granted(NULL, "snapkv", 64, 0), ladder = kv_wish_granted(NULL, "fastgen", 100, 0);
     struct compressor_result result;
     assert_false(compressor_needs_room(w->compressor, &plain, false));
     assert_true(compressor_needs_room(w->compressor, &plain, true));

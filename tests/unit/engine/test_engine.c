@@ -11,6 +11,7 @@
 
 #include "kernels/mock/mock.h"
 #include "tests/support/engine_client.h"
+#include "tests/support/kv_wish.h"
 
 /* ---- mock, held and failed ---- */
 
@@ -521,18 +522,6 @@ static void test_backend_failures(void **state) {
 
 /* ---- compressed ---- */
 
-static struct kv_plan kv_of(const char *policy, uint32_t budget) {
-    struct config config;
-    struct kv_plan plan;
-    struct kv_wish wish = {.budget_tokens = budget};
-    const char *field;
-    struct error error;
-    config_defaults(&config);
-    (void)snprintf(wish.policy, sizeof wish.policy, "%s", policy);
-    if (!compression_plan(&config, &wish, &plan, &field, &error)) fail_msg("%s: %s", field, error.text);
-    return plan;
-}
-
 /* Those who come to a point with one step are chosen for as many at a time as there are places: each time it takes two waits for the backend. */
 static void test_those_due_together_wait_together(void **state) {
     (void)state;
@@ -551,7 +540,7 @@ static void test_those_due_together_wait_together(void **state) {
         for (uint32_t i = 0; i < DUE; i++) {
             prompt[0] = (int32_t)i;
             jobs[i] = job_new(prompt, 60, 3, 1);
-            jobs[i]->request.kv = kv_of("snapkv", 40);
+            jobs[i]->request.kv = kv_wish_granted(NULL, "snapkv", 40, 0);
             assert_true(client_submit(&client, jobs[i]));
         }
         gate_open();
@@ -589,7 +578,7 @@ static void test_failures_before_a_choice(void **state) {
             for (uint32_t i = 0; i < JOBS; i++) {
                 for (uint32_t t = 0; t < 200; t++) prompt[t] = (int32_t)((t * (i % 3 + 1)) % 200);
                 struct job *job = jobs[round * JOBS + i] = job_new(prompt, 100 + 15 * i, 40, 1 + i % 3);
-                job->request.kv = kv_of(policies_taken[(i + (uint32_t)when) % JOBS], 70);
+                job->request.kv = kv_wish_granted(NULL, policies_taken[(i + (uint32_t)when) % JOBS], 70, 0);
                 assert_true(client_submit(&client, job));
             }
             if (round == 0) {
