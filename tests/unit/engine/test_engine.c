@@ -1,132 +1,5 @@
-/* The engine over the mock backend, whose tokens are a function of the history, and which stops the process at a wrong block table. A wrapper holds and fails steps. All of it with steps that run
- * ahead of the host, and without. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdio.h>
-
-#include <cmocka.h>
-
-#include <semaphore.h>
-
-#include "kernels/mock/mock.h"
-#include "tests/support/engine_client.h"
-#include "tests/support/kv_wish.h"
-
-/* ---- mock, held and failed ---- */
-
-static struct {
-    _Atomic bool held;
-    sem_t entered, permits;             /* while held: a step says that it began, and waits for its permit */
-    _Atomic int fail_submit, fail_sync; /* the n-th from now; 0: none */
-    uint32_t n_flights;                 /* engine thread; main thread while it is held */
-    uint64_t *wait_ns;                  /* limits.wait_ns: each sync says that it waited WAITED ns */
-    uint32_t rank_places;               /* 0: as many as are asked for */
-    uint32_t n_ranks, n_settles;        /* engine thread; main thread once it has settled */
-    struct backend_ops ops;
-} gate;
-
-enum { WAITED = 7 };
-
-static bool strikes(_Atomic int *countdown) {
-    if (atomic_load(countdown) == 0) return false;
-    return atomic_fetch_sub(countdown, 1) == 1;
-}
-
-static enum status gate_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
-    struct backend_limits own = *limits;
-    if (gate.rank_places > 0) own.rank_places = gate.rank_places;
-    enum status status = backend_mock.prepare(program, &own, backend, error);
-    if (status == STATUS_OK) (*backend)->ops = &gate.ops;
-    gate.wait_ns = limits->wait_ns;
-    return status;
-}
-
-static enum status gate_submit(struct backend *backend, const struct batch *batch, struct error *error) {
-    if (atomic_load(&gate.held)) {
-        sem_post(&gate.entered);
-        while (sem_wait(&gate.permits) != 0) {}
-    }
-    if (strikes(&gate.fail_submit)) return error_set(error, STATUS_DEVICE, "mock: submit failed");
-    gate.n_flights++;
-    return backend_mock.submit(backend, batch, error);
-}
-
-static enum status gate_sync(struct backend *backend, struct sample_result *results, struct error *error) {
-    enum status status = backend_mock.sync(backend, results, error);
-    gate.n_flights--;
-    *gate.wait_ns += WAITED;
-    if (strikes(&gate.fail_sync)) return error_set(error, STATUS_DEVICE, "mock: sync failed");
-    return status;
-}
-
-static void gate_rank(struct backend *backend, uint32_t place, const struct rank_request *request, uint32_t *n_protected, float *scores) {
-    gate.n_ranks++;
-    backend_mock.rank(backend, place, request, n_protected, scores);
-}
-
-static void gate_settle(struct backend *backend) {
-    gate.n_settles++;
-    backend_mock.settle(backend);
-}
-
-static void gate_hold(void) { atomic_store(&gate.held, true); }
-static void gate_wait(void) {
-    while (sem_wait(&gate.entered) != 0) {}
-}
-static void gate_step(void) { sem_post(&gate.permits); }
-static void gate_open(void) {
-    atomic_store(&gate.held, false);
-    sem_post(&gate.permits); /* one step may wait */
-}
-
-/* ---- fixture ---- */
-
-static struct model *model;
-static bool runs_ahead; /* config.run_ahead */
-
-struct shape {
-    uint32_t sequences, queue, rows, len, pool; /* pool: sequences of `len` tokens it holds */
-};
-
-static void start(struct client *client, struct shape shape) {
-    struct config config;
-    struct error error;
-    config_defaults(&config);
-    config.max_sequences = shape.sequences;
-    config.max_queue = shape.queue;
-    config.max_rows = shape.rows;
-    config.max_model_len = shape.len;
-    config.max_choices = 8;
-    config.run_ahead = runs_ahead;
-    config.kv_memory = (uint64_t)backend_mock.block_bytes(model_program(model), KV_F16) * shape.pool * program_lanes(model_program(model)) *
-                       ((shape.len + BLOCK_TOKENS - 1) / BLOCK_TOKENS);
-    gate.ops = backend_mock;
-    gate.ops.prepare = gate_prepare;
-    gate.ops.submit = gate_submit;
-    gate.ops.sync = gate_sync;
-    gate.ops.rank = gate_rank;
-    gate.ops.settle = gate_settle;
-    gate.n_ranks = gate.n_settles = 0;
-    atomic_store(&gate.held, false);
-    gate.n_flights = 0;
-    atomic_store(&gate.fail_submit, 0);
-    atomic_store(&gate.fail_sync, 0);
-    CHECK(sem_init(&gate.entered, 0, 0) == 0 && sem_init(&gate.permits, 0, 0) == 0);
-    struct engine_hooks hooks = client_init(client);
-    if (engine_start_on(&gate.ops, &config, model, &hooks, &client->engine, &error) != STATUS_OK) fail_msg("%s", error.text);
-}
-
-static struct job *random_job(struct random *random, uint32_t prompt_max, uint32_t new_max, uint32_t n) {
-    int32_t prompt[1024];
-    uint32_t n_prompt = 1 + random_below(random, prompt_max), shared = random_below(random, 3) * 40;
-    for (uint32_t i = 0; i < n_prompt; i++) prompt[i] = i < shared ? (int32_t)(i % 200) : (int32_t)random_below(random, 256);
-    struct job *job = job_new(prompt, n_prompt, 1 + random_below(random, new_max), n);
-    job->request.sampling.temperature = random_below(random, 2) ? 0.8f : 0;
-    job->request.sampling.seed = random_next(random);
-    job->request.priority = (int32_t)random_below(random, 3);
-    return job;
-}
+/* The engine's life with requests: what is said, what ends how, what is counted, and that nobody is left over, whatever is aborted or fails. */
+#include "tests/unit/engine/engine_gate.h"
 
 /* What the choice must say, from the mock's definition alone. */
 static void check_tokens(const struct job *job, uint32_t choice) {
@@ -520,90 +393,6 @@ static void test_backend_failures(void **state) {
     assert_int_equal(n_ahead > 0, runs_ahead);
 }
 
-/* ---- compressed ---- */
-
-/* Those who come to a point with one step are chosen for as many at a time as there are places: each time it takes two waits for the backend. */
-static void test_those_due_together_wait_together(void **state) {
-    (void)state;
-    static const uint32_t places[] = {1, 2, 3, RANK_PLACES_MAX};
-    enum { DUE = 8 };
-    for (size_t p = 0; p < sizeof places / sizeof *places; p++) {
-        struct client client;
-        struct job *first, *jobs[DUE];
-        int32_t prompt[60] = {0};
-        gate.rank_places = places[p];
-        start(&client, (struct shape){.sequences = DUE, .queue = 20, .rows = 1024, .len = 128, .pool = DUE});
-        gate_hold();
-        first = job_new(prompt, 4, 1, 1);
-        assert_true(client_submit(&client, first));
-        gate_wait();
-        for (uint32_t i = 0; i < DUE; i++) {
-            prompt[0] = (int32_t)i;
-            jobs[i] = job_new(prompt, 60, 3, 1);
-            jobs[i]->request.kv = kv_wish_granted(NULL, "snapkv", 40, 0);
-            assert_true(client_submit(&client, jobs[i]));
-        }
-        gate_open();
-        client_run(&client, 0);
-        struct engine_stats stats = client_settled(&client);
-        assert_int_equal(stats.reading_steps, 2); /* the prompts in one */
-        assert_int_equal(gate.n_ranks, DUE);
-        assert_int_equal(gate.n_settles, 2 * ((DUE + places[p] - 1) / places[p]));
-        assert_int_equal(stats.compressions_behind, runs_ahead ? places[p] : 0);
-        assert_int_equal(stats.choices_dropped, 0);
-        for (uint32_t i = 0; i < DUE; i++) {
-            assert_int_equal(jobs[i]->choices[0].finish, FINISH_LENGTH);
-            assert_true(jobs[i]->request.kv_report.slots_evicted > 0);
-            job_free(jobs[i]);
-        }
-        job_free(first);
-        client_done(&client);
-    }
-    gate.rank_places = 0;
-}
-
-/* The step behind which choices were begun fails: its sequences end, what was begun for them is dropped, and what comes later is served. */
-static void test_failures_before_a_choice(void **state) {
-    (void)state;
-    static const char *const policies_taken[] = {"snapkv", "kv_compress", "h2o", "streaming_llm", "ada_snapkv", "tova"};
-    enum { JOBS = 6 };
-    uint64_t n_dropped = 0;
-    for (int when = 1; when <= 24; when++) {
-        struct client client;
-        struct job *jobs[2 * JOBS];
-        int32_t prompt[200];
-        start(&client, (struct shape){.sequences = 4, .queue = 40, .rows = 160, .len = 256, .pool = 4});
-        for (uint32_t round = 0; round < 2; round++) {
-            if (round == 0) gate_hold();
-            for (uint32_t i = 0; i < JOBS; i++) {
-                for (uint32_t t = 0; t < 200; t++) prompt[t] = (int32_t)((t * (i % 3 + 1)) % 200);
-                struct job *job = jobs[round * JOBS + i] = job_new(prompt, 100 + 15 * i, 40, 1 + i % 3);
-                job->request.kv = kv_wish_granted(NULL, policies_taken[(i + (uint32_t)when) % JOBS], 70, 0);
-                assert_true(client_submit(&client, job));
-            }
-            if (round == 0) {
-                atomic_store(&gate.fail_sync, when);
-                gate_open();
-            }
-            client_run(&client, 0);
-        }
-        uint32_t n_failed = 0;
-        for (uint32_t i = 0; i < 2 * JOBS; i++) {
-            for (uint32_t c = 0; c < jobs[i]->request.n_candidates; c++) {
-                assert_int_equal(jobs[i]->choices[c].n_terminal, 1);
-                n_failed += jobs[i]->choices[c].finish == FINISH_ERROR;
-                if (i >= JOBS) assert_int_equal(jobs[i]->choices[c].finish, FINISH_LENGTH);
-            }
-            job_free(jobs[i]);
-        }
-        assert_true(n_failed > 0);
-        n_dropped += client_settled(&client).choices_dropped;
-        scheduler_check(client.engine->scheduler);
-        client_done(&client);
-    }
-    assert_int_equal(n_dropped > 0, runs_ahead);
-}
-
 static struct job *decoding(const int32_t *prompt, uint32_t max_new) { return job_new(prompt, 4, max_new, 1); }
 
 /* While a second step is under way: the first one fails, or the second is refused, or fails when it is waited for. Nobody is told twice, nothing is left over, and what comes later is served. */
@@ -789,23 +578,6 @@ static void test_alive(void **state) {
     client_done(&client);
 }
 
-static int open_model(void **state) {
-    (void)state;
-    struct error error;
-    return model_dummy("tiny", 1, &model, &error);
-}
-
-static int close_model(void **state) {
-    (void)state;
-    model_close(model);
-    return 0;
-}
-
-static int ahead(void **state) {
-    runs_ahead = true;
-    return open_model(state);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_many_requests),
@@ -818,8 +590,6 @@ int main(void) {
         cmocka_unit_test(test_outbox_full),
         cmocka_unit_test(test_priorities),
         cmocka_unit_test(test_backend_failures),
-        cmocka_unit_test(test_those_due_together_wait_together),
-        cmocka_unit_test(test_failures_before_a_choice),
         cmocka_unit_test(test_failures_with_two_under_way),
         cmocka_unit_test(test_abort_with_two_under_way),
         cmocka_unit_test(test_stops_at_random),
