@@ -4,101 +4,9 @@
  *   test_compression [kivi4] [PATTERN]   the tests whose names match; kivi4: KV of that dtype, on `cpu` and `cuda`
  *
  * A run counts only if its counters show that the hard paths were taken. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include "tests/contract/compression_expect.h"
 
-#include <cmocka.h>
-
-#include "tests/contract/compression_runs.h"
-#include "tests/support/backends.h"
-
-static const char *run_backends[3];
-static size_t n_run_backends;
-#ifdef KVASIR_SANITIZED /* several times slower: not on `reference`, and every third policy where each takes long */
-enum { SANITIZED = true, POLICY_STEP = 3 };
-#else
-enum { SANITIZED = false, POLICY_STEP = 1 };
-#endif
-
-static void find_backends(void) {
-    static const char *const names[] = {"reference", "cpu", "cuda"};
-    for (size_t i = SANITIZED; i < sizeof names / sizeof *names; i++)
-        if (test_runs_on_name(names[i]) && (!run_kivi4 || strcmp(names[i], "reference") != 0)) run_backends[n_run_backends++] = names[i];
-    CHECK(n_run_backends > 0);
-}
-
-static struct run_answers first, second, third;
-
-static void expect_answer(const char *what, uint32_t number, uint32_t choice, const struct run_answer *a, const struct run_answer *b) {
-    if (a->n_tokens != b->n_tokens) fail_msg("%s: request %u, choice %u: %u tokens, then %u", what, number, choice, a->n_tokens, b->n_tokens);
-    assert_true(a->n_tokens > 0);
-    for (uint32_t t = 0; t < a->n_tokens; t++)
-        if (a->tokens[t] != b->tokens[t] || memcmp(&a->logprobs[t], &b->logprobs[t], sizeof(float)) != 0)
-            fail_msg("%s: request %u, choice %u, token %u of %u: %d (%.9g), then %d (%.9g)", what, number, choice, t, a->n_tokens, a->tokens[t],
-                     (double)a->logprobs[t], b->tokens[t], (double)b->logprobs[t]);
-}
-
-static void expect_report(const char *what, uint32_t number, const struct kv_report *a, const struct kv_report *b) {
-    if (a->tokens_seen != b->tokens_seen || a->slots_kept != b->slots_kept || a->slots_evicted != b->slots_evicted || a->blocks != b->blocks ||
-        a->head_min != b->head_min || a->head_max != b->head_max || memcmp(&a->hits_kept, &b->hits_kept, sizeof a->hits_kept) != 0 ||
-        memcmp(&a->hits_all, &b->hits_all, sizeof a->hits_all) != 0)
-        fail_msg(
-            "%s: request %u: kept %lu of %lu slots in %lu blocks, heads %u to %u, hits %.9g of %.9g; then %lu of %lu in %lu, %u to %u, %.9g of %.9g",
-            what, number, a->slots_kept, a->slots_kept + a->slots_evicted, a->blocks, a->head_min, a->head_max, a->hits_kept, a->hits_all,
-            b->slots_kept, b->slots_kept + b->slots_evicted, b->blocks, b->head_min, b->head_max, b->hits_kept, b->hits_all);
-}
-
-/* Head by head, they are what the report sums. */
-static void expect_hits(const char *what, uint32_t number, const struct run_answers *a, const struct run_answers *b) {
-    struct head_hits sum = {0};
-    if (memcmp(a->head_hits[number], b->head_hits[number], sizeof a->head_hits[number]) != 0)
-        fail_msg("%s: request %u: hits of heads differ", what, number);
-    for (uint32_t lane = 0; lane < RUN_LANES_MAX; lane++) {
-        const struct head_hits *hits = &a->head_hits[number][lane];
-        assert_true(hits->kept >= 0 && hits->kept <= hits->all);
-        sum.kept += hits->kept;
-        sum.all += hits->all;
-    }
-    assert_true(sum.kept == a->reports[number].hits_kept && sum.all == a->reports[number].hits_all);
-}
-
-static void expect_same(const char *what, const struct run_request *asked, uint32_t n, const struct run_answers *a, const struct run_answers *b) {
-    for (uint32_t i = 0; i < n; i++) {
-        char words[128];
-        uint32_t number = asked[i].number;
-        (void)snprintf(words, sizeof words, "%s, %s", what, asked[i].policy);
-        for (uint32_t c = 0; c < (asked[i].n_candidates ? asked[i].n_candidates : 1); c++)
-            expect_answer(words, number, c, &a->of[number][c], &b->of[number][c]);
-        expect_report(words, number, &a->reports[number], &b->reports[number]);
-        expect_hits(words, number, a, b);
-    }
-}
-
-static void run_alone(const struct run_setting *setting, const struct run_request *asked, uint32_t n, struct run_answers *answers) {
-    struct client client;
-    struct config config;
-    memset(answers, 0, sizeof *answers);
-    run_open(&client, setting, &config, answers);
-    run_each(&client, &config, asked, n, answers);
-    struct engine_stats stats = client_settled(&client);
-    assert_int_equal(stats.preemptions, 0);
-    client_done(&client);
-}
-
-static struct scheduler_stats run_together(const struct run_setting *setting, const struct run_request *asked, uint32_t n,
-                                           struct run_answers *answers) {
-    struct client client;
-    struct config config;
-    memset(answers, 0, sizeof *answers);
-    run_open(&client, setting, &config, answers);
-    run_all(&client, &config, asked, n, answers);
-    struct scheduler_stats stats = run_scheduler_stats(&client);
-    client_done(&client);
-    return stats;
-}
+static struct run_answers third;
 
 /* ---- a budget that nothing exceeds ---- */
 
@@ -146,24 +54,6 @@ static void test_a_wide_budget_changes_nothing(void **state) {
 
 /* ---- however the work is cut ---- */
 
-enum { CUT_JOBS = 4 };
-
-/* Prompts that end within a block, at its edge, within the window of it; answers that reach the budget again. */
-static uint32_t cut_requests(const char *policy, uint32_t first_number, struct run_request *asked) {
-    static const uint32_t prompts[CUT_JOBS] = {150, 192, 70, 300};
-    for (uint32_t i = 0; i < CUT_JOBS; i++)
-        asked[i] = (struct run_request){.number = first_number + i,
-                                        .text = 50 + i,
-                                        .shared = RUN_PROMPT_MAX,
-                                        .n_prompt = prompts[i],
-                                        .n_new = 110,
-                                        .policy = policy,
-                                        .budget = i == 3 ? 0 : 64 + 10 * i,
-                                        .ratio = i == 3 ? 0.4 : 0,
-                                        .temperature = i % 2 ? 0.9f : 0};
-    return CUT_JOBS;
-}
-
 static void check_chunks(const char *backend, const char *policy) {
     static const struct { uint32_t max_rows, threads; } ways[] = {{1, 1}, {7, 2}, {32, 1}, {33, 2}, {97, 1}};
     struct run_request asked[CUT_JOBS];
@@ -202,121 +92,6 @@ static void test_neighbours_change_nothing(void **state) {
         (void)run_together(&setting, asked, n, &second);
         expect_same(run_backends[b], asked, n, &first, &second);
     }
-}
-
-/* ---- behind a step ---- */
-
-static int by_hash(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-/* On the host device each request takes seconds. */
-static uint32_t behind_requests(bool is_short, struct run_request *asked) {
-    static const char *const some[] = {"kv_compress", "ada_snapkv", "h2o", "streaming_llm"};
-    uint32_t n = 0;
-    if (!is_short) {
-        for (uint32_t p = 0; p < policy_count(); p++) n += cut_requests(policies[p]->name, n, asked + n);
-        return n;
-    }
-    for (size_t p = 0; p < sizeof some / sizeof *some; p++) {
-        (void)cut_requests(some[p], n, asked + n);
-        asked[n].n_prompt = 100;
-        asked[n].temperature = 2; /* or the tiny model repeats itself, and stops too early */
-        asked[n++].n_new = 35;
-    }
-    return n;
-}
-
-/* All of them at once, into `second`. */
-static void run_behind(const char *backend, const struct run_request *asked, uint32_t n, struct engine_stats *stats) {
-    const struct run_setting setting = {.backend = backend, .threads = 1, .max_rows = 80, .max_sequences = 24};
-    struct client client;
-    struct config config;
-    memset(&second, 0, sizeof second);
-    run_open(&client, &setting, &config, &second);
-    run_all(&client, &config, asked, n, &second);
-    *stats = client_settled(&client);
-    client_done(&client);
-    assert_int_equal(stats->preemptions, 0);
-}
-
-/* Choices that begin behind a step in flight, several at a time, keep what they keep between steps, one sequence after another. The mock's slots know whose they are, and when they are written. */
-static void check_behind(const char *backend, uint32_t places, bool is_short) {
-    static struct run_request asked[RUN_JOBS_MAX];
-    static uint64_t moves[RUN_MOVES_MAX];
-    uint32_t n = behind_requests(is_short, asked), n_moves;
-    struct run_setting setting = {.backend = backend, .threads = 1, .max_rows = 512, .max_sequences = 1, .in_turn = true};
-    run_alone(&setting, asked, n, &first);
-    n_moves = n_run_moves;
-    memcpy(moves, run_moves, n_moves * sizeof *moves);
-    qsort(moves, n_moves, sizeof *moves, by_hash);
-    struct engine_stats stats;
-    run_places_max = places;
-    run_behind(backend, asked, n, &stats);
-    expect_same(backend, asked, n, &first, &second);
-    if (stats.compressions_behind <= n / 2) fail_msg("%s, %u places: %lu choices began behind a step", backend, places, stats.compressions_behind);
-    assert_int_equal(n_run_moves, n_moves);
-    qsort(run_moves, n_moves, sizeof *run_moves, by_hash);
-    assert_memory_equal(run_moves, moves, n_moves * sizeof *moves);
-    run_unseen = true; /* and with nobody who waits for the lists */
-    run_behind(backend, asked, n, &stats);
-    run_unseen = false;
-    run_places_max = RANK_PLACES_MAX;
-    expect_same(backend, asked, n, &first, &second);
-    assert_true(stats.compressions_behind > n / 2);
-}
-
-/* The step that brings a sequence to a point draws its stop token: what was begun for it is dropped, whoever comes after it has its place. */
-static void check_stops_behind(const char *backend, bool is_short) {
-    static struct run_request asked[RUN_JOBS_MAX];
-    const uint32_t n = behind_requests(is_short, asked);
-    uint32_t n_stops = 0;
-    struct run_setting setting = {.backend = backend, .threads = 1, .max_rows = 80, .max_sequences = 24};
-    (void)run_together(&setting, asked, n, &first);
-    for (uint32_t i = 0; i < n; i++) {
-        const struct run_answer *answer = &first.of[asked[i].number][0];
-        struct kv_plan plan = run_plan(&setting, &asked[i]);
-        const uint32_t point = compression_points(&plan).growing; /* n_computed of that step is n_prompt + point */
-        if (point == 0 || point >= answer->n_tokens) continue;
-        asked[i].stops = true;
-        asked[i].stop = answer->tokens[point];
-        for (uint32_t t = 0; t < point; t++) asked[i].stops = asked[i].stops && answer->tokens[t] != asked[i].stop;
-        n_stops += asked[i].stops;
-    }
-    assert_true(n_stops > n / 4);
-    struct engine_stats stats;
-    run_unseen = true;
-    run_behind(backend, asked, n, &stats);
-    run_unseen = false;
-    for (uint32_t i = 0; i < n; i++) {
-        struct run_answer *whole = &first.of[asked[i].number][0];
-        for (uint32_t t = 0; asked[i].stops && t < whole->n_tokens; t++)
-            if (whole->tokens[t] == asked[i].stop) whole->n_tokens = t + 1;
-        expect_answer(asked[i].policy, asked[i].number, 0, whole, &second.of[asked[i].number][0]);
-    }
-    if (stats.choices_dropped < n_stops / 2) fail_msg("%s: %lu choices were dropped, %u sequences stopped", backend, stats.choices_dropped, n_stops);
-}
-
-static void test_behind_a_step_the_same_is_chosen(void **state) {
-    (void)state;
-    static const uint32_t places[] = {RANK_PLACES_MAX, 2, 1};
-    const bool is_short = getenv("KVASIR_TEST_SHORT") != NULL;
-    run_measured_each = 5; /* what is measured needs the one room for lists, and waits for its turn */
-    for (size_t i = 0; i < sizeof places / sizeof *places && !run_kivi4; i++) check_behind("mock", places[i], false);
-    for (size_t b = 0; b < n_run_backends; b++)
-        if (strcmp(run_backends[b], "cuda") == 0) check_behind("cuda", is_short ? 2 : RANK_PLACES_MAX, is_short);
-    run_measured_each = 1;
-}
-
-static void test_behind_a_step_that_ends_it(void **state) {
-    (void)state;
-    const bool is_short = getenv("KVASIR_TEST_SHORT") != NULL;
-    run_measured_each = RUN_JOBS_MAX;
-    if (!run_kivi4) check_stops_behind("mock", false);
-    for (size_t b = 0; b < n_run_backends; b++)
-        if (strcmp(run_backends[b], "cuda") == 0) check_stops_behind("cuda", is_short);
-    run_measured_each = 1;
 }
 
 /* ---- prefix cache, forks ---- */
@@ -803,8 +578,6 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_a_wide_budget_changes_nothing),
         cmocka_unit_test(test_chunks_and_threads_change_nothing),
         cmocka_unit_test(test_neighbours_change_nothing),
-        cmocka_unit_test(test_behind_a_step_the_same_is_chosen),
-        cmocka_unit_test(test_behind_a_step_that_ends_it),
         cmocka_unit_test(test_prefix_hits_change_nothing),
         cmocka_unit_test(test_forks_change_nothing),
         cmocka_unit_test(test_accumulated_attention_is_each_candidates_own),
