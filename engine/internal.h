@@ -100,7 +100,7 @@ struct flight {
 
 /* A choice that was begun, and for whom. */
 struct begun {
-    uint32_t place; /* COMPRESSOR_PLACE_NONE: none */
+    uint32_t place; /* of the compressor */
     uint64_t request_id;
     uint32_t choice, n_computed;
     bool behind; /* before its step was over */
