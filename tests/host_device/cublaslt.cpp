@@ -104,6 +104,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDescOpaque_t *desc
                               cublasLtMatrixLayoutOpaque_t *a_layout, const void *b, cublasLtMatrixLayoutOpaque_t *b_layout, const void *beta,
                               const void *c, cublasLtMatrixLayoutOpaque_t *c_layout, void *d, cublasLtMatrixLayoutOpaque_t *d_layout,
                               const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t stream) {
+    if (host_options()->idle) return CUBLAS_STATUS_SUCCESS;
     struct matmul m = {*a_layout, *b_layout, *d_layout, (const uint16_t *)a, (const uint16_t *)b, d, 0, 0, algorithm->parts};
     memcpy(&m.alpha, alpha, sizeof m.alpha);
     memcpy(&m.beta, beta, sizeof m.beta);

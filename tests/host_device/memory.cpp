@@ -53,7 +53,7 @@ cudaError_t cudaMalloc(void **at, size_t bytes) {
         return cudaErrorMemoryAllocation;
     }
     (void)mprotect((uint8_t *)pages + pages_of(bytes), PAGE, PROT_NONE);
-    if (bytes <= POISONED) memset(pages, 0xff, bytes); /* NaN in every type of float */
+    if (bytes <= POISONED && !host_options()->idle) memset(pages, 0xff, bytes); /* NaN in every type of float */
     ASAN_POISON_MEMORY_REGION((uint8_t *)pages + bytes, pages_of(bytes) - bytes);
     device[(uintptr_t)pages] = bytes;
     device_used += bytes;

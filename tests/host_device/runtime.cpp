@@ -4,9 +4,11 @@
  * wait for one another. Times are numbers of what was done: they measure nothing. One lock is held while a stream is worked off; the rest is any thread's. */
 #include "tests/host_device/launch.h"
 
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <atomic>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -48,7 +50,7 @@ static bool lost;     /* the device, for good: who waits for it gets an error */
 /* ---- options ---- */
 
 static struct host_options read_options(void) {
-    struct host_options options = {ORDER_ASCENDING, 0, 90, 0, false, false};
+    struct host_options options = {ORDER_ASCENDING, 0, 90, 0, false, false, false};
     static const char *const orders[] = {"ascending", "descending", "random", "lockstep"};
     static const struct {
         const char *words;
@@ -65,6 +67,7 @@ static struct host_options read_options(void) {
         if (strncmp(at, "for=", 4) == 0) options.compiled_for = (uint32_t)strtoul(at + 4, NULL, 10), known = true;
         if (strncmp(at, "second", length) == 0) options.second = known = true;
         if (strncmp(at, "eager", length) == 0) options.eager = known = true;
+        if (strncmp(at, "idle", length) == 0) options.idle = known = true;
         if (strncmp(at, "seed=", 5) == 0) options.seed = strtoull(at + 5, NULL, 10), known = true;
         if (!known) host_fail("KVASIR_HOST_DEVICE: \"%.*s\" is no option", (int)length, at);
         at += length;
@@ -75,6 +78,28 @@ static struct host_options read_options(void) {
 const struct host_options *host_options(void) {
     static const struct host_options options = read_options();
     return &options;
+}
+
+/* ---- a device that does nothing ---- */
+
+enum { IDLE_COPIES = 1 << 20 }; /* bytes of what is copied and filled all the same: counts and flags that the host reads. Larger ones are weights and the pool */
+enum idle_kind { IDLE_LAUNCH, IDLE_GRAPH, IDLE_COPY, IDLE_FILL, IDLE_RECORD, IDLE_WAIT, IDLE_KINDS };
+
+/* Calls that a device's driver would have had; told at the end. */
+static std::atomic<uint64_t> idle_calls[IDLE_KINDS];
+
+static void tell_idle_calls(void) {
+    static const char *const names[IDLE_KINDS] = {"launches", "graphs", "copies", "fills", "events", "waits"};
+    (void)fprintf(stderr, "host device: idle:");
+    for (int i = 0; i < IDLE_KINDS; i++) (void)fprintf(stderr, " %" PRIu64 " %s", idle_calls[i].load(), names[i]);
+    (void)fputc('\n', stderr);
+}
+
+static cudaError_t idle_call(enum idle_kind kind) {
+    static const int once = atexit(tell_idle_calls);
+    (void)once;
+    idle_calls[kind].fetch_add(1, std::memory_order_relaxed);
+    return cudaSuccess;
 }
 
 /* ---- errors and devices ---- */
@@ -110,7 +135,8 @@ const char *cudaGetErrorString(cudaError_t error) {
     }
 }
 
-enum { MULTIPROCESSORS = 4, THREADS_MULTIPROCESSOR = 2048, BLOCKS_MULTIPROCESSOR = 32 };
+enum { MULTIPROCESSORS = 4, THREADS_MULTIPROCESSOR = 2048, BLOCKS_MULTIPROCESSOR = 32, IDLE_MULTIPROCESSORS = 132 };
+#define IDLE_BYTES ((size_t)1 << 40) /* nothing of it is touched */
 
 static bool is_there(int device) { return device == 0 || (device == 1 && host_options()->second); }
 
@@ -142,8 +168,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     (void)snprintf(properties->name, sizeof properties->name, "host device (no GPU)");
     properties->major = (int)host_options()->capability / 10;
     properties->minor = (int)host_options()->capability % 10;
-    properties->multiProcessorCount = MULTIPROCESSORS;
-    properties->totalGlobalMem = (size_t)8 << 30;
+    properties->multiProcessorCount = host_options()->idle ? IDLE_MULTIPROCESSORS : MULTIPROCESSORS;
+    properties->totalGlobalMem = host_options()->idle ? IDLE_BYTES : (size_t)8 << 30;
     properties->sharedMemPerBlock = 48 << 10;
     properties->reservedSharedMemPerBlock = 1 << 10;
     properties->sharedMemPerMultiprocessor = shared_kib << 10;
@@ -221,6 +247,10 @@ static void check_place(const void *at, size_t bytes, bool device, const char *w
 
 static cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream, bool async) {
     if (bytes == 0) return cudaSuccess;
+    if (host_options()->idle) {
+        if (bytes <= IDLE_COPIES && !stream_of(stream)->captured) memmove(to, from, bytes);
+        return idle_call(IDLE_COPY);
+    }
     const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
                from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     check_place(to, bytes, to_device, "a copy's destination");
@@ -241,6 +271,10 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) { return result_of(copy(to, from, bytes, kind, NULL, false)); }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
     if (bytes == 0) return cudaSuccess;
+    if (host_options()->idle) {
+        if (bytes <= IDLE_COPIES && !stream_of(stream)->captured) memset(to, value, bytes);
+        return idle_call(IDLE_FILL);
+    }
     check_place(to, bytes, true, "a fill");
     return result_of(host_enqueue(stream, [to, value, bytes] { host_device_fill(to, value, bytes); }));
 }
@@ -261,6 +295,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    if (host_options()->idle) {
+        event->recorded = event->passed = true;
+        return idle_call(IDLE_RECORD);
+    }
     const std::lock_guard<std::recursive_mutex> locked(lock);
     event->recorded = true;
     event->passed = false;
@@ -272,6 +310,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    if (host_options()->idle) return idle_call(IDLE_WAIT);
     const std::lock_guard<std::recursive_mutex> locked(lock);
     return event->recorded && !event->passed ? cudaStreamSynchronize(event->stream) : cudaSuccess;
 }
@@ -281,7 +320,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) 
     const std::lock_guard<std::recursive_mutex> locked(lock);
     if (!begin->recorded || !end->recorded) return result_of(cudaErrorInvalidResourceHandle);
     if (!begin->passed || !end->passed) return result_of(cudaErrorNotReady);
-    *ms = (float)(end->at - begin->at) * 1e-3f;
+    *ms = host_options()->idle ? 1e-3f : (float)(end->at - begin->at) * 1e-3f;
     return cudaSuccess;
 }
 
@@ -306,6 +345,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsig
     return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    if (host_options()->idle) return idle_call(IDLE_GRAPH);
     const std::lock_guard<std::recursive_mutex> locked(lock);
     cudaError_t result = cudaSuccess;
     for (size_t i = 0; i < exec->nodes.size() && result == cudaSuccess; i++) result = host_enqueue(stream, exec->nodes[i]);
@@ -373,6 +413,7 @@ cudaError_t host_max_clusters(int *clusters, const void *kernel, const cudaLaunc
 }
 
 cudaError_t host_launch(const cudaLaunchConfig_t *config, const void *kernel, void (*run)(const void *), const void *context, size_t context_bytes) {
+    if (host_options()->idle) return idle_call(IDLE_LAUNCH);
     const std::shared_ptr<void> owner(malloc(context_bytes), free);
     CHECK(owner);
     memcpy(owner.get(), context, context_bytes);
