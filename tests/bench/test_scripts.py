@@ -350,6 +350,20 @@ class EndToEnd(unittest.TestCase):
         self.assertGreater(cut["compressions"], 0)
         self.assertGreater(cut["compression_share"], 0)
 
+    def test_host_cost(self):
+        program = BUILD / "tests/host_device/host_device_kvasir"
+        if not program.exists():
+            self.skipTest("this build has no host device")
+        arguments = ["--program", program, "--out", self.path / "out", "--dummy", "tiny", "--batch", "4", "--context", "40", "--tokens", "512", "--rounds", "2"]
+        done = subprocess.run([sys.executable, HERE / "host-cost", *map(str, arguments)], capture_output=True, text=True, timeout=DEADLINE)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        results = self.result("host-cost")["results"]
+        self.assertEqual([len(row["us"]) for row in results.values()], [2] * 4)
+        for name, row in results.items():
+            self.assertGreater(min(row["us"]), 0)
+            # A decode step is one graph. How many of the engine's steps have all requests is up to when they arrive.
+            self.assertAlmostEqual(row["calls"]["graphs"], 1, delta=0.6 if name.startswith("engine") else 0.1, msg=name)
+
     def test_all(self):
         peer = self.peer(llama_bench="print('[{\"samples_ts\": [50.0]}]')", llama_batched_bench="print('{\"speed_tg\": 60.0}')")
         words = self.run_script("all", "--quick", "--peer", peer, "--only", "decode", "--only", "prompt")
