@@ -232,11 +232,11 @@ uint64_t bench_driver_slots(const struct bench_driver *driver, uint32_t batch) {
 /* The next `n_rows` rows of `sequence` go behind those the step already has; their tokens are the caller's to write. */
 static uint32_t add_rows(struct bench_driver *driver, struct bench_step *step, uint32_t sequence, uint32_t n_rows, bool sampled) {
     struct batch *batch = &step->batch;
-    uint32_t first = batch->n_rows, *lane_tokens = driver->lane_tokens + sequence * driver->n_lanes;
-    CHECK(driver->length[sequence] + n_rows <= driver->size.max_tokens && first + n_rows <= driver->size.max_rows);
+    uint32_t first = batch->n_rows, length = driver->length[sequence], *restrict lane_tokens = driver->lane_tokens + sequence * driver->n_lanes;
+    CHECK(length + n_rows <= driver->size.max_tokens && first + n_rows <= driver->size.max_rows);
     const uint32_t *lost = driver->lane_lost + sequence * driver->n_lanes;
-    for (uint32_t lane = 0; lane < driver->n_lanes; lane++) lane_tokens[lane] = driver->length[sequence] - lost[lane];
-    for (uint32_t i = 0; i < n_rows; i++) step->positions[first + i] = (int32_t)(driver->length[sequence] + i);
+    for (uint32_t lane = 0; lane < driver->n_lanes; lane++) lane_tokens[lane] = length - lost[lane];
+    for (uint32_t i = 0; i < n_rows; i++) step->positions[first + i] = (int32_t)(length + i);
     step->sequences[batch->n_sequences++] = (struct batch_sequence){.first_row = first,
                                                                     .n_rows = n_rows,
                                                                     .table = sequence,
@@ -245,7 +245,7 @@ static uint32_t add_rows(struct bench_driver *driver, struct bench_step *step, u
                                                                     .lane_tokens = lane_tokens};
     batch->n_rows += n_rows;
     if (sampled) step->samples[batch->n_samples++] = (struct sample){.row = batch->n_rows - 1, .sampling = &driver->greedy, .target = -1};
-    driver->length[sequence] += n_rows;
+    driver->length[sequence] = length + n_rows;
     return first;
 }
 

@@ -1,4 +1,5 @@
-/* A step: submit fills pinned memory and launches, sync waits; a second one may be submitted before that (struct step_flight). The step's small arrays travel in one copy. Steps of decode rows alone are captured into a graph for their bucket of rows and
+/* A step: submit fills pinned memory and launches, sync waits; a second one may be submitted before that (struct step_flight). A step's small arrays, what its samples ask for and what is new of
+ * its tables are taken from pinned memory by its first kernel: one call of the driver in place of one for each, which is what they cost. Steps of decode rows alone are captured into a graph for their bucket of rows and
  * replayed: every size that differs between two steps of a bucket is read from the header in device memory. Owns the graphs and the events between phases. The engine's thread. */
 #include "kernels/cuda/cuda.h"
 
@@ -13,6 +14,7 @@ enum {
     GRAPH_ROWS_MAX = 512, /* larger steps do not wait for launches */
     GRAPHS = 64,
     SPREAD_THREADS = 256,
+    DELIVER_THREADS = 128,
 };
 
 /* Of decode steps of a bucket. */
@@ -50,6 +52,46 @@ void step_close(struct cuda *cuda) {
 }
 
 /* ---- what it does ---- */
+
+/* What the host has written down for a step, and where it belongs on the device. Pieces of 16 bytes: the last one of each part may have anything behind what was written. */
+struct delivery {
+    const uint4 *staging, *sampling; /* pinned, as are the writes, two a piece */
+    const struct table_write *writes;
+    uint4 *staging_to, *sampling_to;
+    uint32_t *tables;
+    uint32_t n_staging, n_sampling; /* pieces */
+    uint32_t n_writes;
+};
+
+static __global__ void deliver_pieces(const struct delivery d) {
+    uint32_t i = blockIdx.x * DELIVER_THREADS + threadIdx.x;
+    if (i < d.n_staging) {
+        d.staging_to[i] = d.staging[i];
+        return;
+    }
+    i -= d.n_staging;
+    if (i < d.n_sampling) {
+        d.sampling_to[i] = d.sampling[i];
+        return;
+    }
+    i = (i - d.n_sampling) * 2;
+    if (i >= d.n_writes) return;
+    const uint4 two = *(const uint4 *)(d.writes + i);
+    d.tables[two.x] = two.y;
+    if (i + 1 < d.n_writes) d.tables[two.z] = two.w;
+}
+
+static void deliver(struct cuda *cuda, struct delivery *d) {
+    d->n_writes = tables_take_writes(cuda, &d->writes);
+    d->tables = cuda->tables;
+    const uint32_t pieces = d->n_staging + d->n_sampling + div_up(d->n_writes, 2);
+    launch(deliver_pieces, div_up(pieces, DELIVER_THREADS), DELIVER_THREADS, 0, cuda->stream, *d);
+}
+
+void deliver_tables(struct cuda *cuda) {
+    struct delivery d = {};
+    deliver(cuda, &d);
+}
 
 /* lane_tokens of the step's sequences, from the lengths that are on the device. */
 static __global__ void spread_lengths(const struct step_header *header, const struct step_sequence *sequences, const uint32_t *lengths, uint32_t n_lanes, uint32_t *lane_tokens) {
@@ -110,11 +152,17 @@ static void stage_rows(struct cuda *cuda, const struct batch *batch) {
     *view->header = header;
 }
 
-static enum status send_staging(struct cuda *cuda, struct error *error) {
+static void deliver_step(struct cuda *cuda, const uint32_t *sampling, uint32_t *sampling_to, uint32_t sampling_words) {
     const uint8_t *base = (const uint8_t *)cuda->flights[cuda->flight].staging;
     const uint8_t *end = cuda->host.header->n_tiles ? (const uint8_t *)(cuda->host.tiles + cuda->host.header->n_tiles) : (const uint8_t *)(cuda->host.row_sequence + cuda->host.header->n_rows);
-    CUDA_TRY(error, cudaMemcpyAsync(cuda->staging_device, base, (size_t)(end - base), cudaMemcpyHostToDevice, cuda->stream));
-    return STATUS_OK;
+    struct delivery d = {};
+    d.staging = (const uint4 *)base;
+    d.staging_to = (uint4 *)cuda->staging_device;
+    d.n_staging = div_up((uint32_t)(end - base), sizeof(uint4));
+    d.sampling = (const uint4 *)sampling;
+    d.sampling_to = (uint4 *)sampling_to;
+    d.n_sampling = div_up(sampling_words * (uint32_t)sizeof(uint32_t), sizeof(uint4));
+    deliver(cuda, &d);
 }
 
 static void mark(struct cuda *cuda, uint32_t phase) {
@@ -287,9 +335,11 @@ static void turn(struct cuda *cuda) {
 static enum status stage_and_launch(struct cuda *cuda, const struct batch *batch, struct error *error) {
     stage_rows(cuda, batch);
     enum status status = tables_stage(cuda, batch, error);
-    if (status == STATUS_OK) status = send_staging(cuda, error);
     if (status != STATUS_OK) return status;
-    sampling_stage(cuda, batch);
+    const uint32_t *sampling;
+    uint32_t *sampling_to;
+    const uint32_t sampling_words = sampling_stage(cuda, batch, &sampling, &sampling_to);
+    deliver_step(cuda, sampling, sampling_to, sampling_words);
     residual_begin(cuda, batch);
     status = launch(cuda, error);
     residual_end(cuda, batch);
