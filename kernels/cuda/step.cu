@@ -85,7 +85,7 @@ static void deliver(struct cuda *cuda, struct delivery *d) {
     d->n_writes = tables_take_writes(cuda, &d->writes);
     d->tables = cuda->tables;
     const uint32_t pieces = d->n_staging + d->n_sampling + div_up(d->n_writes, 2);
-    launch(deliver_pieces, div_up(pieces, DELIVER_THREADS), DELIVER_THREADS, 0, cuda->stream, *d);
+    if (pieces > 0) launch(deliver_pieces, div_up(pieces, DELIVER_THREADS), DELIVER_THREADS, 0, cuda->stream, *d);
 }
 
 void deliver_tables(struct cuda *cuda) {
