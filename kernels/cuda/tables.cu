@@ -38,7 +38,7 @@ void tables_lay_out(struct cuda *cuda, struct device_arena *arena) {
     cuda->tables = ids;
 }
 
-size_t tables_pinned_bytes(void) { return FLIGHTS * WRITES * sizeof(struct table_write); }
+size_t tables_pinned_bytes(void) { return (size_t)FLIGHTS * (size_t)WRITES * sizeof(struct table_write); }
 
 enum status tables_open(struct cuda *cuda, struct error *error) {
     struct tables_host *tables = cuda->tables_host;
