@@ -12,14 +12,15 @@ extern "C" {
 
 enum {
     GRAPH_ROWS_MAX = 512, /* larger steps do not wait for launches */
-    GRAPHS = 64,
+    GRAPHS = 64,          /* at least two for each bucket */
     SPREAD_THREADS = 256,
     DELIVER_THREADS = 128,
 };
 
-/* Of decode steps of a bucket. */
+/* Of decode steps of a bucket, with or without accumulated attention. */
 struct step_graph {
     uint32_t rows;
+    bool accumulates;
     cudaGraphExec_t exec;
 };
 
@@ -251,7 +252,7 @@ static uint32_t bucket(uint32_t rows) {
 static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, cudaGraphExec_t *exec, struct error *error) {
     struct step_device *own = cuda->step;
     for (uint32_t i = 0; i < own->n_graphs; i++)
-        if (own->graphs[i].rows == shape->rows) {
+        if (own->graphs[i].rows == shape->rows && own->graphs[i].accumulates == shape->accumulates) {
             *exec = own->graphs[i].exec;
             return STATUS_OK;
         }
@@ -266,7 +267,7 @@ static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, c
     *exec = made == cudaSuccess ? *exec : NULL;
     if (made == cudaErrorMemoryAllocation) return STATUS_OK;
     CUDA_TRY(error, made);
-    own->graphs[own->n_graphs++] = (struct step_graph){shape->rows, *exec};
+    own->graphs[own->n_graphs++] = (struct step_graph){shape->rows, shape->accumulates, *exec};
     return STATUS_OK;
 }
 
@@ -274,7 +275,7 @@ static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, c
 static bool is_for_graph(const struct cuda *cuda, uint32_t rows) {
     const struct step_header *header = cuda->host.header;
     const struct backend_limits *limits = &cuda->limits;
-    const bool plain = header->n_tiles == 0 && !header->any_accumulates && header->n_head_rows == header->n_rows && header->n_samples == header->n_rows && header->n_sequences == header->n_rows;
+    const bool plain = header->n_tiles == 0 && header->n_head_rows == header->n_rows && header->n_samples == header->n_rows && header->n_sequences == header->n_rows;
     return plain && !cuda->tap && !cuda->step->phase_events && !cuda->step->without_graphs && rows <= GRAPH_ROWS_MAX && rows <= cuda->max_head_rows && rows <= limits->max_sequences &&
            rows <= limits->max_samples && rows <= limits->max_rows;
 }
@@ -284,6 +285,7 @@ static enum status launch_graph(struct cuda *cuda, uint32_t rows, bool *launched
     struct step_shape shape = {};
     cudaGraphExec_t exec;
     shape.rows = shape.sequences = shape.decode = shape.head_rows = shape.samples = rows;
+    shape.accumulates = cuda->host.header->any_accumulates;
     const enum status status = graph_of(cuda, &shape, &exec, error);
     if (status != STATUS_OK) return status;
     const cudaError_t result = exec ? cudaGraphLaunch(exec, cuda->stream) : cudaErrorMemoryAllocation;
