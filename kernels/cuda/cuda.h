@@ -122,6 +122,12 @@ struct table_write {
     uint32_t at, value;
 };
 
+/* Lanes of a sequence, in no order. */
+struct lane_list {
+    const uint32_t *lanes[2];
+    uint32_t n[2];
+};
+
 /* What the host knows when it launches, rounded up where a graph is shared: grids are made from this, kernels then look at the header. */
 struct step_shape {
     uint32_t rows, sequences, decode, tiles, head_rows, samples;
@@ -260,6 +266,8 @@ enum status tables_open(struct cuda *cuda, struct error *error);
 void tables_close(struct cuda *cuda);
 /* The step's sequences to host.sequences; what the device lacks of their tables to pinned memory of the flight, */
 enum status tables_stage(struct cuda *cuda, const struct batch *batch, struct error *error);
+/* After that, of the step's sequence s: the lanes that enter a block with its rows. false: the step's tables have no versions, and it is not known. */
+bool tables_entering(const struct cuda *cuda, const struct batch *batch, uint32_t s, struct lane_list *entering);
 /* and from there, by whoever launches what delivers it. Returns how many. */
 uint32_t tables_take_writes(struct cuda *cuda, const struct table_write **writes);
 /* Nothing is known to be on the device. After the stream has been waited for. */

@@ -27,6 +27,7 @@ struct tables_host {
     uint32_t n_writes;                   /* of the step that is being staged */
     struct id_run runs[RUNS_AHEAD];      /* asked for, and not read yet; a ring */
     uint32_t n_runs, next_run;
+    bool versions; /* of the step staged last: all its tables have one */
 };
 
 /* ---- life ---- */
@@ -149,17 +150,24 @@ static enum status send_whole(struct cuda *cuda, const struct batch *batch, cons
     return status;
 }
 
-/* Ids of the blocks that lanes enter between the progress for which they were sent and `end`: only lanes whose phase is between the two do, unless all do. */
+/* Lanes of the table that enter a block between one progress and another: those whose phase is between the two, unless all do. */
+static struct lane_list lanes_between(const struct cuda *cuda, uint32_t table, uint32_t from, uint32_t to) {
+    const uint32_t *order = cuda->tables_host->order + (size_t)table * cuda->n_lanes, *phases = cuda->tables_host->phases + (size_t)table * (BLOCK_TOKENS + 1);
+    if (to - from >= BLOCK_TOKENS) return {{order, order}, {cuda->n_lanes, 0}};
+    const uint32_t first = from % BLOCK_TOKENS, end = first + (to - from); /* phases; from BLOCK_TOKENS on, those from 0 on */
+    if (end <= BLOCK_TOKENS) return {{order + phases[first], order}, {phases[end] - phases[first], 0}};
+    return {{order + phases[first], order}, {cuda->n_lanes - phases[first], phases[end - BLOCK_TOKENS]}};
+}
+
+/* Ids of the blocks that lanes enter between the progress for which they were sent and `end`. */
 static enum status send_new(struct cuda *cuda, const struct batch *batch, const struct batch_sequence *sequence, uint32_t table, uint32_t progress, uint32_t end, struct error *error) {
     struct tables_host *tables = cuda->tables_host;
-    const uint32_t sent = tables->sent[table], *order = tables->order + (size_t)table * cuda->n_lanes, *phases = tables->phases + (size_t)table * (BLOCK_TOKENS + 1);
-    const bool all = end - sent >= BLOCK_TOKENS;
-    const uint32_t first = all ? 0 : sent % BLOCK_TOKENS, last = all ? (uint32_t)BLOCK_TOKENS : first + (end - sent); /* phases; from BLOCK_TOKENS on, those from 0 on */
-    const uint32_t bounds[][2] = {{phases[first], phases[last < BLOCK_TOKENS ? last : (uint32_t)BLOCK_TOKENS]}, {0, last > BLOCK_TOKENS ? phases[last - BLOCK_TOKENS] : 0}};
+    const uint32_t sent = tables->sent[table];
+    const struct lane_list entering = lanes_between(cuda, table, sent, end);
     enum status status = STATUS_OK;
     for (int part = 0; part < 2; part++)
-        for (uint32_t i = bounds[part][0]; i < bounds[part][1] && status == STATUS_OK; i++) {
-            const uint32_t lane = order[i], slots = sequence->lane_tokens[lane] - progress; /* when lengths were sent */
+        for (uint32_t i = 0; i < entering.n[part] && status == STATUS_OK; i++) {
+            const uint32_t lane = entering.lanes[part][i], slots = sequence->lane_tokens[lane] - progress; /* when lengths were sent */
             status = expect_ids(cuda, batch, sequence, table, lane, slots + sent, slots + end, error);
         }
     tables->sent[table] = end;
@@ -183,6 +191,7 @@ static enum status send_table(struct cuda *cuda, const struct batch *batch, cons
 enum status tables_stage(struct cuda *cuda, const struct batch *batch, struct error *error) {
     bool versions = true;
     for (uint32_t s = 0; s < batch->n_sequences; s++) versions = versions && batch->sequences[s].table_changes != 0;
+    cuda->tables_host->versions = versions;
     for (uint32_t s = 0; s < batch->n_sequences; s++) {
         const struct batch_sequence *sequence = &batch->sequences[s];
         const uint32_t table = versions ? sequence->table : s;
@@ -202,4 +211,11 @@ enum status tables_stage(struct cuda *cuda, const struct batch *batch, struct er
         if (status != STATUS_OK) return status;
     }
     return STATUS_OK;
+}
+
+bool tables_entering(const struct cuda *cuda, const struct batch *batch, uint32_t s, struct lane_list *entering) {
+    const uint32_t progress = cuda->host.sequences[s].advance;
+    if (!cuda->tables_host->versions) return false;
+    *entering = lanes_between(cuda, batch->sequences[s].table, progress, progress + batch->sequences[s].n_rows);
+    return true;
 }
