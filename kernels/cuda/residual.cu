@@ -64,10 +64,7 @@ enum status residual_open(struct cuda *cuda, struct error *error) {
     raw->n_tables = cuda->n_tables;
     raw->n_lanes = cuda->n_lanes;
     raw->of = (uint32_t *)check_calloc(raw->n_blocks, sizeof(uint32_t));
-    raw->block = (uint32_t *)check_calloc(raw->n_places, sizeof(uint32_t));
-    raw->holds = (uint32_t *)check_calloc(raw->n_places, sizeof(uint32_t));
-    raw->older = (uint32_t *)check_calloc((size_t)raw->n_places + 1, sizeof(uint32_t));
-    raw->newer = (uint32_t *)check_calloc((size_t)raw->n_places + 1, sizeof(uint32_t));
+    raw->places = (struct raw_place *)check_calloc((size_t)raw->n_places + 1, sizeof *raw->places);
     raw->held = (uint32_t *)check_calloc((size_t)raw->n_tables * raw->n_lanes * KIVI_RAW_BLOCKS, sizeof(uint32_t));
     raw->changed = (uint32_t *)check_calloc(raw->n_blocks, sizeof(uint32_t));
     raw->is_changed = (uint8_t *)check_calloc(raw->n_blocks, sizeof(uint8_t));
@@ -81,8 +78,7 @@ void residual_close(struct cuda *cuda) {
     if (!own) return;
     struct raw_places *raw = &own->raw;
     (void)cudaFreeHost(own->changes_host);
-    void *const all[] = {own->shared_used, own->changes, own->end,   own->lanes, own->every_lane, own->goes_on, own->held,      raw->of,
-                         raw->block,       raw->holds,   raw->older, raw->newer, raw->held,       raw->changed, raw->is_changed};
+    void *const all[] = {own->shared_used, own->changes, own->end, own->lanes, own->every_lane, own->goes_on, own->held, raw->of, raw->places, raw->held, raw->changed, raw->is_changed};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(own);
     cuda->residual = NULL;
@@ -196,12 +192,25 @@ static void take_lane(struct cuda *cuda, const struct lane_step *step, uint32_t 
     }
 }
 
+/* What the step will look at of these lanes lies anywhere; each would be a cache miss of its own. */
+static void expect_lanes(const struct residual_host *own, const struct batch *batch, uint32_t s) {
+    const struct lane_list *list = &own->lanes[s];
+    for (int part = 0; part < 2; part++)
+        for (uint32_t i = 0; i < list->n[part]; i++) {
+            const uint32_t lane = list->lanes[part][i];
+            const struct lane_step step = lane_of(batch, &batch->sequences[s], lane);
+            __builtin_prefetch(&own->raw.held[((size_t)batch->sequences[s].table * own->raw.n_lanes + lane) * KIVI_RAW_BLOCKS], 1);
+            for (uint32_t b = step.inner; b < step.end; b++) raw_expect(&own->raw, step.blocks[b]);
+        }
+}
+
 static void take_places(struct cuda *cuda, const struct batch *batch, uint32_t s, uint64_t reserved) {
     const struct lane_list *list = &cuda->residual->lanes[s];
     for (int part = 0; part < 2; part++)
         for (uint32_t i = 0; i < list->n[part]; i++) {
             const struct lane_step step = lane_of(batch, &batch->sequences[s], list->lanes[part][i]);
             take_lane(cuda, &step, list->lanes[part][i], reserved);
+            for (uint32_t b = step.inner; b < step.held; b++) raw_expect_place(&cuda->residual->raw, step.blocks[b]); /* for residual_end */
         }
 }
 
@@ -219,7 +228,11 @@ void residual_begin(struct cuda *cuda, const struct batch *batch) {
         if (!own->goes_on[s]) raw_release_table(&own->raw, batch->sequences[s].table);
     for (uint32_t s = 0; s < batch->n_sequences; s++)
         if (!own->goes_on[s]) open_lost(cuda, batch, s);
-    for (uint32_t s = 0; s < batch->n_sequences; s++) take_places(cuda, batch, s, reserved);
+    for (uint32_t s = 0; s < batch->n_sequences; s++) {
+        if (s == 0) expect_lanes(own, batch, s);
+        if (s + 1 < batch->n_sequences) expect_lanes(own, batch, s + 1);
+        take_places(cuda, batch, s, reserved);
+    }
     residual_send(cuda);
 }
 
