@@ -365,7 +365,7 @@ static bool stage_lists(struct lists *lists, const struct sample *sample, const 
 
 static struct sample_params *params_of(const struct sampling_flight *flight) { return (struct sample_params *)(void *)flight->stage; }
 
-uint32_t sampling_stage(struct cuda *cuda, const struct batch *batch, const uint32_t **from, uint32_t **to) {
+void sampling_stage(struct cuda *cuda, const struct batch *batch, struct delivery *delivery) {
     struct sampling_device *s = cuda->sampling;
     struct sampling_flight *own = &s->flights[cuda->flight];
     struct sample_params *params = params_of(own);
@@ -375,8 +375,6 @@ uint32_t sampling_stage(struct cuda *cuda, const struct batch *batch, const uint
     own->batch = batch;
     own->head_row = cuda->host.sample_head_row;
     own->n_on_host = 0;
-    *from = own->stage;
-    *to = s->stage_device;
     for (uint32_t i = 0; i < batch->n_samples; i++) {
         const struct sample *sample = &batch->samples[i];
         const struct sampling *asked = sample->sampling;
@@ -400,7 +398,9 @@ uint32_t sampling_stage(struct cuda *cuda, const struct batch *batch, const uint
         }
         params[i] = p;
     }
-    return lists.used;
+    delivery->sampling = (const uint4 *)(const void *)own->stage;
+    delivery->sampling_to = (uint4 *)(void *)s->stage_device;
+    delivery->n_sampling = div_up(lists.used, 4);
 }
 
 static void sample_on_host(struct cuda *cuda, struct sampling_flight *own, uint32_t index, uint32_t first_head_row) {

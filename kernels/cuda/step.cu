@@ -54,16 +54,6 @@ void step_close(struct cuda *cuda) {
 
 /* ---- what it does ---- */
 
-/* What the host has written down for a step, and where it belongs on the device. Pieces of 16 bytes: the last one of each part may have anything behind what was written. */
-struct delivery {
-    const uint4 *staging, *sampling; /* pinned, as are the writes, two a piece */
-    const struct table_write *writes;
-    uint4 *staging_to, *sampling_to;
-    uint32_t *tables;
-    uint32_t n_staging, n_sampling; /* pieces */
-    uint32_t n_writes;
-};
-
 static __global__ void deliver_pieces(const struct delivery d) {
     uint32_t i = blockIdx.x * DELIVER_THREADS + threadIdx.x;
     if (i < d.n_staging) {
@@ -82,16 +72,9 @@ static __global__ void deliver_pieces(const struct delivery d) {
     if (i + 1 < d.n_writes) d.tables[two.z] = two.w;
 }
 
-static void deliver(struct cuda *cuda, struct delivery *d) {
-    d->n_writes = tables_take_writes(cuda, &d->writes);
-    d->tables = cuda->tables;
-    const uint32_t pieces = d->n_staging + d->n_sampling + div_up(d->n_writes, 2);
-    if (pieces > 0) launch(deliver_pieces, div_up(pieces, DELIVER_THREADS), DELIVER_THREADS, 0, cuda->stream, *d);
-}
-
-void deliver_tables(struct cuda *cuda) {
-    struct delivery d = {};
-    deliver(cuda, &d);
+void deliver(struct cuda *cuda, const struct delivery *delivery) {
+    const uint32_t pieces = delivery->n_staging + delivery->n_sampling + div_up(delivery->n_writes, 2);
+    if (pieces > 0) launch(deliver_pieces, div_up(pieces, DELIVER_THREADS), DELIVER_THREADS, 0, cuda->stream, *delivery);
 }
 
 /* lane_tokens of the step's sequences, from the lengths that are on the device. */
@@ -153,17 +136,13 @@ static void stage_rows(struct cuda *cuda, const struct batch *batch) {
     *view->header = header;
 }
 
-static void deliver_step(struct cuda *cuda, const uint32_t *sampling, uint32_t *sampling_to, uint32_t sampling_words) {
+/* All that the view has of this step; tiles lie at its end. */
+static void staging_deliver(struct cuda *cuda, struct delivery *delivery) {
     const uint8_t *base = (const uint8_t *)cuda->flights[cuda->flight].staging;
     const uint8_t *end = cuda->host.header->n_tiles ? (const uint8_t *)(cuda->host.tiles + cuda->host.header->n_tiles) : (const uint8_t *)(cuda->host.row_sequence + cuda->host.header->n_rows);
-    struct delivery d = {};
-    d.staging = (const uint4 *)base;
-    d.staging_to = (uint4 *)cuda->staging_device;
-    d.n_staging = div_up((uint32_t)(end - base), sizeof(uint4));
-    d.sampling = (const uint4 *)sampling;
-    d.sampling_to = (uint4 *)sampling_to;
-    d.n_sampling = div_up(sampling_words * (uint32_t)sizeof(uint32_t), sizeof(uint4));
-    deliver(cuda, &d);
+    delivery->staging = (const uint4 *)base;
+    delivery->staging_to = (uint4 *)cuda->staging_device;
+    delivery->n_staging = div_up((uint32_t)(end - base), sizeof(uint4));
 }
 
 static void mark(struct cuda *cuda, uint32_t phase) {
@@ -338,10 +317,11 @@ static enum status stage_and_launch(struct cuda *cuda, const struct batch *batch
     stage_rows(cuda, batch);
     enum status status = tables_stage(cuda, batch, error);
     if (status != STATUS_OK) return status;
-    const uint32_t *sampling;
-    uint32_t *sampling_to;
-    const uint32_t sampling_words = sampling_stage(cuda, batch, &sampling, &sampling_to);
-    deliver_step(cuda, sampling, sampling_to, sampling_words);
+    struct delivery delivery = {};
+    staging_deliver(cuda, &delivery);
+    tables_deliver(cuda, &delivery);
+    sampling_stage(cuda, batch, &delivery);
+    deliver(cuda, &delivery);
     residual_begin(cuda, batch);
     status = launch(cuda, error);
     residual_end(cuda, batch);

@@ -70,12 +70,12 @@ void tables_forget(struct cuda *cuda) {
     for (uint32_t table = 0; table < cuda->n_tables; table++) cuda->tables_host->changes[table] = 0;
 }
 
-uint32_t tables_take_writes(struct cuda *cuda, const struct table_write **writes) {
+void tables_deliver(struct cuda *cuda, struct delivery *delivery) {
     struct tables_host *tables = cuda->tables_host;
-    const uint32_t n = tables->n_writes;
-    *writes = tables->writes[cuda->flight];
+    delivery->tables = cuda->tables;
+    delivery->writes = tables->writes[cuda->flight];
+    delivery->n_writes = tables->n_writes;
     tables->n_writes = 0;
-    return n;
 }
 
 /* ---- what is new ---- */
@@ -84,7 +84,9 @@ uint32_t tables_take_writes(struct cuda *cuda, const struct table_write **writes
 static enum status add_write(struct cuda *cuda, uint32_t at, uint32_t value, struct error *error) {
     struct tables_host *tables = cuda->tables_host;
     if (tables->n_writes == WRITES) {
-        deliver_tables(cuda);
+        struct delivery full = {};
+        tables_deliver(cuda, &full);
+        deliver(cuda, &full);
         CUDA_TRY(error, cudaStreamSynchronize(cuda->stream));
     }
     tables->writes[cuda->flight][tables->n_writes++] = (struct table_write){at, value};

@@ -1,4 +1,4 @@
-/* The device's block tables (tables.cu, and deliver_tables of step.cu), alone on a device: after each step every length and every id that its rows need is there, and no more was sent than is
+/* The device's block tables (tables.cu, and deliver of step.cu), alone on a device: after each step every length and every id that its rows need is there, and no more was sent than is
  * new. Sequences grow alike by one row or many, are cut, take rows back, and come without versions.
  *
  *   --check   exit 1 if anything is wrong; the first differences are printed
@@ -177,13 +177,13 @@ static void check_staging(uint32_t n_tables, uint32_t n_lanes, uint32_t lane_blo
     open_world(&world, n_tables, n_lanes, lane_blocks, seed);
     for (uint32_t step = 0; step < steps; step++) {
         struct batch batch;
-        const struct table_write *writes;
+        struct delivery staged = {};
         const bool versions = random_below(&world.random, 30) > 0;
         const uint64_t words = make_step(&world, versions, &batch);
         CHECK(tables_stage(&world.cuda, &batch, NULL) == STATUS_OK);
-        const uint32_t n = tables_take_writes(&world.cuda, &writes);
-        if (n != words) WRONG("step %u: %u words are sent, %llu are new", step, n, (unsigned long long)words);
-        for (uint32_t i = 0; i < n; i++) world.seen[writes[i].at] = writes[i].value;
+        tables_deliver(&world.cuda, &staged);
+        if (staged.n_writes != words) WRONG("step %u: %u words are sent, %llu are new", step, staged.n_writes, (unsigned long long)words);
+        for (uint32_t i = 0; i < staged.n_writes; i++) world.seen[staged.writes[i].at] = staged.writes[i].value;
         compare_step(&world, &batch, step, versions);
         end_step(&world);
     }
@@ -199,8 +199,10 @@ static void check_delivery(uint32_t n_tables, uint32_t n_lanes, uint32_t lane_bl
         struct batch batch;
         const bool versions = random_below(&world.random, 30) > 0, waits = step % STEPS_UNDER_WAY == STEPS_UNDER_WAY - 1;
         (void)make_step(&world, versions, &batch);
+        struct delivery staged = {};
         CHECK(tables_stage(&world.cuda, &batch, NULL) == STATUS_OK);
-        deliver_tables(&world.cuda);
+        tables_deliver(&world.cuda, &staged);
+        deliver(&world.cuda, &staged);
         CUDA_CHECK(cudaGetLastError());
         if (waits) {
             CUDA_CHECK(cudaStreamSynchronize(world.cuda.stream));
@@ -260,8 +262,10 @@ static void bench_steps(bool ragged) {
         CHECK(tables_stage(&world.cuda, &batch, NULL) == STATUS_OK);
         const uint64_t staged = clock_now_ns();
         float ms;
+        struct delivery delivery = {};
+        tables_deliver(&world.cuda, &delivery);
         CUDA_CHECK(cudaEventRecord(begin, world.cuda.stream));
-        deliver_tables(&world.cuda);
+        deliver(&world.cuda, &delivery);
         CUDA_CHECK(cudaEventRecord(end, world.cuda.stream));
         CUDA_CHECK(cudaEventSynchronize(end));
         CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
