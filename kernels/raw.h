@@ -24,10 +24,10 @@ struct raw_place {
 
 struct raw_places {
     uint32_t n_blocks, n_places, n_tables, n_lanes;
-    uint32_t n_idle; /* places that are not held */
-    uint32_t *of;    /* [n_blocks] the block's place, or RAW_NONE; >= n_places: a shared one */
+    uint32_t n_idle;          /* places that are not held */
+    uint32_t *of;             /* [n_blocks] the block's place, or RAW_NONE; >= n_places: a shared one */
     struct raw_place *places; /* [n_places + 1]; of the last one, only the ring: it is its end, newer than the newest, older than the oldest */
-    uint32_t *held; /* [n_tables][n_lanes][KIVI_RAW_BLOCKS] places, or RAW_NONE */
+    uint32_t *held;           /* [n_tables][n_lanes][KIVI_RAW_BLOCKS] places, or RAW_NONE */
     /* For who keeps a copy of `of` elsewhere: blocks whose entry has changed since n_changed was 0, each once. Both NULL: nobody does. */
     uint32_t *changed;   /* [n_blocks] */
     uint8_t *is_changed; /* [n_blocks] bool; who empties the list clears them */

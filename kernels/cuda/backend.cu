@@ -83,7 +83,7 @@ static void begin(struct cuda *cuda, const struct program *program, const struct
     cuda->layers = (struct device_layer *)check_calloc(program->n_layers, sizeof *cuda->layers);
 }
 
-/* Both sides of a step's arrays; `base` NULL: count. Returns bytes. The tiles come last, so that a step without them copies less. */
+/* Both sides of a step's arrays; `base` NULL: count. Returns bytes. The tiles come last, so that of a step without them less is delivered. */
 static size_t lay_out_view(const struct cuda *cuda, struct step_view *view, uint8_t *base) {
     const struct backend_limits *limits = &cuda->limits;
     struct device_arena arena = {base, 0};

@@ -340,7 +340,7 @@ void rows_activate(struct cuda *cuda, const struct step_shape *shape);
 void attention_lay_out(struct cuda *cuda, struct device_arena *arena); /* partials, unit sums */
 enum status attention_open(struct cuda *cuda, struct error *error);
 void attention_close(struct cuda *cuda);
-void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the staging copy: cuts the work of all layers */
+void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the delivery: cuts the work of all layers */
 void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);  /* q, pool -> a (and row_max, row_sum, accumulators) */
 
 /* ---- close.cu: KIVI ---- */

@@ -27,7 +27,8 @@ struct step_graph {
 struct step_device {
     struct step_graph graphs[GRAPHS];
     uint32_t n_graphs;
-    bool without_graphs;       /* there was no memory for one */
+    bool without_more;         /* graphs than there are: there was no memory for one */
+    bool without_graphs;       /* nor for launching one that there is */
     cudaEvent_t *phase_events; /* [n_phases + 1] where phase_ns is asked for */
 };
 
@@ -54,6 +55,7 @@ void step_close(struct cuda *cuda) {
 
 /* ---- what it does ---- */
 
+/* A thread takes a piece: of the staging, then of sampling's, then two writes. */
 static __global__ void deliver_pieces(const struct delivery d) {
     uint32_t i = blockIdx.x * DELIVER_THREADS + threadIdx.x;
     if (i < d.n_staging) {
@@ -235,6 +237,8 @@ static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, c
             *exec = own->graphs[i].exec;
             return STATUS_OK;
         }
+    *exec = NULL;
+    if (own->without_more) return STATUS_OK;
     CHECK(own->n_graphs < GRAPHS);
     products_warm(cuda, shape->rows); /* looks algorithms up; cannot be captured */
     cudaGraph_t graph;
@@ -243,8 +247,12 @@ static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, c
     CUDA_TRY(error, cudaStreamEndCapture(cuda->stream, &graph));
     const cudaError_t made = cudaGraphInstantiate(exec, graph, 0);
     (void)cudaGraphDestroy(graph);
-    *exec = made == cudaSuccess ? *exec : NULL;
-    if (made == cudaErrorMemoryAllocation) return STATUS_OK;
+    if (made == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        *exec = NULL;
+        own->without_more = true;
+        return STATUS_OK;
+    }
     CUDA_TRY(error, made);
     own->graphs[own->n_graphs++] = (struct step_graph){shape->rows, shape->accumulates, *exec};
     return STATUS_OK;
@@ -259,15 +267,15 @@ static bool is_for_graph(const struct cuda *cuda, uint32_t rows) {
            rows <= limits->max_samples && rows <= limits->max_rows;
 }
 
-/* *launched false: there is no memory for graphs; nothing of the step was launched, and no graph will be again. */
+/* *launched false: there is no memory for the graph; nothing of the step was launched. */
 static enum status launch_graph(struct cuda *cuda, uint32_t rows, bool *launched, struct error *error) {
     struct step_shape shape = {};
     cudaGraphExec_t exec;
     shape.rows = shape.sequences = shape.decode = shape.head_rows = shape.samples = rows;
     shape.accumulates = cuda->host.header->any_accumulates;
     const enum status status = graph_of(cuda, &shape, &exec, error);
-    if (status != STATUS_OK) return status;
-    const cudaError_t result = exec ? cudaGraphLaunch(exec, cuda->stream) : cudaErrorMemoryAllocation;
+    if (status != STATUS_OK || !exec) return status;
+    const cudaError_t result = cudaGraphLaunch(exec, cuda->stream);
     *launched = result == cudaSuccess;
     if (result != cudaErrorMemoryAllocation) return cuda_status(error, result, "cudaGraphLaunch");
     (void)cudaGetLastError();
@@ -322,6 +330,7 @@ static enum status stage_and_launch(struct cuda *cuda, const struct batch *batch
     tables_deliver(cuda, &delivery);
     sampling_stage(cuda, batch, &delivery);
     deliver(cuda, &delivery);
+    CUDA_TRY(error, cudaGetLastError()); /* of its launch: without it the step would be the one before */
     residual_begin(cuda, batch);
     status = launch(cuda, error);
     residual_end(cuda, batch);

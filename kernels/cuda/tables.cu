@@ -87,6 +87,7 @@ static enum status add_write(struct cuda *cuda, uint32_t at, uint32_t value, str
         struct delivery full = {};
         tables_deliver(cuda, &full);
         deliver(cuda, &full);
+        CUDA_TRY(error, cudaGetLastError());
         CUDA_TRY(error, cudaStreamSynchronize(cuda->stream));
     }
     tables->writes[cuda->flight][tables->n_writes++] = (struct table_write){at, value};
@@ -197,7 +198,7 @@ enum status tables_stage(struct cuda *cuda, const struct batch *batch, struct er
     for (uint32_t s = 0; s < batch->n_sequences; s++) {
         const struct batch_sequence *sequence = &batch->sequences[s];
         const uint32_t table = versions ? sequence->table : s;
-        CHECK(table < cuda->n_tables);
+        CHECK(table < cuda->n_tables && sequence->table < cuda->n_tables);
         struct step_sequence staged = {};
         staged.first_row = sequence->first_row;
         staged.n_rows = sequence->n_rows;
@@ -206,6 +207,7 @@ enum status tables_stage(struct cuda *cuda, const struct batch *batch, struct er
         staged.accumulate = sequence->accumulate;
         const enum status status = send_table(cuda, batch, sequence, table, versions ? sequence->table_changes : 0, &staged.advance, error);
         if (status != STATUS_OK) return status;
+        if (!versions) cuda->tables_host->changes[sequence->table] = 0; /* its own table is not the one that it comes with */
         cuda->host.sequences[s] = staged;
     }
     while (cuda->tables_host->n_runs > 0) {

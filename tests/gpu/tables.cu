@@ -17,9 +17,9 @@ extern "C" {
 
 enum { LINES_MAX = 10, STEPS_UNDER_WAY = 2 };
 static uint32_t n_wrong;
-#define WRONG(...)                                                           \
-    do {                                                                     \
-        if (n_wrong++ < LINES_MAX) printf("wrong: " __VA_ARGS__), puts("");  \
+#define WRONG(...)                                                                                                                                   \
+    do {                                                                                                                                             \
+        if (n_wrong++ < LINES_MAX) printf("wrong: " __VA_ARGS__), puts("");                                                                          \
     } while (0)
 
 /* A sequence: what its table should be on the device. */
@@ -93,24 +93,25 @@ static void cut(struct world *world, struct expected *sequence, uint32_t most) {
 
 static uint32_t longest(const struct expected *sequence) { return *std::max_element(sequence->slots.begin(), sequence->slots.end()); }
 
-/* What a step has to send of a sequence: lengths if it is new there, and ids. Without versions it comes as another's table: its own stays as it was. */
+/* What a step has to send of a sequence: lengths if it is new there, and ids. */
 static uint64_t new_words(struct world *world, struct expected *sequence, bool versions, uint32_t rows) {
     uint64_t words = 0;
     const bool known = versions && sequence->on_device && sequence->slots[0] >= sequence->slots_first;
-    if (versions && !known) sequence->slots_first = sequence->slots[0];
+    if (!known) sequence->slots_first = sequence->slots[0];
     for (uint32_t lane = 0; lane < world->cuda.n_lanes; lane++) {
         const uint32_t needed = div_up(sequence->slots[lane] + rows, BLOCK_TOKENS), there = known ? sequence->sent[lane] : 0;
         words += !known + (needed > there ? needed - there : 0);
-        if (versions) sequence->sent[lane] = needed > there ? needed : there;
+        sequence->sent[lane] = needed > there ? needed : there;
     }
-    sequence->on_device = sequence->on_device || versions;
+    sequence->on_device = versions;
     return words;
 }
 
 /* Some of the sequences, each with rows. Returns words that are to be sent. */
 static uint64_t make_step(struct world *world, bool versions, struct batch *batch) {
     struct random *random = &world->random;
-    const uint32_t n_tables = world->cuda.n_tables, most = world->cuda.lane_blocks * BLOCK_TOKENS, skipped = random_below(random, 3) ? n_tables : random_below(random, n_tables);
+    const uint32_t n_tables = world->cuda.n_tables, most = world->cuda.lane_blocks * BLOCK_TOKENS,
+                   skipped = random_below(random, 3) ? n_tables : random_below(random, n_tables);
     uint64_t words = 0;
     uint32_t n_rows = 0;
     world->batch_sequences.clear();
@@ -118,7 +119,9 @@ static uint64_t make_step(struct world *world, bool versions, struct batch *batc
         struct expected *sequence = &world->sequences[s];
         if (s == skipped && n_tables > 1) continue;
         const uint32_t rows = random_below(random, 8) ? 1 : 1 + random_below(random, 3 * BLOCK_TOKENS), event = random_below(random, 40);
-        const uint32_t back = event < 4 ? sequence->last_rows : event == 4 ? random_below(random, *std::min_element(sequence->slots.begin(), sequence->slots.end()) + 1) : 0;
+        const uint32_t back = event < 4    ? sequence->last_rows
+                              : event == 4 ? random_below(random, *std::min_element(sequence->slots.begin(), sequence->slots.end()) + 1)
+                                           : 0;
         for (uint32_t &slots : sequence->slots) slots -= back; /* the last rows did not count, or more */
         if (event == 39) cut(world, sequence, random_below(random, most / 2));
         if (longest(sequence) + rows > most) cut(world, sequence, most / 4);
@@ -129,13 +132,15 @@ static uint64_t make_step(struct world *world, bool versions, struct batch *batc
         staged.first_row = n_rows;
         staged.n_rows = rows;
         staged.table = s;
-        staged.table_changes = versions ? sequence->changes : 0;
+        staged.table_changes = versions ? sequence->changes : random_below(random, 2) ? sequence->changes : 0; /* without versions: of one at least */
         staged.lane_first = sequence->first.data();
         staged.lane_tokens = sequence->slots.data();
         world->batch_sequences.push_back(staged);
         n_rows += rows;
     }
-    for (size_t s = 0; !versions && s < world->batch_sequences.size(); s++) /* tables are taken in the order of the step's sequences then: what was there is overwritten */
+    if (!versions) world->batch_sequences[random_below(random, (uint32_t)world->batch_sequences.size())].table_changes = 0;
+    for (size_t s = 0; !versions && s < world->batch_sequences.size();
+         s++) /* tables are taken in the order of the step's sequences then: what was there is overwritten */
         world->sequences[s].on_device = false;
     *batch = {};
     batch->block_ids = world->ids.data();
@@ -156,15 +161,18 @@ static void compare_step(const struct world *world, const struct batch *batch, u
     for (uint32_t s = 0; s < batch->n_sequences; s++) {
         const struct batch_sequence *sequence = &batch->sequences[s];
         const struct step_sequence *staged = &world->staged[s];
-        if (staged->table != (versions ? sequence->table : s) || staged->n_rows != sequence->n_rows || staged->first_row != sequence->first_row) WRONG("step %u, sequence %u", step, s);
+        if (staged->table != (versions ? sequence->table : s) || staged->n_rows != sequence->n_rows || staged->first_row != sequence->first_row)
+            WRONG("step %u, sequence %u", step, s);
         for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
             const uint32_t at = staged->table * cuda->n_lanes + lane, *ids = batch->block_ids + sequence->lane_first[lane];
             const uint32_t needed = div_up(sequence->lane_tokens[lane] + sequence->n_rows, BLOCK_TOKENS);
             if (lengths[at] + staged->advance != sequence->lane_tokens[lane])
-                WRONG("step %u, sequence %u, lane %u: %u + %u slots in place of %u", step, s, lane, lengths[at], staged->advance, sequence->lane_tokens[lane]);
+                WRONG("step %u, sequence %u, lane %u: %u + %u slots in place of %u", step, s, lane, lengths[at], staged->advance,
+                      sequence->lane_tokens[lane]);
             for (uint32_t b = 0; b < needed; b++)
                 if (world->seen[(size_t)at * cuda->lane_blocks + b] != ids[b]) {
-                    WRONG("step %u, sequence %u, lane %u, block %u of %u: %u in place of %u", step, s, lane, b, needed, world->seen[(size_t)at * cuda->lane_blocks + b], ids[b]);
+                    WRONG("step %u, sequence %u, lane %u, block %u of %u: %u in place of %u", step, s, lane, b, needed,
+                          world->seen[(size_t)at * cuda->lane_blocks + b], ids[b]);
                     break;
                 }
         }
@@ -220,7 +228,8 @@ static int check(void) {
         check_staging(1 + i, lanes[i], 6, 400, 100 + i);
         check_delivery(1 + i, lanes[i], 6, 0, 120, 200 + i);
     }
-    for (uint64_t seed = 300; seed < 304; seed++) check_delivery(4, 1500, 60, 56 * BLOCK_TOKENS, 2, seed); /* whole tables are more than what waits in pinned memory */
+    for (uint64_t seed = 300; seed < 304; seed++)
+        check_delivery(4, 1500, 60, 56 * BLOCK_TOKENS, 2, seed); /* whole tables are more than what waits in pinned memory */
     printf("tables: %u wrong\n", n_wrong);
     return n_wrong > 0;
 }
@@ -277,8 +286,8 @@ static void bench_steps(bool ragged) {
     }
     double sum = 0;
     for (double us : staged_us) sum += us;
-    printf("%-12s host %7.1f us a step (median %.1f), device %6.1f us, %.0f words (medians; most %.0f words)\n", ragged ? "ragged" : "lanes alike", sum / (double)staged_us.size(), median(staged_us),
-           median(delivered_us), median(words), *std::max_element(words.begin(), words.end()));
+    printf("%-12s host %7.1f us a step (median %.1f), device %6.1f us, %.0f words (medians; most %.0f words)\n", ragged ? "ragged" : "lanes alike",
+           sum / (double)staged_us.size(), median(staged_us), median(delivered_us), median(words), *std::max_element(words.begin(), words.end()));
     CUDA_CHECK(cudaEventDestroy(begin));
     CUDA_CHECK(cudaEventDestroy(end));
     close_world(&world);
