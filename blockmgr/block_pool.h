@@ -7,7 +7,8 @@
  * opens a free extent, else takes any block. The rest of an opened extent counts as free and is taken by others when nothing else is left. Which extent, or which block, is
  * the one with the lowest id: what is handed out follows from what is free alone, and lanes that grow together open extents side by side.
  *
- * What is free is kept in bits, a bit a block, so that it stays in a core's caches whatever the size of the pool.
+ * What is free is kept in bits, a bit a block, so that it stays in a core's caches whatever the size of the pool; and so is what is apart: held by the cache, or by more than one
+ * owner. Of all other blocks, which are most, nothing but the first bit is read or written when they are taken and given back.
  * One thread. Allocates in block_pool_init only. Every call is O(blocks named). */
 #pragma once
 
@@ -29,9 +30,10 @@ struct block_pool {
     uint32_t stride_shift;     /* an extent has 1 << stride_shift bits of `free`, at least extent_blocks, so that it never crosses a word */
     uint32_t n_free, n_cached; /* n_cached: held by the cache alone */
     uint32_t n_shared;         /* blocks with more than one owner */
-    uint32_t *owners;          /* [n_blocks] */
+    uint32_t *owners;          /* [n_blocks]; of a free block already 1, as when it is taken */
     uint8_t *cached;           /* [n_blocks] held by the cache */
     uint64_t *free;            /* [n_extents << stride_shift] bits */
+    uint64_t *apart;           /* likewise */
     struct extent_set whole;   /* extents all free */
     struct extent_set open;    /* extents with a free block */
 };
