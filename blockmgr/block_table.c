@@ -8,7 +8,10 @@
 #include "base/block.h"
 #include "base/check.h"
 
-enum { AT_ONCE = 16 }; /* lanes */
+enum {
+    AT_ONCE = 16, /* lanes */
+    PAGE_BYTES = 4096,
+};
 
 static uint32_t blocks_for(uint32_t tokens) { return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
 
@@ -24,6 +27,8 @@ void block_tables_init(struct block_tables *tables, struct block_pool *pool, uin
         (struct block_tables){.pool = pool, .n_tables = n_tables, .n_lanes = n_lanes, .blocks_max = blocks_max, .ids_bytes = ids * sizeof(uint32_t)};
     tables->ids = mmap(NULL, tables->ids_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     CHECK(tables->ids != MAP_FAILED);
+    /* Lanes' ends lie all over them: each would be a miss of the TLB too. Where a list is longer than a page, most of them may never be written to their ends. */
+    if (blocks_max * sizeof(uint32_t) <= PAGE_BYTES) (void)madvise(tables->ids, tables->ids_bytes, MADV_HUGEPAGE);
     tables->lane_first = check_calloc(lanes, sizeof *tables->lane_first);
     tables->lane_tokens = check_calloc(lanes, sizeof *tables->lane_tokens);
     tables->n_blocks = check_calloc(lanes, sizeof *tables->n_blocks);
@@ -139,16 +144,20 @@ static uint32_t take_one(struct block_tables *tables, uint32_t table, uint32_t l
 
 bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
     struct table_sums *sums = &tables->sums[table];
-    uint64_t missing = table_missing(tables, table, rows);
+    if (rows <= sums->room) return true;
+    bool ordered = use_order(tables, table, rows);
+    /* One a lane at most: where so many are free they need not be counted again. */
+    uint64_t missing = ordered && tables->n_lanes <= tables->pool->n_free ? 0 : table_missing(tables, table, rows);
     if (missing > tables->pool->n_free) return false;
-    if (missing == 0) return true;
-    sums->blocks += missing;
-    if (use_order(tables, table, rows)) {
+    if (ordered) {
         const uint32_t *order = order_of(tables, table);
-        for (; missing > 0; missing--, sums->next = after(tables, sums->next)) (void)take_one(tables, table, order[sums->next]);
+        for (; room_of(tables, table, order[sums->next]) < rows; sums->next = after(tables, sums->next), sums->blocks++)
+            (void)take_one(tables, table, order[sums->next]);
         sums->room = room_of(tables, table, order[sums->next]);
         return true;
     }
+    if (missing == 0) return true;
+    sums->blocks += missing;
     const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
         uint32_t needed = blocks_for(tokens[lane] + rows);
