@@ -8,6 +8,7 @@
 enum {
     WORD = 64,
     WORD_SHIFT = 6,
+    IDS_AHEAD = 24, /* of a list: what is known of them lies anywhere, and is asked for so far ahead */
 };
 
 /* ---- sets of extents ---- */
@@ -175,11 +176,10 @@ void block_pool_done(struct block_pool *pool) {
 
 static bool is_free(const struct block_pool *pool, uint32_t id) { return free_from(pool, place_of(pool, id)) & 1; }
 
-static void set_apart(struct block_pool *pool, uint32_t id, bool apart) {
+static void set_apart(struct block_pool *pool, struct place place, uint32_t count, bool apart) {
     uint32_t shift;
-    struct place place = place_of(pool, id);
-    uint64_t *word = word_of(pool, pool->apart, place.extent, &shift), bit = 1ull << place.index << shift;
-    *word = apart ? *word | bit : *word & ~bit;
+    uint64_t *word = word_of(pool, pool->apart, place.extent, &shift), bits = ones(count) << place.index << shift;
+    *word = apart ? *word | bits : *word & ~bits;
 }
 
 /* Is one of these? */
@@ -188,6 +188,8 @@ static bool any_apart(const struct block_pool *pool, struct place place, uint32_
     const uint64_t *word = word_of(pool, pool->apart, place.extent, &shift);
     return *word >> shift >> place.index & ones(count);
 }
+
+bool block_pool_is_apart(const struct block_pool *pool, uint32_t id) { return any_apart(pool, place_of(pool, id), 1); }
 
 /* Where the next block comes from: what follows `near` in its extent, else a whole extent, else any. */
 __attribute__((always_inline)) static inline struct place choose_place(const struct block_pool *pool, uint32_t near) {
@@ -226,7 +228,7 @@ void block_pool_share(struct block_pool *pool, uint32_t id) {
     pool->n_cached -= pool->owners[id] == 0;
     if (pool->owners[id]++ != 1) return;
     pool->n_shared++;
-    set_apart(pool, id, true);
+    set_apart(pool, place_of(pool, id), 1, true);
 }
 
 void block_pool_give(struct block_pool *pool, uint32_t id) {
@@ -241,7 +243,7 @@ void block_pool_give(struct block_pool *pool, uint32_t id) {
     pool->n_cached += left == 0;
     if (left != 1) return;
     pool->n_shared--;
-    set_apart(pool, id, pool->cached[id]);
+    set_apart(pool, place, 1, pool->cached[id]);
 }
 
 /* So many ids from ids[0] on follow each other in one extent. */
@@ -270,18 +272,39 @@ void block_pool_give_run(struct block_pool *pool, const uint32_t *ids, uint32_t 
 void block_pool_cache(struct block_pool *pool, uint32_t id) {
     CHECK(id < pool->n_blocks && !is_free(pool, id) && !pool->cached[id]);
     pool->cached[id] = 1;
-    set_apart(pool, id, true);
+    set_apart(pool, place_of(pool, id), 1, true);
 }
 
 void block_pool_uncache(struct block_pool *pool, uint32_t id) {
     CHECK(id < pool->n_blocks && pool->cached[id]);
     pool->cached[id] = 0;
     if (pool->owners[id] > 1) return;
-    set_apart(pool, id, false);
+    struct place place = place_of(pool, id);
+    set_apart(pool, place, 1, false);
     if (pool->owners[id] == 1) return;
     pool->owners[id] = 1;
     pool->n_cached--;
-    mark(pool, place_of(pool, id), 1, true);
+    mark(pool, place, 1, true);
+}
+
+void block_pool_uncache_run(struct block_pool *pool, const uint32_t *ids, uint32_t count) {
+    for (uint32_t i = 0, n; i < count; i += n) {
+        uint32_t id = ids[i], ahead = ids[i + IDS_AHEAD < count ? i + IDS_AHEAD : count - 1];
+        __builtin_prefetch(&pool->owners[ahead]);
+        __builtin_prefetch(&pool->cached[ahead], 1);
+        CHECK(id < pool->n_blocks);
+        struct place place = place_of(pool, id);
+        n = run_length(pool, place, ids + i, count - i);
+        CHECK(n <= pool->n_blocks - id);
+        bool alone = true; /* each is one sequence's beside the cache */
+        for (uint32_t b = id; b < id + n; b++) alone = alone && pool->owners[b] == 1 && pool->cached[b];
+        if (alone) {
+            set_apart(pool, place, n, false);
+            for (uint32_t b = id; b < id + n; b++) pool->cached[b] = 0;
+        } else {
+            for (uint32_t b = id; b < id + n; b++) block_pool_uncache(pool, b);
+        }
+    }
 }
 
 void block_pool_check(const struct block_pool *pool, const uint32_t *owners) {

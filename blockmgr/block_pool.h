@@ -44,6 +44,8 @@ void block_pool_init(struct block_pool *pool, uint32_t n_blocks, uint32_t extent
 void block_pool_done(struct block_pool *pool);
 static inline uint32_t block_pool_used(const struct block_pool *pool) { return pool->n_blocks - pool->n_free - pool->n_cached; }
 
+/* Is the block held by the cache, or by more than one owner? */
+bool block_pool_is_apart(const struct block_pool *pool, uint32_t id);
 /* One block with one owner; near: the block it should follow, or BLOCK_NONE. At least one must be free (CHECKed): ask n_free first, so that bulk takes are all or nothing. */
 uint32_t block_pool_take(struct block_pool *pool, uint32_t near);
 /* `count` blocks, as if taken one by one, each near the one before. */
@@ -57,6 +59,8 @@ void block_pool_give_run(struct block_pool *pool, const uint32_t *ids, uint32_t 
 /* The cache holds a used block too; and no longer. */
 void block_pool_cache(struct block_pool *pool, uint32_t id);
 void block_pool_uncache(struct block_pool *pool, uint32_t id);
+/* Of each; quick where ids of one extent follow each other. */
+void block_pool_uncache_run(struct block_pool *pool, const uint32_t *ids, uint32_t count);
 
 /* CHECKs the identities above and the sets. `owners` [n_blocks]: recounted by the caller. */
 void block_pool_check(const struct block_pool *pool, const uint32_t *owners);

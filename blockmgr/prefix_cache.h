@@ -36,7 +36,8 @@ struct prefix_cache {
     uint64_t seed;
     struct prefix_entry *entries;
     uint32_t *ids;      /* [capacity][n_lanes] */
-    uint32_t *entry_of; /* [n_blocks] the entry that holds a block; ENTRY_NONE: none */
+    uint32_t *entry_of; /* [n_blocks] the entry that holds a block, while one does */
+    uint32_t *removed, *released; /* [capacity] by one prefix_cache_remove: entries, blocks of a lane */
     uint32_t *buckets;  /* [n_buckets] */
     uint32_t n_buckets; /* a power of two */
     uint32_t oldest, newest;

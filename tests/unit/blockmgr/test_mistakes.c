@@ -1,4 +1,4 @@
-/* What no caller may do to a pool stops the process, whatever the block is: of most, calls look at nothing but two bits. */
+/* What no caller may do to a pool stops the process, whatever the block is: of most, calls look at nothing but two bits. And that blocks of which more is known come back among those. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -11,6 +11,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/random.h"
 #include "blockmgr/block_pool.h"
 
 enum { N_BLOCKS = 10, EXTENT = 4 };
@@ -53,6 +54,14 @@ static void share_free(struct block_pool *pool) { block_pool_share(pool, 8); }
 static void share_past_the_end(struct block_pool *pool) { block_pool_share(pool, N_BLOCKS); }
 static void cache_free(struct block_pool *pool) { block_pool_cache(pool, 9); }
 static void cache_twice(struct block_pool *pool) { block_pool_cache(pool, 5); }
+static void uncache_run_with_one_that_is_not_cached(struct block_pool *pool) { block_pool_uncache_run(pool, (const uint32_t[]){5, 6, 7}, 3); }
+static void uncache_run_twice(struct block_pool *pool) { block_pool_uncache_run(pool, (const uint32_t[]){5, 5}, 2); }
+static void uncache_run_past_the_end(struct block_pool *pool) {
+    uint32_t ids[3];
+    block_pool_take_run(pool, BLOCK_NONE, 3, ids);
+    block_pool_cache(pool, 9);
+    block_pool_uncache_run(pool, (const uint32_t[]){9, 10}, 2);
+}
 static void uncache_what_is_not_cached(struct block_pool *pool) { block_pool_uncache(pool, 4); }
 static void take_from_none(struct block_pool *pool) {
     for (uint32_t i = 0; i < 4; i++) (void)block_pool_take(pool, BLOCK_NONE); /* three are free */
@@ -97,6 +106,9 @@ static void test_mistakes_are_found(void **state) {
         {"cache free", cache_free},
         {"cache twice", cache_twice},
         {"uncache what is not cached", uncache_what_is_not_cached},
+        {"uncache run with one that is not cached", uncache_run_with_one_that_is_not_cached},
+        {"uncache run twice", uncache_run_twice},
+        {"uncache run past the end", uncache_run_past_the_end},
         {"take from none", take_from_none},
     };
     assert_false(stops(NULL));
@@ -126,7 +138,40 @@ static void test_apart_and_back(void **state) {
     block_pool_done(&pool);
 }
 
+/* Many at once are as many one by one, whoever owns them and in whatever order. */
+static void test_uncache_run(void **state) {
+    (void)state;
+    enum { N = 61 };
+    for (uint64_t seed = 1; seed <= 200; seed++) {
+        struct random random = {seed};
+        struct block_pool pool;
+        uint32_t ids[N], owners[N], n_listed = 0, n_free = 0;
+        block_pool_init(&pool, N, 1 + random_below(&random, 9));
+        block_pool_take_run(&pool, BLOCK_NONE, N, ids);
+        for (uint32_t id = 0; id < N; id++) {
+            bool listed = random_below(&random, 8) > 0; /* the others stay cached */
+            owners[id] = random_below(&random, 6) ? 1 : random_below(&random, 3);
+            block_pool_cache(&pool, id);
+            if (owners[id] == 0) block_pool_give(&pool, id);
+            if (owners[id] == 2) block_pool_share(&pool, id);
+            if (listed) ids[n_listed++] = id;
+            n_free += listed && owners[id] == 0;
+        }
+        for (uint32_t swaps = random_below(&random, 4); swaps > 0 && n_listed > 0; swaps--) {
+            uint32_t a = random_below(&random, n_listed), b = random_below(&random, n_listed), id = ids[a];
+            ids[a] = ids[b];
+            ids[b] = id;
+        }
+        block_pool_uncache_run(&pool, ids, n_listed);
+        block_pool_check(&pool, owners);
+        assert_int_equal(pool.n_free, n_free);
+        for (uint32_t i = 0; i < n_listed; i++) assert_int_equal(pool.cached[ids[i]], 0);
+        block_pool_done(&pool);
+    }
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_mistakes_are_found), cmocka_unit_test(test_apart_and_back)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_mistakes_are_found), cmocka_unit_test(test_apart_and_back),
+                                       cmocka_unit_test(test_uncache_run)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
