@@ -189,8 +189,6 @@ static bool any_apart(const struct block_pool *pool, struct place place, uint32_
     return *word >> shift >> place.index & ones(count);
 }
 
-bool block_pool_is_apart(const struct block_pool *pool, uint32_t id) { return any_apart(pool, place_of(pool, id), 1); }
-
 /* Where the next block comes from: what follows `near` in its extent, else a whole extent, else any. */
 __attribute__((always_inline)) static inline struct place choose_place(const struct block_pool *pool, uint32_t near) {
     if (near != BLOCK_NONE) {
@@ -202,6 +200,8 @@ __attribute__((always_inline)) static inline struct place choose_place(const str
     uint32_t extent = extent_set_least(set);
     return (struct place){extent, (uint32_t)__builtin_ctzll(free_mask(pool, extent))};
 }
+
+void block_pool_close(struct block_pool *pool, uint32_t extent) { extent_set_remove(&pool->open, extent); }
 
 uint32_t block_pool_take(struct block_pool *pool, uint32_t near) {
     struct place place = choose_place(pool, near);

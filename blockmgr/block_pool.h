@@ -44,10 +44,22 @@ void block_pool_init(struct block_pool *pool, uint32_t n_blocks, uint32_t extent
 void block_pool_done(struct block_pool *pool);
 static inline uint32_t block_pool_used(const struct block_pool *pool) { return pool->n_blocks - pool->n_free - pool->n_cached; }
 
-/* Is the block held by the cache, or by more than one owner? */
-bool block_pool_is_apart(const struct block_pool *pool, uint32_t id);
 /* One block with one owner; near: the block it should follow, or BLOCK_NONE. At least one must be free (CHECKed): ask n_free first, so that bulk takes are all or nothing. */
 uint32_t block_pool_take(struct block_pool *pool, uint32_t near);
+/* Of block_pool_take_next: the extent has no free block left. */
+void block_pool_close(struct block_pool *pool, uint32_t extent);
+/* block_pool_take where that comes to near + 1, as it does for most blocks of lanes that grow: in place, for loops over lanes. false: it does not, or extent_blocks is no power of two,
+ * and nothing was done. */
+static inline bool block_pool_take_next(struct block_pool *pool, uint32_t near) {
+    uint32_t next = near + 1, within = (1u << pool->stride_shift) - 1; /* 0 after BLOCK_NONE */
+    if ((next & within) == 0 || pool->extent_blocks != within + 1) return false;
+    uint64_t *word = &pool->free[next / 64], bit = 1ull << next % 64;
+    if ((*word & (bit | bit >> 1)) != bit) return false; /* near is taken: the extent was not whole */
+    *word ^= bit;
+    pool->n_free--;
+    if ((*word >> (next % 64 & ~within) & UINT64_MAX >> (63 - within)) == 0) block_pool_close(pool, next >> pool->stride_shift);
+    return true;
+}
 /* `count` blocks, as if taken one by one, each near the one before. */
 void block_pool_take_run(struct block_pool *pool, uint32_t near, uint32_t count, uint32_t *ids);
 /* One more owner of a block that is used or cached. */

@@ -133,13 +133,33 @@ static void lengthen(struct block_tables *tables, uint32_t table, uint32_t lane,
     *blocks += count;
 }
 
-/* The same of one, at every step. */
+/* One more. */
 static uint32_t take_one(struct block_tables *tables, uint32_t table, uint32_t lane) {
     uint32_t *blocks = table_lane_blocks(tables, table) + lane, *ids = table_lane_ids(tables, table, lane);
     CHECK(*blocks < tables->blocks_max);
     uint32_t id = block_pool_take(tables->pool, *blocks ? ids[*blocks - 1] : BLOCK_NONE);
     ids[(*blocks)++] = id;
     return id;
+}
+
+/* A block for each lane that `rows` more do not fit in: at every step, so that nothing is looked up twice. */
+static void take_in_order(struct block_tables *tables, uint32_t table, uint32_t rows) {
+    struct table_sums *sums = &tables->sums[table];
+    struct block_pool *pool = tables->pool;
+    const uint32_t *tokens = table_lane_tokens(tables, table), *order = order_of(tables, table), n_lanes = tables->n_lanes,
+                   blocks_max = tables->blocks_max;
+    uint32_t *blocks = table_lane_blocks(tables, table), *lists = table_lane_ids(tables, table, 0), at = sums->next;
+    uint64_t taken = 0;
+    for (; blocks[order[at]] * BLOCK_TOKENS - tokens[order[at]] < rows; at = at + 1 < n_lanes ? at + 1 : 0, taken++) {
+        uint32_t lane = order[at], n = blocks[lane], *ids = lists + (size_t)lane * blocks_max;
+        CHECK(n < blocks_max);
+        uint32_t near = n ? ids[n - 1] : BLOCK_NONE;
+        ids[n] = block_pool_take_next(pool, near) ? near + 1 : block_pool_take(pool, near);
+        blocks[lane] = n + 1;
+    }
+    sums->next = at;
+    sums->room = room_of(tables, table, order[at]);
+    sums->blocks += taken;
 }
 
 bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
@@ -150,10 +170,7 @@ bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
     uint64_t missing = ordered && tables->n_lanes <= tables->pool->n_free ? 0 : table_missing(tables, table, rows);
     if (missing > tables->pool->n_free) return false;
     if (ordered) {
-        const uint32_t *order = order_of(tables, table);
-        for (; room_of(tables, table, order[sums->next]) < rows; sums->next = after(tables, sums->next), sums->blocks++)
-            (void)take_one(tables, table, order[sums->next]);
-        sums->room = room_of(tables, table, order[sums->next]);
+        take_in_order(tables, table, rows);
         return true;
     }
     if (missing == 0) return true;

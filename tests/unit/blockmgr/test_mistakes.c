@@ -170,8 +170,46 @@ static void test_uncache_run(void **state) {
     }
 }
 
+/* Of two pools to which the same is done, one asks for the next block first: both hand out the same. */
+static void test_take_next(void **state) {
+    (void)state;
+    enum { N = 150, LANES = 9 };
+    uint32_t n_next = 0;
+    for (uint64_t seed = 1; seed <= 200; seed++) {
+        struct random random = {seed};
+        struct block_pool pool, other;
+        uint32_t n_blocks = 1 + random_below(&random, N),
+                 extent = random_below(&random, 3) ? 1u << random_below(&random, 7) : 1 + random_below(&random, 64);
+        uint32_t owners[N] = {0}, last[LANES];
+        block_pool_init(&pool, n_blocks, extent);
+        block_pool_init(&other, n_blocks, extent);
+        for (uint32_t lane = 0; lane < LANES; lane++) last[lane] = BLOCK_NONE;
+        for (uint32_t step = 0; step < 600; step++) {
+            uint32_t lane = random_below(&random, LANES),
+                     near = random_below(&random, 10) ? last[lane] : random_below(&random, n_blocks); /* free, maybe */
+            if (pool.n_free == 0 || random_below(&random, 4) == 0) {
+                uint32_t id = random_below(&random, n_blocks);
+                if (owners[id] == 0) continue;
+                owners[id] = 0;
+                block_pool_give(&pool, id);
+                block_pool_give(&other, id);
+                continue;
+            }
+            bool next = block_pool_take_next(&pool, near);
+            last[lane] = next ? near + 1 : block_pool_take(&pool, near);
+            assert_int_equal(last[lane], block_pool_take(&other, near));
+            owners[last[lane]] = 1;
+            n_next += next;
+            block_pool_check(&pool, owners);
+        }
+        block_pool_done(&pool);
+        block_pool_done(&other);
+    }
+    assert_true(n_next > 1000);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_mistakes_are_found), cmocka_unit_test(test_apart_and_back),
-                                       cmocka_unit_test(test_uncache_run)};
+                                       cmocka_unit_test(test_uncache_run), cmocka_unit_test(test_take_next)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
