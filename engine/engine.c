@@ -297,7 +297,7 @@ static void post_results(struct engine *engine, const struct flight *flight) {
         engine->stats.generation_tokens++;
         post(engine, draw->state, draw->choice, builder->finishes[i], &builder->results[draw->result], "");
     }
-    post_finished_prompts(engine, flight->plan);
+    if (!flight->decodes) post_finished_prompts(engine, flight->plan);
 }
 
 /* The backend failed: what it left in the blocks of this step is unknown. The choices that ran end, all of a request whose prompt was being read, and the prefix cache lets go of
@@ -394,7 +394,7 @@ static void end_step(struct engine *engine) {
     uint64_t synced = clock_now_ns();
     if (flight->status == STATUS_OK) {
         take_results(engine, flight);
-        report_prompts(engine, flight->plan);
+        if (!flight->decodes) report_prompts(engine, flight->plan);
         scheduler_commit(engine->scheduler, flight->builder.ended);
         post_results(engine, flight);
     } else {
