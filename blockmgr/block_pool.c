@@ -182,8 +182,8 @@ static void set_apart(struct block_pool *pool, struct place place, uint32_t coun
     *word = apart ? *word | bits : *word & ~bits;
 }
 
-/* Is one of these? */
-static bool any_apart(const struct block_pool *pool, struct place place, uint32_t count) {
+/* Of `count` blocks from there on, those that are. */
+static uint64_t apart_from(const struct block_pool *pool, struct place place, uint32_t count) {
     uint32_t shift;
     const uint64_t *word = word_of(pool, pool->apart, place.extent, &shift);
     return *word >> shift >> place.index & ones(count);
@@ -231,19 +231,22 @@ void block_pool_share(struct block_pool *pool, uint32_t id) {
     set_apart(pool, place_of(pool, id), 1, true);
 }
 
-void block_pool_give(struct block_pool *pool, uint32_t id) {
-    CHECK(id < pool->n_blocks);
-    struct place place = place_of(pool, id);
-    if (!any_apart(pool, place, 1)) {
-        mark(pool, place, 1, true);
-        return;
-    }
+static inline void give_apart(struct block_pool *pool, uint32_t id) {
     CHECK(pool->owners[id] > 0);
     uint32_t left = --pool->owners[id];
     pool->n_cached += left == 0;
     if (left != 1) return;
     pool->n_shared--;
-    set_apart(pool, place, 1, pool->cached[id]);
+    set_apart(pool, place_of(pool, id), 1, pool->cached[id]);
+}
+
+void block_pool_give(struct block_pool *pool, uint32_t id) {
+    CHECK(id < pool->n_blocks);
+    struct place place = place_of(pool, id);
+    if (apart_from(pool, place, 1))
+        give_apart(pool, id);
+    else
+        mark(pool, place, 1, true);
 }
 
 /* So many ids from ids[0] on follow each other in one extent. */
@@ -261,9 +264,12 @@ void block_pool_give_run(struct block_pool *pool, const uint32_t *ids, uint32_t 
         struct place place = place_of(pool, id);
         n = run_length(pool, place, ids + i, count - i);
         CHECK(n <= pool->n_blocks - id);
-        if (any_apart(pool, place, n)) {
-            for (uint32_t b = id; b < id + n; b++) block_pool_give(pool, b);
+        uint64_t apart = apart_from(pool, place, n);
+        if (apart & 1) {
+            if (apart != ones(n)) n = (uint32_t)__builtin_ctzll(~apart); /* the others in the next round */
+            for (uint32_t b = id; b < id + n; b++) give_apart(pool, b);
         } else {
+            if (apart != 0) n = (uint32_t)__builtin_ctzll(apart);
             mark(pool, place, n, true);
         }
     }
@@ -313,7 +319,7 @@ void block_pool_check(const struct block_pool *pool, const uint32_t *owners) {
         CHECK(pool->owners[id] == (is_free(pool, id) ? 1 : owners[id]));
         CHECK(is_free(pool, id) == (owners[id] == 0 && !pool->cached[id]));
         bool apart = pool->owners[id] > 1 || pool->cached[id];
-        CHECK(any_apart(pool, place_of(pool, id), 1) == apart);
+        CHECK(apart_from(pool, place_of(pool, id), 1) == apart);
         n_free += is_free(pool, id);
         n_cached += pool->owners[id] == 0 && pool->cached[id];
         n_shared += pool->owners[id] > 1;
