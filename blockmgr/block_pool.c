@@ -266,6 +266,7 @@ void block_pool_give_run(struct block_pool *pool, const uint32_t *ids, uint32_t 
         CHECK(n <= pool->n_blocks - id);
         uint64_t apart = apart_from(pool, place, n);
         if (apart & 1) {
+            block_pool_foresee(pool, ids[i + IDS_AHEAD < count ? i + IDS_AHEAD : count - 1]);
             if (apart != ones(n)) n = (uint32_t)__builtin_ctzll(~apart); /* the others in the next round */
             for (uint32_t b = id; b < id + n; b++) give_apart(pool, b);
         } else {

@@ -10,6 +10,7 @@
 
 enum {
     AT_ONCE = 16, /* lanes */
+    LANES_AHEAD = 16,
     PAGE_BYTES = 4096,
 };
 
@@ -263,7 +264,10 @@ void table_replace_by(struct block_tables *tables, uint32_t table, uint32_t lane
 
 void table_clear(struct block_tables *tables, uint32_t table) {
     if (tables->sums[table].blocks > 0) changed(tables, table);
-    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+    for (uint32_t lane = 0, next = LANES_AHEAD, list = 2 * LANES_AHEAD; lane < tables->n_lanes; lane++, next++, list++) {
+        if (list < tables->n_lanes) __builtin_prefetch(table_lane_ids(tables, table, list));
+        if (next < tables->n_lanes && table_lane_blocks(tables, table)[next] > 0)
+            block_pool_foresee(tables->pool, *table_lane_ids(tables, table, next));
         uint32_t *blocks = table_lane_blocks(tables, table) + lane;
         const uint32_t *ids = table_lane_ids(tables, table, lane);
         block_pool_give_run(tables->pool, ids, *blocks);
