@@ -69,7 +69,10 @@ void block_pool_give(struct block_pool *pool, uint32_t id);
 /* One owner less of each; quick where ids of one extent follow each other. */
 void block_pool_give_run(struct block_pool *pool, const uint32_t *ids, uint32_t count);
 /* It will be given soon: what is known of it is on its way meanwhile. */
-static inline void block_pool_foresee(const struct block_pool *pool, uint32_t id) { __builtin_prefetch(&pool->owners[id], 1); }
+static inline void block_pool_foresee(const struct block_pool *pool, uint32_t id) {
+    __builtin_prefetch(&pool->owners[id], 1);
+    __asm__ volatile(""); /* or gcc may take this for a function without effect, and leave its calls out */
+}
 /* The cache holds a used block too; and no longer. */
 void block_pool_cache(struct block_pool *pool, uint32_t id);
 void block_pool_uncache(struct block_pool *pool, uint32_t id);

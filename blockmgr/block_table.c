@@ -85,7 +85,7 @@ static uint32_t after(const struct block_tables *tables, uint32_t at) { return a
 static void prefetch_end(const struct block_tables *tables, uint32_t table, uint32_t lane) {
     uint32_t blocks = table_lane_blocks(tables, table)[lane];
     __builtin_prefetch(table_lane_ids(tables, table, lane) + (blocks ? blocks - 1 : 0), 1);
-    __asm__ volatile(""); /* or gcc takes this for a function without effect, and leaves its calls out */
+    __asm__ volatile(""); /* as in block_pool_foresee */
 }
 
 /* false: one has more than a block more than another. */
