@@ -96,6 +96,7 @@ static size_t lay_out_view(const struct cuda *cuda, struct step_view *view, uint
     view->positions = (int32_t *)device_take(&arena, limits->max_rows, sizeof *view->positions);
     view->row_sequence = (uint32_t *)device_take(&arena, limits->max_rows, sizeof *view->row_sequence);
     view->tiles = (struct prefill_tile *)device_take(&arena, cuda->max_tiles, sizeof *view->tiles);
+    (void)device_take(&arena, 0, 0); /* to a whole number of what is delivered at once */
     return arena.used;
 }
 
@@ -245,7 +246,7 @@ static enum status open_memory(struct cuda *cuda, struct error *error) {
     CUDA_TRY(error, cudaMemsetAsync(own->scratch.base, 0, own->scratch.used, cuda->stream));
     for (int i = 0; i < FLIGHTS; i++) {
         struct step_flight *flight = &cuda->flights[i];
-        CUDA_TRY(error, cudaMallocHost(&flight->staging, cuda->staging_bytes));
+        CUDA_TRY(error, cudaHostAlloc(&flight->staging, cuda->staging_bytes, cudaHostAllocMapped));
         CUDA_TRY(error, cudaEventCreateWithFlags(&flight->done, cudaEventDisableTiming));
         memset(flight->staging, 0, cuda->staging_bytes);
         (void)lay_out_view(cuda, &flight->host, (uint8_t *)flight->staging);

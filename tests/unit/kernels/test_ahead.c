@@ -1,6 +1,7 @@
 /* Two steps in flight, on every backend that takes them and for every KV dtype: what is drawn is what is drawn one step at a time. Sequences of different lengths cross blocks, are sampled in
  * every way, for some dtypes one of them on the host as the backend has no room for its lists; one ends unforeseen, while its next row is under way, and another takes over its table and its blocks.
- * And block tables of lanes that are cut to different lengths and grow: who takes what is new of them draws what who takes all of them draws. */
+ * And block tables of lanes that are cut to different lengths and grow: who takes what is new of them draws what who takes all of them draws. And steps that add attention up, and others between
+ * them: what is in the slots is what a backend that may not replay a step as it was (its logits are asked for) has there. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -72,6 +73,7 @@ static void open_world(struct world *world, const struct backend_ops *ops, const
     CHECK(program_lanes(program) == LANES && program->n_vocab == N_VOCAB);
     const struct backend_limits limits = {.kv_dtype = dtype,
                                           .deterministic = true,
+                                          .accumulators = true,
                                           .n_blocks = POOL,
                                           .n_tables = SEQUENCES,
                                           .table_blocks = LANE_BLOCKS,
@@ -271,6 +273,61 @@ static void test_follows_ragged_lanes(void **state) {
     tiny_program_free(program);
 }
 
+/* ---- accumulated attention, one step at a time ---- */
+
+/* Sequence 2 adds its attention up in one step of three, the others in one of five; at first nobody does. */
+static void run_accumulating(struct world *world, bool tapped, float scores[SEQUENCES][LANES * LANE_BLOCKS * BLOCK_TOKENS]) {
+    static const uint32_t prompts[SEQUENCES] = {5, BLOCK_TOKENS - 1, 2 * BLOCK_TOKENS, 20};
+    static float logits[SEQUENCES * N_VOCAB];
+    size_t offset[LANES];
+    for (uint32_t step = 0; step < STEPS; step++) {
+        struct half *half = begin(world, step);
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            if (step > 0) world->next[s] = world->drawn[step - 1][s].token;
+            add_rows(world, half, s, step == 0 ? prompts[s] : 1);
+            half->sequences[s].accumulate = s == 2 ? step % 3 == 0 : step % 5 == 0;
+        }
+        if (tapped) world->ops->tap_logits(world->backend, logits);
+        submit(world, half);
+        sync_step(world, step);
+    }
+    for (uint32_t lane = 0; lane < LANES; lane++) offset[lane] = lane * LANE_BLOCKS * BLOCK_TOKENS;
+    for (uint32_t s = 0; s < SEQUENCES; s++) {
+        const struct score_request request = {.kind = SCORE_ACCUMULATED,
+                                              .n_lanes = LANES,
+                                              .block_ids = world->ids,
+                                              .lane_first = world->lane_first[s],
+                                              .lane_tokens = world->lane_tokens[s],
+                                              .offset = offset};
+        world->ops->score(world->backend, &request, scores[s]);
+    }
+    world->ops->close(world->backend);
+}
+
+static void test_accumulates_as_launched(void **state) {
+    (void)state;
+    static struct world replayed, launched;
+    static float scores[2][SEQUENCES][LANES * LANE_BLOCKS * BLOCK_TOKENS];
+    const struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    n_biases = 0;
+    for (const struct backend_ops *const *ops = backends; *ops; ops++) {
+        if (!test_runs_on(*ops)) continue;
+        memset(scores, 0, sizeof scores);
+        open_world(&replayed, *ops, program, KV_F16);
+        open_world(&launched, *ops, program, KV_F16);
+        run_accumulating(&replayed, false, scores[0]);
+        run_accumulating(&launched, true, scores[1]);
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            float sum = 0;
+            for (uint32_t i = 0; i < LANES * LANE_BLOCKS * BLOCK_TOKENS; i++) sum += scores[1][s][i];
+            assert_true(sum > 1);
+            assert_memory_equal(scores[0][s], scores[1][s], sizeof scores[0][s]);
+        }
+    }
+    tiny_program_free(program);
+}
+
 static void test_draws_the_same(void **state) {
     (void)state;
     const struct tiny_shape shape = tiny_shape_default();
@@ -287,6 +344,7 @@ static void test_draws_the_same(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_draws_the_same), cmocka_unit_test(test_follows_ragged_lanes)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_draws_the_same), cmocka_unit_test(test_follows_ragged_lanes),
+                                       cmocka_unit_test(test_accumulates_as_launched)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
