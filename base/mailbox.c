@@ -23,19 +23,39 @@ void mailbox_done(struct mailbox *mailbox) {
 
 static char *place(struct mailbox *mailbox, uint64_t count) { return mailbox->letters + (count & (mailbox->capacity - 1)) * mailbox->letter_size; }
 
-bool mailbox_put(struct mailbox *mailbox, const void *letter) {
+void *mailbox_blank(struct mailbox *mailbox) {
     uint64_t put = atomic_load_explicit(&mailbox->put_count, memory_order_relaxed);
-    if (put - atomic_load_explicit(&mailbox->taken_count, memory_order_acquire) == mailbox->capacity) return false;
-    memcpy(place(mailbox, put), letter, mailbox->letter_size);
-    atomic_store_explicit(&mailbox->put_count, put + 1, memory_order_release);
+    if (put - atomic_load_explicit(&mailbox->taken_count, memory_order_acquire) == mailbox->capacity) return NULL;
+    return place(mailbox, put);
+}
+
+void mailbox_put_blank(struct mailbox *mailbox) {
+    atomic_store_explicit(&mailbox->put_count, atomic_load_explicit(&mailbox->put_count, memory_order_relaxed) + 1, memory_order_release);
+}
+
+const void *mailbox_first(struct mailbox *mailbox) {
+    uint64_t taken = atomic_load_explicit(&mailbox->taken_count, memory_order_relaxed);
+    if (atomic_load_explicit(&mailbox->put_count, memory_order_acquire) == taken) return NULL;
+    return place(mailbox, taken);
+}
+
+void mailbox_take_first(struct mailbox *mailbox) {
+    atomic_store_explicit(&mailbox->taken_count, atomic_load_explicit(&mailbox->taken_count, memory_order_relaxed) + 1, memory_order_release);
+}
+
+bool mailbox_put(struct mailbox *mailbox, const void *letter) {
+    void *blank = mailbox_blank(mailbox);
+    if (!blank) return false;
+    memcpy(blank, letter, mailbox->letter_size);
+    mailbox_put_blank(mailbox);
     return true;
 }
 
 bool mailbox_take(struct mailbox *mailbox, void *letter) {
-    uint64_t taken = atomic_load_explicit(&mailbox->taken_count, memory_order_relaxed);
-    if (atomic_load_explicit(&mailbox->put_count, memory_order_acquire) == taken) return false;
-    memcpy(letter, place(mailbox, taken), mailbox->letter_size);
-    atomic_store_explicit(&mailbox->taken_count, taken + 1, memory_order_release);
+    const void *first = mailbox_first(mailbox);
+    if (!first) return false;
+    memcpy(letter, first, mailbox->letter_size);
+    mailbox_take_first(mailbox);
     return true;
 }
 

@@ -23,6 +23,12 @@ void mailbox_done(struct mailbox *mailbox);
 bool mailbox_put(struct mailbox *mailbox, const void *letter);
 /* false: empty. */
 bool mailbox_take(struct mailbox *mailbox, void *letter);
+/* The same in place, for letters of which little is written or read. Where the next letter goes, NULL: full; what is written there, over what some letter before has left, is put by
+ * mailbox_put_blank. And the letter that waits longest, NULL: none, which is there until mailbox_take_first. */
+void *mailbox_blank(struct mailbox *mailbox);
+void mailbox_put_blank(struct mailbox *mailbox);
+const void *mailbox_first(struct mailbox *mailbox);
+void mailbox_take_first(struct mailbox *mailbox);
 /* Letters waiting, as either side may see it; and free places, exact on the producer's side (it can only grow). */
 size_t mailbox_waiting(struct mailbox *mailbox);
 size_t mailbox_room(struct mailbox *mailbox);

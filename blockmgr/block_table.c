@@ -8,7 +8,11 @@
 #include "base/block.h"
 #include "base/check.h"
 
-enum { AT_ONCE = 16 }; /* lanes */
+enum {
+    AT_ONCE = 16, /* lanes */
+    LANES_AHEAD = 16,
+    PAGE_BYTES = 4096,
+};
 
 static uint32_t blocks_for(uint32_t tokens) { return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS; }
 
@@ -24,6 +28,8 @@ void block_tables_init(struct block_tables *tables, struct block_pool *pool, uin
         (struct block_tables){.pool = pool, .n_tables = n_tables, .n_lanes = n_lanes, .blocks_max = blocks_max, .ids_bytes = ids * sizeof(uint32_t)};
     tables->ids = mmap(NULL, tables->ids_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     CHECK(tables->ids != MAP_FAILED);
+    /* Lanes' ends lie all over them: each would be a miss of the TLB too. Where a list is longer than a page, most of them may never be written to their ends. */
+    if (blocks_max * sizeof(uint32_t) <= PAGE_BYTES) (void)madvise(tables->ids, tables->ids_bytes, MADV_HUGEPAGE);
     tables->lane_first = check_calloc(lanes, sizeof *tables->lane_first);
     tables->lane_tokens = check_calloc(lanes, sizeof *tables->lane_tokens);
     tables->n_blocks = check_calloc(lanes, sizeof *tables->n_blocks);
@@ -79,6 +85,7 @@ static uint32_t after(const struct block_tables *tables, uint32_t at) { return a
 static void prefetch_end(const struct block_tables *tables, uint32_t table, uint32_t lane) {
     uint32_t blocks = table_lane_blocks(tables, table)[lane];
     __builtin_prefetch(table_lane_ids(tables, table, lane) + (blocks ? blocks - 1 : 0), 1);
+    __asm__ volatile(""); /* as in block_pool_foresee */
 }
 
 /* false: one has more than a block more than another. */
@@ -127,7 +134,7 @@ static void lengthen(struct block_tables *tables, uint32_t table, uint32_t lane,
     *blocks += count;
 }
 
-/* The same of one, at every step. */
+/* One more. */
 static uint32_t take_one(struct block_tables *tables, uint32_t table, uint32_t lane) {
     uint32_t *blocks = table_lane_blocks(tables, table) + lane, *ids = table_lane_ids(tables, table, lane);
     CHECK(*blocks < tables->blocks_max);
@@ -136,18 +143,39 @@ static uint32_t take_one(struct block_tables *tables, uint32_t table, uint32_t l
     return id;
 }
 
+/* A block for each lane that `rows` more do not fit in: at every step, so that nothing is looked up twice. */
+static void take_in_order(struct block_tables *tables, uint32_t table, uint32_t rows) {
+    struct table_sums *sums = &tables->sums[table];
+    struct block_pool *pool = tables->pool;
+    const uint32_t *tokens = table_lane_tokens(tables, table), *order = order_of(tables, table), n_lanes = tables->n_lanes,
+                   blocks_max = tables->blocks_max;
+    uint32_t *blocks = table_lane_blocks(tables, table), *lists = table_lane_ids(tables, table, 0), at = sums->next;
+    uint64_t taken = 0;
+    for (; blocks[order[at]] * BLOCK_TOKENS - tokens[order[at]] < rows; at = at + 1 < n_lanes ? at + 1 : 0, taken++) {
+        uint32_t lane = order[at], n = blocks[lane], *ids = lists + (size_t)lane * blocks_max;
+        CHECK(n < blocks_max);
+        uint32_t near = n ? ids[n - 1] : BLOCK_NONE;
+        ids[n] = block_pool_take_next(pool, near) ? near + 1 : block_pool_take(pool, near);
+        blocks[lane] = n + 1;
+    }
+    sums->next = at;
+    sums->room = room_of(tables, table, order[at]);
+    sums->blocks += taken;
+}
+
 bool table_append(struct block_tables *tables, uint32_t table, uint32_t rows) {
     struct table_sums *sums = &tables->sums[table];
-    uint64_t missing = table_missing(tables, table, rows);
+    if (rows <= sums->room) return true;
+    bool ordered = use_order(tables, table, rows);
+    /* One a lane at most: where so many are free they need not be counted again. */
+    uint64_t missing = ordered && tables->n_lanes <= tables->pool->n_free ? 0 : table_missing(tables, table, rows);
     if (missing > tables->pool->n_free) return false;
-    if (missing == 0) return true;
-    sums->blocks += missing;
-    if (use_order(tables, table, rows)) {
-        const uint32_t *order = order_of(tables, table);
-        for (; missing > 0; missing--, sums->next = after(tables, sums->next)) (void)take_one(tables, table, order[sums->next]);
-        sums->room = room_of(tables, table, order[sums->next]);
+    if (ordered) {
+        take_in_order(tables, table, rows);
         return true;
     }
+    if (missing == 0) return true;
+    sums->blocks += missing;
     const uint32_t *tokens = table_lane_tokens(tables, table), *blocks = table_lane_blocks(tables, table);
     for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
         uint32_t needed = blocks_for(tokens[lane] + rows);
@@ -236,7 +264,10 @@ void table_replace_by(struct block_tables *tables, uint32_t table, uint32_t lane
 
 void table_clear(struct block_tables *tables, uint32_t table) {
     if (tables->sums[table].blocks > 0) changed(tables, table);
-    for (uint32_t lane = 0; lane < tables->n_lanes; lane++) {
+    for (uint32_t lane = 0, next = LANES_AHEAD, list = 2 * LANES_AHEAD; lane < tables->n_lanes; lane++, next++, list++) {
+        if (list < tables->n_lanes) __builtin_prefetch(table_lane_ids(tables, table, list));
+        if (next < tables->n_lanes && table_lane_blocks(tables, table)[next] > 0)
+            block_pool_foresee(tables->pool, *table_lane_ids(tables, table, next));
         uint32_t *blocks = table_lane_blocks(tables, table) + lane;
         const uint32_t *ids = table_lane_ids(tables, table, lane);
         block_pool_give_run(tables->pool, ids, *blocks);

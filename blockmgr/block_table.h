@@ -1,7 +1,8 @@
 /* Block tables: for each sequence, lane by lane, the ids of its blocks in order, and how many slots of the lane are filled. A lane never has holes: blocks are appended at the
  * end, cut from the end, or one whole block leaves the middle (no data moves). Ids are views on a pool that counts owners; a table owns one count of each id it lists.
  *
- * All tables lie in one array [table][lane][blocks_max], so that a batch can name a lane by one index; pages of it that were never written take no memory.
+ * All tables lie in one array [table][lane][blocks_max], so that a batch can name a lane by one index; pages of it that were never written take no memory
+ * (huge ones, where lanes' lists are short).
  * What a plan asks of every running sequence at every step (blocks listed, blocks missing for one more row) is O(1) until a lane has to grow, and then O(lanes that do).
  * One thread. Allocates in block_tables_init only. */
 #pragma once

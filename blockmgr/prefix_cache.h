@@ -35,10 +35,11 @@ struct prefix_cache {
     uint32_t n_lanes, capacity, n_entries, n_idle;
     uint64_t seed;
     struct prefix_entry *entries;
-    uint32_t *ids;      /* [capacity][n_lanes] */
-    uint32_t *entry_of; /* [n_blocks] the entry that holds a block; ENTRY_NONE: none */
-    uint32_t *buckets;  /* [n_buckets] */
-    uint32_t n_buckets; /* a power of two */
+    uint32_t *ids;                /* [capacity][n_lanes] */
+    uint32_t *entry_of;           /* [n_blocks] the entry that holds a block, while one does */
+    uint32_t *removed, *released; /* [capacity] by one prefix_cache_remove: entries, blocks of a lane */
+    uint32_t *buckets;            /* [n_buckets] */
+    uint32_t n_buckets;           /* a power of two */
     uint32_t oldest, newest;
     uint32_t free_entry; /* list through next_in_bucket */
 };

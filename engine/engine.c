@@ -17,35 +17,55 @@
 
 /* ---- events: engine thread ---- */
 
-/* The choice's next event; a terminal one closes it, and the request with its last. Nothing of the request is touched after that: it is the loop's. */
-static void post(struct engine *engine, struct request_state *state, uint32_t choice, struct event event) {
-    struct request *request = state->request;
+static void write_sample(struct sample_result *to, const struct sample_result *from) {
+    CHECK(from->n_top <= SAMPLE_TOP_MAX);
+    to->token = from->token;
+    to->logprob = from->logprob;
+    to->n_top = from->n_top;
+    for (int32_t i = 0; i < from->n_top; i++) to->top[i] = from->top[i];
+}
+
+/* The choice ends with this event, and the request with that of its last. */
+static void close_choice(struct engine *engine, struct request_state *state, struct choice_state *choice, const char *words, struct posted *posted) {
+    struct event *event = &posted->event;
+    size_t length = strnlen(words, sizeof event->error - 1);
+    memcpy(event->error, words, length);
+    event->error[length] = 0;
+    event->preemptions = choice->preemptions;
+    event->scheduled_ns = state->scheduled_ns;
+    choice->over = true;
+    if (--state->n_open > 0) return;
+    posted->n_released = state->request->n_candidates;
+    requests_remove(&engine->requests, state);
+}
+
+/* The choice's next event, with a token unless `sample` is NULL. It is written where the loop reads it, for there is one for every token. A terminal one closes the choice; nothing of
+ * the request is touched after that of the last: it is the loop's. */
+static void post(struct engine *engine, struct request_state *state, uint32_t choice, enum finish finish, const struct sample_result *sample,
+                 const char *words) {
+    const struct request *request = state->request;
     struct choice_state *mine = requests_choice(&engine->requests, state, choice);
-    CHECK(!mine->over);
-    event.id = request->id;
-    event.owner = request->owner;
-    event.choice = choice;
-    if (!mine->announced) event.cached_tokens = state->cached_tokens;
+    struct posted *posted = mailbox_blank(&engine->outbox);
+    CHECK(posted && !mine->over);
+    struct event *event = &posted->event;
+    posted->n_released = 0;
+    event->id = request->id;
+    event->owner = request->owner;
+    event->choice = choice;
+    event->finish = finish;
+    event->has_token = sample != NULL;
+    event->cached_tokens = mine->announced ? 0 : state->cached_tokens;
+    event->preemptions = 0;
+    event->scheduled_ns = 0;
     mine->announced = true;
-    struct posted posted = {.event = event};
-    if (event.finish != FINISH_NONE) {
-        posted.event.preemptions = mine->preemptions;
-        posted.event.scheduled_ns = state->scheduled_ns;
-        mine->over = true;
-        if (--state->n_open == 0) {
-            posted.n_released = request->n_candidates;
-            requests_remove(&engine->requests, state);
-        }
-    }
-    CHECK(mailbox_put(&engine->outbox, &posted));
+    if (sample) write_sample(&event->sample, sample);
+    if (finish != FINISH_NONE) close_choice(engine, state, mine, words, posted);
+    mailbox_put_blank(&engine->outbox);
     engine->must_wake = true;
 }
 
 static void post_error(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
-    struct event event = {.finish = FINISH_ERROR};
-    size_t length = strnlen(words, sizeof event.error - 1);
-    memcpy(event.error, words, length);
-    post(engine, state, choice, event);
+    post(engine, state, choice, FINISH_ERROR, NULL, words);
 }
 
 /* Applies to one choice or all; a request whose last choice ends is gone, so whether it goes on is known before. */
@@ -76,7 +96,7 @@ static void abort_choice(struct engine *engine, struct request_state *state, uin
     if (scheduler_lanes(engine->scheduler, state->request->id, choice, &lane_tokens, &n_computed))
         compress_report(engine, state->request, lane_tokens, 0, n_computed);
     leave_scheduler(engine, state, choice);
-    post(engine, state, choice, (struct event){.finish = FINISH_ABORTED});
+    post(engine, state, choice, FINISH_ABORTED, NULL, "");
 }
 
 static void fail_choice(struct engine *engine, struct request_state *state, uint32_t choice, const char *words) {
@@ -261,11 +281,10 @@ static void post_finished_prompts(struct engine *engine, const struct plan *plan
         const struct plan_entry *entry = &plan->entries[e];
         if (!is_finished_prompt(entry)) continue;
         struct request_state *state = ((struct request *)entry->owner)->state;
-        struct event event = {.finish = FINISH_LENGTH};
         for (uint32_t c = 0, n = state->n_open; n > 0; c++)
             if (!requests_choice(&engine->requests, state, c)->over) {
                 n--;
-                post(engine, state, c, event);
+                post(engine, state, c, FINISH_LENGTH, NULL, "");
             }
     }
 }
@@ -276,10 +295,9 @@ static void post_results(struct engine *engine, const struct flight *flight) {
         const struct draw *draw = &builder->draws[i];
         if (builder->ended[i] && builder->finishes[i] != FINISH_STOP) continue; /* was over before */
         engine->stats.generation_tokens++;
-        post(engine, draw->state, draw->choice,
-             (struct event){.has_token = true, .finish = builder->finishes[i], .sample = builder->results[draw->result]});
+        post(engine, draw->state, draw->choice, builder->finishes[i], &builder->results[draw->result], "");
     }
-    post_finished_prompts(engine, flight->plan);
+    if (!flight->decodes) post_finished_prompts(engine, flight->plan);
 }
 
 /* The backend failed: what it left in the blocks of this step is unknown. The choices that ran end, all of a request whose prompt was being read, and the prefix cache lets go of
@@ -376,7 +394,7 @@ static void end_step(struct engine *engine) {
     uint64_t synced = clock_now_ns();
     if (flight->status == STATUS_OK) {
         take_results(engine, flight);
-        report_prompts(engine, flight->plan);
+        if (!flight->decodes) report_prompts(engine, flight->plan);
         scheduler_commit(engine->scheduler, flight->builder.ended);
         post_results(engine, flight);
     } else {

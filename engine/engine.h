@@ -73,13 +73,12 @@ struct event {
     uint32_t choice;
     enum finish finish;
     bool has_token;
-    struct sample_result sample;
-    /* With a choice's first event: */
-    uint32_t cached_tokens;
-    /* With the terminal event: */
-    uint32_t preemptions;  /* of this choice */
-    uint64_t scheduled_ns; /* clock at the request's first step; 0 if it never ran */
-    char error[96];        /* FINISH_ERROR */
+    uint32_t cached_tokens; /* with a choice's first event; else 0 */
+    uint32_t preemptions;   /* of this choice, with its terminal event; else 0 */
+    uint64_t scheduled_ns;  /* with the terminal event: clock at the request's first step; 0 if it never ran */
+    /* What is not asked for is not written: */
+    struct sample_result sample; /* has_token: as far as its n_top goes */
+    char error[96];              /* with the terminal event: empty but for FINISH_ERROR */
 };
 
 #define ENGINE_POLICIES_MAX 16

@@ -178,8 +178,8 @@ struct letter {
     uint32_t choice;
 };
 struct posted {
-    struct event event;
     uint32_t n_released; /* with a request's last event: its choices, which count against max_choices until the loop has taken it */
+    struct event event;
 };
 
 struct engine {

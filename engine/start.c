@@ -210,11 +210,12 @@ void engine_abort(struct engine *engine, uint64_t id, uint32_t choice) {
 }
 
 bool engine_poll(struct engine *engine, struct event *event) {
-    struct posted posted;
-    if (!mailbox_take(&engine->outbox, &posted)) return false;
-    engine->live_choices -= posted.n_released;
+    const struct posted *posted = mailbox_first(&engine->outbox);
+    if (!posted) return false;
+    engine->live_choices -= posted->n_released;
+    *event = posted->event;
+    mailbox_take_first(&engine->outbox);
     bell_ring_room(&engine->bell);
-    *event = posted.event;
     return true;
 }
 

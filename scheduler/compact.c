@@ -140,12 +140,12 @@ static void written_blocks(const struct scheduler *s, uint32_t table, uint32_t l
 
 /* Of the blocks that a compaction writes, those that are not this sequence's alone. */
 struct not_own {
-    uint64_t shared, cached; /* `cached` may count shared ones too */
+    uint64_t shared, cached; /* `cached` may count shared ones too; where none are shared, all that there are, of whomever */
 };
 
 static struct not_own written_not_own(const struct scheduler *s, uint32_t table, const uint32_t *n_keep, const uint32_t *first_evicted) {
     struct not_own n = {0};
-    if (s->pool.n_shared == 0 && s->cache.n_entries == 0) return n;
+    if (s->pool.n_shared == 0) return (struct not_own){.cached = s->cache.n_entries};
     for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
         uint32_t first, end;
         written_blocks(s, table, lane, n_keep[lane], first_evicted[lane], &first, &end);
@@ -202,12 +202,15 @@ const struct scheduler_lane_move *scheduler_compact(struct scheduler *s, const s
     choice_leave_chain(s, s->due);
     choice->evicted = true;
     const uint32_t *tokens = table_lane_tokens(&s->tables, choice->table);
-    for (uint32_t lane = 0; lane < s->limits.n_lanes; lane++) {
+    const bool alone = not_own.shared + not_own.cached == 0;
+    for (uint32_t lane = 0, ahead = LANES_AHEAD; lane < s->limits.n_lanes; lane++, ahead++) {
+        if (!alone && ahead < s->limits.n_lanes)
+            __builtin_prefetch(table_lane_ids(&s->tables, choice->table, ahead) + first_evicted[ahead] / BLOCK_TOKENS);
         CHECK(n_keep[lane] <= tokens[lane] && first_evicted[lane] <= n_keep[lane]);
         const uint32_t *ids = table_lane_ids(&s->tables, choice->table, lane); /* they stay until scheduler_compacted */
         s->moves[lane] =
             (struct scheduler_lane_move){.moves = n_keep[lane] < tokens[lane], .source = ids, .destination = ids, .n_keep = n_keep[lane]};
-        if (not_own.shared + not_own.cached > 0) own_lane(s, choice->table, lane, first_evicted[lane], &s->moves[lane]);
+        if (!alone) own_lane(s, choice->table, lane, first_evicted[lane], &s->moves[lane]);
     }
     return s->moves;
 }

@@ -24,11 +24,20 @@ struct load {
     uint32_t n_sequences, n_blocks;
     uint32_t prompt[2], generated[2]; /* from, to */
     bool cuts;                        /* to 1/8 at the prompt's end, and every BLOCK_TOKENS tokens from there on */
+    bool cached;                      /* the prefix cache is on; each prompt is a scope of its own */
     uint32_t steps;
 };
 
 static const struct load loads[] = {
-    {"uniform", "batch 256, all lanes alike: 8 sequences a step need a block in each lane", 256, 2560 << 10, {100, 1000}, {100, 1000}, false, 8000},
+    {"uniform",
+     "batch 256, all lanes alike: 8 sequences a step need a block in each lane",
+     256,
+     2560 << 10,
+     {100, 1000},
+     {100, 1000},
+     false,
+     false,
+     8000},
     {"ragged",
      "batch 256, lanes cut to 1/8: each sequence needs blocks in some lanes at each step",
      256,
@@ -36,8 +45,10 @@ static const struct load loads[] = {
      {500, 4000},
      {100, 1000},
      true,
+     false,
      8000},
-    {"pool", "prompts of 6,000 and 500 tokens in a pool of 5 GB, cut to 1/8", 96, 320 << 10, {6000, 6000}, {500, 500}, true, 8000},
+    {"pool", "prompts of 6,000 and 500 tokens in a pool of 5 GB, cut to 1/8", 96, 320 << 10, {6000, 6000}, {500, 500}, true, false, 8000},
+    {"cached", "the same with the prefix cache", 96, 320 << 10, {6000, 6000}, {500, 500}, true, true, 8000},
 };
 
 /* One kind of call. */
@@ -70,12 +81,14 @@ static void keep_busy(struct bench *bench) {
     struct scheduler_stats stats;
     scheduler_stats(bench->scheduler, &stats);
     for (uint32_t n = stats.running + stats.waiting; n < bench->load->n_sequences; n++) {
-        struct scheduler_request request = {.id = ++bench->next_id,
+        bench->next_id++;
+        struct scheduler_request request = {.id = bench->next_id,
                                             .n_candidates = 1,
                                             .tokens = &bench->tokens,
                                             .n_prompt = between(bench, bench->load->prompt),
                                             .max_new = between(bench, bench->load->generated),
                                             .arrival_ns = bench->next_id,
+                                            .cache_scope = bench->next_id,
                                             .first_needed_row = UINT32_MAX};
         if (bench->next_id <= bench->load->n_sequences)
             request.max_new = 1 + random_below(&bench->random, request.max_new); /* they don't all end together */
@@ -178,7 +191,8 @@ static void measure(const struct load *load, uint32_t n_steps) {
                                       .max_samples = load->n_sequences,
                                       .cost = {.fixed_us = 5000, .per_row_us = 20},
                                       .step_budget_us = 50000,
-                                      .watermark_blocks = load->n_blocks / 50};
+                                      .watermark_blocks = load->n_blocks / 50,
+                                      .prefix_cache = load->cached};
     struct bench *bench = check_calloc(1, sizeof *bench);
     *bench = (struct bench){.load = load, .scheduler = scheduler_new(&limits), .random = {1}, .tokens = check_calloc(2 * MODEL_LEN, sizeof(int32_t))};
     run(bench, n_steps);

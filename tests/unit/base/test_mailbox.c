@@ -74,6 +74,45 @@ static void test_around_the_ring(void **state) {
     mailbox_done(&mailbox);
 }
 
+/* Without copies: a blank is not there for the taker before it is put, and the first letter stays, and keeps its place, until it is taken. */
+static void test_in_place(void **state) {
+    (void)state;
+    struct mailbox mailbox;
+    mailbox_init(&mailbox, sizeof(uint32_t), 4);
+    struct random random = {5};
+    uint32_t put = 0, taken = 0, letter;
+    assert_null(mailbox_first(&mailbox));
+    for (int step = 0; step < 2000; step++) {
+        uint32_t *blank = mailbox_blank(&mailbox);
+        assert_int_equal(blank == NULL, put - taken == 4);
+        if (blank) *blank = put;
+        const uint32_t *first = mailbox_first(&mailbox);
+        assert_int_equal(first == NULL, put == taken);
+        if (first) assert_int_equal(*first, taken);
+        assert_ptr_equal(mailbox_first(&mailbox), first);
+        assert_ptr_equal(mailbox_blank(&mailbox), blank);
+        switch (random_below(&random, 4)) {
+        case 0:
+            if (blank) mailbox_put_blank(&mailbox), put++;
+            break;
+        case 1:
+            if (first) mailbox_take_first(&mailbox), taken++;
+            break;
+        case 2: /* and with copies, in turn */
+            assert_int_equal(mailbox_put(&mailbox, &put), blank != NULL);
+            put += blank != NULL;
+            break;
+        default:
+            if (!mailbox_take(&mailbox, &letter)) break;
+            assert_int_equal(letter, taken);
+            taken++;
+        }
+        assert_int_equal(mailbox_waiting(&mailbox), put - taken);
+        assert_int_equal(mailbox_room(&mailbox), 4 - (put - taken));
+    }
+    mailbox_done(&mailbox);
+}
+
 enum { LETTERS = 300000, WORDS = 9 };
 struct letter {
     uint64_t words[WORDS];
@@ -110,10 +149,8 @@ static void test_two_threads(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_full_and_empty),
-        cmocka_unit_test(test_capacities),
-        cmocka_unit_test(test_around_the_ring),
-        cmocka_unit_test(test_two_threads),
+        cmocka_unit_test(test_full_and_empty), cmocka_unit_test(test_capacities),  cmocka_unit_test(test_around_the_ring),
+        cmocka_unit_test(test_in_place),       cmocka_unit_test(test_two_threads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
