@@ -39,7 +39,8 @@ static const char *served_name(const struct config *config, const struct model *
 static enum status check_name(const struct config *config, const struct model *model, struct error *error) {
     const char *name = served_name(config, model);
     if (utf8_valid(name, strlen(name))) return STATUS_OK;
-    return error_set(error, STATUS_INVALID, "served_name: the model is named after its file, \"%.200s\", which is not valid UTF-8: set another", name);
+    return error_set(error, STATUS_INVALID, "served_name: the model is named after its file, \"%.200s\", which is not valid UTF-8: set another",
+                     name);
 }
 
 static void describe(struct serving *serving, struct engine *engine, struct server_model *result) {
@@ -54,10 +55,11 @@ static void describe(struct serving *serving, struct engine *engine, struct serv
 
 /* A better backend is in this build: why "auto" is not that one. */
 static void say_why_not(const struct config *config) {
-    const struct backend_ops *chosen = backend_find(config->backend);
+    const struct backend_ops *chosen = backend_choose(config->backend, config->device);
     for (const struct backend_ops *const *ops = backends; strcmp(config->backend, "auto") == 0 && *ops != chosen; ops++) {
         struct error error;
-        if ((*ops)->memory(0, NULL, NULL, &error) != STATUS_OK) log_info("engine.backend: %s, not %s: %s", chosen->name, (*ops)->name, error.text);
+        if ((*ops)->memory(config->device, NULL, NULL, &error) != STATUS_OK)
+            log_info("engine.backend: %s, not %s: %s", chosen->name, (*ops)->name, error.text);
     }
 }
 
