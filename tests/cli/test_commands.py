@@ -36,6 +36,11 @@ class Commands(Case):
         self.assertIn("  --prompt TOKENS\n", self.works("eval", "--help"))
         self.assertIn("--recent-tokens", self.works("eval", "--help"))
         self.assertNotIn("--rounds", self.works("eval", "--help"))
+        # What is on unless its flag is given is not told as if the flag did it.
+        self.assertIn("  --no-prefix-cache\n        turns this off: keep the KV blocks", self.works("serve", "--help"))
+        self.assertIn("\\fB\\-\\-no\\-prefix\\-cache\\fR\nturns this off: keep the KV blocks", self.works("check-config", "--print-manual"))
+        self.assertNotIn("[true]", self.works("serve", "--help"))
+        self.assertNotIn("Default: true", self.works("check-config", "--print-manual"))
         # Help wins over everything else on the line.
         self.works("serve", "--help", "--port", "99999999")
 
