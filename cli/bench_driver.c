@@ -229,14 +229,21 @@ uint64_t bench_driver_slots(const struct bench_driver *driver, uint32_t batch) {
     return slots;
 }
 
+/* Slots filled in each of so many lanes. In pieces of a length known here, which the compiler does with vectors: this is in what the host is measured to cost. */
+static void count_slots(uint32_t length, const uint32_t *restrict lost, size_t n_lanes, uint32_t *restrict slots) {
+    enum { AT_ONCE = 16 };
+    for (; n_lanes >= AT_ONCE; lost += AT_ONCE, slots += AT_ONCE, n_lanes -= AT_ONCE)
+        for (size_t i = 0; i < AT_ONCE; i++) slots[i] = length - lost[i];
+    for (size_t i = 0; i < n_lanes; i++) slots[i] = length - lost[i];
+}
+
 /* The next `n_rows` rows of `sequence` go behind those the step already has; their tokens are the caller's to write. */
 static uint32_t add_rows(struct bench_driver *driver, struct bench_step *step, uint32_t sequence, uint32_t n_rows, bool sampled) {
     struct batch *batch = &step->batch;
-    uint32_t first = batch->n_rows, *lane_tokens = driver->lane_tokens + sequence * driver->n_lanes;
-    CHECK(driver->length[sequence] + n_rows <= driver->size.max_tokens && first + n_rows <= driver->size.max_rows);
-    const uint32_t *lost = driver->lane_lost + sequence * driver->n_lanes;
-    for (uint32_t lane = 0; lane < driver->n_lanes; lane++) lane_tokens[lane] = driver->length[sequence] - lost[lane];
-    for (uint32_t i = 0; i < n_rows; i++) step->positions[first + i] = (int32_t)(driver->length[sequence] + i);
+    uint32_t first = batch->n_rows, length = driver->length[sequence], *lane_tokens = driver->lane_tokens + sequence * driver->n_lanes;
+    CHECK(length + n_rows <= driver->size.max_tokens && first + n_rows <= driver->size.max_rows);
+    count_slots(length, driver->lane_lost + sequence * driver->n_lanes, driver->n_lanes, lane_tokens);
+    for (uint32_t i = 0; i < n_rows; i++) step->positions[first + i] = (int32_t)(length + i);
     step->sequences[batch->n_sequences++] = (struct batch_sequence){.first_row = first,
                                                                     .n_rows = n_rows,
                                                                     .table = sequence,
@@ -245,7 +252,7 @@ static uint32_t add_rows(struct bench_driver *driver, struct bench_step *step, u
                                                                     .lane_tokens = lane_tokens};
     batch->n_rows += n_rows;
     if (sampled) step->samples[batch->n_samples++] = (struct sample){.row = batch->n_rows - 1, .sampling = &driver->greedy, .target = -1};
-    driver->length[sequence] += n_rows;
+    driver->length[sequence] = length + n_rows;
     return first;
 }
 

@@ -5,22 +5,24 @@
 #include "kernels/kivi.h"
 
 static void unlink_place(struct raw_places *raw, uint32_t place) {
-    raw->newer[raw->older[place]] = raw->newer[place];
-    raw->older[raw->newer[place]] = raw->older[place];
+    const struct raw_place *at = &raw->places[place];
+    raw->places[at->older].newer = at->newer;
+    raw->places[at->newer].older = at->older;
 }
 
 /* Between `newer`'s neighbour and it. */
 static void link_before(struct raw_places *raw, uint32_t place, uint32_t newer) {
-    raw->newer[place] = newer;
-    raw->older[place] = raw->older[newer];
-    raw->newer[raw->older[newer]] = place;
-    raw->older[newer] = place;
+    struct raw_place *at = &raw->places[place], *behind = &raw->places[newer];
+    at->newer = newer;
+    at->older = behind->older;
+    raw->places[at->older].newer = place;
+    behind->older = place;
 }
 
 /* Among those that are not held: the newest, or, if it is nobody's, the first to be given away. */
 static void link_place(struct raw_places *raw, uint32_t place) {
     const uint32_t end = raw->n_places;
-    link_before(raw, place, raw->block[place] == RAW_NONE ? raw->newer[end] : end);
+    link_before(raw, place, raw->places[place].block == RAW_NONE ? raw->places[end].newer : end);
 }
 
 void raw_put(struct raw_places *raw, uint32_t block, uint32_t place) {
@@ -32,11 +34,11 @@ void raw_put(struct raw_places *raw, uint32_t block, uint32_t place) {
 
 void raw_init(struct raw_places *raw) {
     const uint32_t end = raw->n_places;
-    raw->older[end] = raw->newer[end] = end;
+    raw->places[end].older = raw->places[end].newer = end;
     raw->n_idle = raw->n_places;
     for (uint32_t i = 0; i < raw->n_blocks; i++) raw->of[i] = RAW_NONE;
     for (uint32_t i = 0; i < raw->n_places; i++) {
-        raw->block[i] = RAW_NONE;
+        raw->places[i].block = RAW_NONE;
         link_before(raw, i, end);
     }
     for (size_t i = 0; i < (size_t)raw->n_tables * raw->n_lanes * KIVI_RAW_BLOCKS; i++) raw->held[i] = RAW_NONE;
@@ -46,18 +48,28 @@ uint32_t raw_take(struct raw_places *raw, uint32_t block) {
     CHECK(block < raw->n_blocks);
     uint32_t place = raw->of[block];
     if (place == RAW_NONE) {
-        place = raw->newer[raw->n_places]; /* the oldest */
+        place = raw->places[raw->n_places].newer; /* the oldest */
         CHECK(place != raw->n_places);
-        if (raw->block[place] != RAW_NONE) raw_put(raw, raw->block[place], RAW_NONE);
-        raw->block[place] = block;
+        uint32_t *whose = &raw->places[place].block;
+        if (*whose != RAW_NONE) raw_put(raw, *whose, RAW_NONE);
+        *whose = block;
         raw_put(raw, block, place);
     }
     CHECK(place < raw->n_places);
-    if (raw->holds[place] == 0) {
+    if (raw->places[place].holds == 0) {
         unlink_place(raw, place);
         link_place(raw, place);
     }
     return place;
+}
+
+void raw_expect(const struct raw_places *raw, uint32_t block) {
+    __builtin_prefetch(&raw->of[block], 1);
+    if (raw->is_changed) __builtin_prefetch(&raw->is_changed[block], 1);
+}
+
+void raw_expect_place(const struct raw_places *raw, uint32_t block) {
+    if (raw->of[block] < raw->n_places) __builtin_prefetch(&raw->places[raw->of[block]], 1);
 }
 
 void raw_forget(struct raw_places *raw, uint32_t block) {
@@ -65,22 +77,22 @@ void raw_forget(struct raw_places *raw, uint32_t block) {
     if (place == RAW_NONE) return;
     raw_put(raw, block, RAW_NONE);
     if (place >= raw->n_places) return;
-    raw->block[place] = RAW_NONE;
-    if (raw->holds[place] > 0) return;
+    raw->places[place].block = RAW_NONE;
+    if (raw->places[place].holds > 0) return;
     unlink_place(raw, place);
     link_place(raw, place);
 }
 
 void raw_hold(struct raw_places *raw, uint32_t place) {
     CHECK(place < raw->n_places);
-    if (raw->holds[place]++ > 0) return;
+    if (raw->places[place].holds++ > 0) return;
     unlink_place(raw, place);
     raw->n_idle--;
 }
 
 void raw_release(struct raw_places *raw, uint32_t place) {
-    CHECK(place < raw->n_places && raw->holds[place] > 0);
-    if (--raw->holds[place] > 0) return;
+    CHECK(place < raw->n_places && raw->places[place].holds > 0);
+    if (--raw->places[place].holds > 0) return;
     link_place(raw, place);
     raw->n_idle++;
 }

@@ -16,15 +16,18 @@
 
 #define RAW_NONE UINT32_MAX
 
+struct raw_place {
+    uint32_t block; /* whose it is, or RAW_NONE */
+    uint32_t holds;
+    uint32_t older, newer; /* ring of places that are not held */
+};
+
 struct raw_places {
     uint32_t n_blocks, n_places, n_tables, n_lanes;
-    uint32_t n_idle; /* places that are not held */
-    uint32_t *of;    /* [n_blocks] the block's place, or RAW_NONE; >= n_places: a shared one */
-    uint32_t *block; /* [n_places] whose it is, or RAW_NONE */
-    uint32_t *holds; /* [n_places] */
-    uint32_t *older,
-        *newer;     /* [n_places + 1] ring of places that are not held; the last entry is its end: newer than the newest, older than the oldest */
-    uint32_t *held; /* [n_tables][n_lanes][KIVI_RAW_BLOCKS] places, or RAW_NONE */
+    uint32_t n_idle;          /* places that are not held */
+    uint32_t *of;             /* [n_blocks] the block's place, or RAW_NONE; >= n_places: a shared one */
+    struct raw_place *places; /* [n_places + 1]; of the last one, only the ring: it is its end, newer than the newest, older than the oldest */
+    uint32_t *held;           /* [n_tables][n_lanes][KIVI_RAW_BLOCKS] places, or RAW_NONE */
     /* For who keeps a copy of `of` elsewhere: blocks whose entry has changed since n_changed was 0, each once. Both NULL: nobody does. */
     uint32_t *changed;   /* [n_blocks] */
     uint8_t *is_changed; /* [n_blocks] bool; who empties the list clears them */
@@ -39,6 +42,9 @@ uint32_t raw_shared_needed(const struct backend_limits *limits);
 void raw_init(struct raw_places *raw);
 /* The block's place; where it has none, the one that was unused longest. */
 uint32_t raw_take(struct raw_places *raw, uint32_t block);
+/* Soon one of these will be asked for the block: its entry is on the way to a core's caches. */
+void raw_expect(const struct raw_places *raw, uint32_t block);
+void raw_expect_place(const struct raw_places *raw, uint32_t block); /* once that is there: so is its place's */
 /* The block's place becomes a shared one, or nobody's, which says nothing of places that are the block's own. */
 void raw_put(struct raw_places *raw, uint32_t block, uint32_t place);
 /* Its numbers are no longer those of the codes. */

@@ -213,10 +213,7 @@ static void lay_out_residual(struct cpu *cpu, struct arena *arena) {
     raw->n_places = (uint32_t)raw_places_needed(p, &cpu->limits);
     raw->n_tables = cpu->limits.n_tables ? cpu->limits.n_tables : cpu->limits.max_sequences;
     raw->n_lanes = program_lanes(p);
-    raw->block = take(arena, raw->n_places, sizeof *raw->block);
-    raw->holds = take(arena, raw->n_places, sizeof *raw->holds);
-    raw->older = take(arena, (size_t)raw->n_places + 1, sizeof *raw->older);
-    raw->newer = take(arena, (size_t)raw->n_places + 1, sizeof *raw->newer);
+    raw->places = take(arena, (size_t)raw->n_places + 1, sizeof *raw->places);
     raw->held = take(arena, (size_t)raw->n_tables * raw->n_lanes * KIVI_RAW_BLOCKS, sizeof *raw->held);
     cpu->raw_used = take(arena, p->n_kv_heads, sizeof *cpu->raw_used);
     cpu->raw_pool = take(arena, raw->n_places + (size_t)p->n_kv_heads * cpu->raw_shared, cpu->kv.raw_bytes);

@@ -83,7 +83,7 @@ static void begin(struct cuda *cuda, const struct program *program, const struct
     cuda->layers = (struct device_layer *)check_calloc(program->n_layers, sizeof *cuda->layers);
 }
 
-/* Both sides of a step's arrays; `base` NULL: count. Returns bytes. The tiles come last, so that a step without them copies less. */
+/* Both sides of a step's arrays; `base` NULL: count. Returns bytes. The tiles come last, so that of a step without them less is delivered. */
 static size_t lay_out_view(const struct cuda *cuda, struct step_view *view, uint8_t *base) {
     const struct backend_limits *limits = &cuda->limits;
     struct device_arena arena = {base, 0};
@@ -96,6 +96,7 @@ static size_t lay_out_view(const struct cuda *cuda, struct step_view *view, uint
     view->positions = (int32_t *)device_take(&arena, limits->max_rows, sizeof *view->positions);
     view->row_sequence = (uint32_t *)device_take(&arena, limits->max_rows, sizeof *view->row_sequence);
     view->tiles = (struct prefill_tile *)device_take(&arena, cuda->max_tiles, sizeof *view->tiles);
+    (void)device_take(&arena, 0, 0); /* to a whole number of what is delivered at once */
     return arena.used;
 }
 
@@ -245,7 +246,7 @@ static enum status open_memory(struct cuda *cuda, struct error *error) {
     CUDA_TRY(error, cudaMemsetAsync(own->scratch.base, 0, own->scratch.used, cuda->stream));
     for (int i = 0; i < FLIGHTS; i++) {
         struct step_flight *flight = &cuda->flights[i];
-        CUDA_TRY(error, cudaMallocHost(&flight->staging, cuda->staging_bytes));
+        CUDA_TRY(error, cudaHostAlloc(&flight->staging, cuda->staging_bytes, cudaHostAllocMapped));
         CUDA_TRY(error, cudaEventCreateWithFlags(&flight->done, cudaEventDisableTiming));
         memset(flight->staging, 0, cuda->staging_bytes);
         (void)lay_out_view(cuda, &flight->host, (uint8_t *)flight->staging);

@@ -85,7 +85,7 @@ struct device_pool {
     uint8_t *closed;   /* [n_blocks] bool: the codes are those of all its slots */
 };
 
-/* ---- one step, as kernels read it: one buffer, filled in pinned memory and copied to the device in one go ---- */
+/* ---- one step, as kernels read it: one buffer, filled in pinned memory, from which the step's first kernel takes it ---- */
 
 struct step_header {
     uint32_t n_rows, n_sequences, n_decode, n_tiles, n_head_rows, n_samples, any_accumulates;
@@ -116,6 +116,27 @@ struct step_view {
     uint32_t *sample_head_row;        /* [max_samples] index in head_rows */
 };
 enum { PREFILL_QUERIES = 64 }; /* of one prefill_tile */
+
+/* A word of struct cuda's tables, or of the lengths behind them. */
+struct table_write {
+    uint32_t at, value;
+};
+
+/* What the host has written down for a step, and where it belongs on the device. In pieces of 16 bytes, of which the last one of each part may have anything behind what was written. */
+struct delivery {
+    const uint4 *staging, *sampling; /* pinned, as are the writes, two a piece */
+    const struct table_write *writes;
+    uint4 *staging_to, *sampling_to;
+    uint32_t *tables;
+    uint32_t n_staging, n_sampling; /* pieces */
+    uint32_t n_writes;
+};
+
+/* Lanes of a sequence, in no order. */
+struct lane_list {
+    const uint32_t *lanes[2];
+    uint32_t n[2];
+};
 
 /* What the host knows when it launches, rounded up where a graph is shared: grids are made from this, kernels then look at the header. */
 struct step_shape {
@@ -253,14 +274,20 @@ void tables_lay_out(struct cuda *cuda, struct device_arena *arena);
 size_t tables_pinned_bytes(void); /* of the host's memory, that tables_open will take */
 enum status tables_open(struct cuda *cuda, struct error *error);
 void tables_close(struct cuda *cuda);
-/* The step's sequences to host.sequences; what the device lacks of their tables is on its way. */
+/* The step's sequences to host.sequences; what the device lacks of their tables to pinned memory of the flight. */
 enum status tables_stage(struct cuda *cuda, const struct batch *batch, struct error *error);
+/* Its part of what is to be delivered: what was staged since the last time. */
+void tables_deliver(struct cuda *cuda, struct delivery *delivery);
+/* After tables_stage, of the step's sequence s: the lanes that enter a block with its rows. false: the step's tables have no versions, and it is not known. */
+bool tables_entering(const struct cuda *cuda, const struct batch *batch, uint32_t s, struct lane_list *entering);
 /* Nothing is known to be on the device. After the stream has been waited for. */
 void tables_forget(struct cuda *cuda);
 
 /* ---- step.cu: struct backend_ops entries ---- */
 enum status step_open(struct cuda *cuda, struct error *error);
 void step_close(struct cuda *cuda);
+/* Launches what takes it to the device, on the stream. */
+void deliver(struct cuda *cuda, const struct delivery *delivery);
 enum status cuda_submit(struct backend *backend, const struct batch *batch, struct error *error);
 enum status cuda_sync(struct backend *backend, struct sample_result *results, struct error *error);
 void cuda_tap_logits(struct backend *backend, float *destination);
@@ -313,7 +340,7 @@ void rows_activate(struct cuda *cuda, const struct step_shape *shape);
 void attention_lay_out(struct cuda *cuda, struct device_arena *arena); /* partials, unit sums */
 enum status attention_open(struct cuda *cuda, struct error *error);
 void attention_close(struct cuda *cuda);
-void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the staging copy: cuts the work of all layers */
+void attention_plan(struct cuda *cuda, const struct step_shape *shape);                 /* once a step, after the delivery: cuts the work of all layers */
 void attention_run(struct cuda *cuda, uint32_t layer, const struct step_shape *shape);  /* q, pool -> a (and row_max, row_sum, accumulators) */
 
 /* ---- close.cu: KIVI ---- */
@@ -364,8 +391,8 @@ void sampling_lay_out(struct cuda *cuda, struct device_arena *arena);
 size_t sampling_pinned_bytes(const struct cuda *cuda);
 enum status sampling_open(struct cuda *cuda, struct error *error);
 void sampling_close(struct cuda *cuda);
-/* Host side of a step, that of cuda->flight: parameters, biases, bans, histories into pinned memory. Before the launches. */
-void sampling_stage(struct cuda *cuda, const struct batch *batch);
+/* Host side of a step, that of cuda->flight: parameters, biases, bans, histories into pinned memory, which is its part of what is to be delivered, before the other launches. */
+void sampling_stage(struct cuda *cuda, const struct batch *batch, struct delivery *delivery);
 /* logits [head rows][n_vocab] -> results of samples [first_sample, first_sample + samples) (row of logits: sample_head_row[i] - first_head_row), on the stream, into
  * pinned memory: there when the stream has been waited for. Logits are left as they are. */
 void sampling_run(struct cuda *cuda, const struct step_shape *shape);

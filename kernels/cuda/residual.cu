@@ -2,7 +2,7 @@
  * are sent before they run. Other dtypes pass through here without a trace. The engine's thread.
  *
  * The positions that say which blocks a row reads as codes are on the device. The host does without them: it holds the last KIVI_RAW_BLOCKS blocks of every lane, among which all are that
- * the next row reads in f16. A step in which no lane of a sequence takes another block leaves that sequence as it is, without a look at its lanes. */
+ * the next row reads in f16. Of a sequence that goes on from where its last step left it, only lanes that enter a block are looked at. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,11 +20,11 @@ struct residual_host {
     /* Of each table, as its last step left it. */
     uint32_t *changes; /* [n_tables] batch_sequence.table_changes; 0: nothing is held that could be gone on from */
     uint32_t *end;     /* [n_tables] slots of lane 0 */
-    uint32_t *room;    /* [n_tables] rows that no lane needs another block for */
     /* Of the step at hand. */
-    bool *quiet;   /* [max_sequences] nothing changes */
-    bool *goes_on; /* [max_sequences] what the table holds is what it needs */
-    uint8_t *held; /* [max_sequences][n_lanes] which of the last blocks were held at its beginning, a bit each */
+    bool *goes_on;           /* [max_sequences] what the table holds is what it needs */
+    struct lane_list *lanes; /* [max_sequences] that are to be looked at: all, or those that enter a block */
+    uint8_t *held;           /* [max_sequences][n_lanes] which of the last blocks were held at its beginning, a bit each */
+    uint32_t *every_lane;    /* [n_lanes] */
 };
 
 /* ---- life ---- */
@@ -54,8 +54,9 @@ enum status residual_open(struct cuda *cuda, struct error *error) {
     own->shared_used = (uint32_t *)check_calloc(lanes, sizeof(uint32_t));
     own->changes = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
     own->end = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
-    own->room = (uint32_t *)check_calloc(cuda->n_tables, sizeof(uint32_t));
-    own->quiet = (bool *)check_calloc(sequences, sizeof(bool));
+    own->lanes = (struct lane_list *)check_calloc(sequences, sizeof *own->lanes);
+    own->every_lane = (uint32_t *)check_calloc(lanes, sizeof(uint32_t));
+    for (uint32_t lane = 0; lane < lanes; lane++) own->every_lane[lane] = lane;
     own->goes_on = (bool *)check_calloc(sequences, sizeof(bool));
     own->held = (uint8_t *)check_calloc(sequences * lanes, 1);
     raw->n_blocks = cuda->limits.n_blocks;
@@ -63,10 +64,7 @@ enum status residual_open(struct cuda *cuda, struct error *error) {
     raw->n_tables = cuda->n_tables;
     raw->n_lanes = cuda->n_lanes;
     raw->of = (uint32_t *)check_calloc(raw->n_blocks, sizeof(uint32_t));
-    raw->block = (uint32_t *)check_calloc(raw->n_places, sizeof(uint32_t));
-    raw->holds = (uint32_t *)check_calloc(raw->n_places, sizeof(uint32_t));
-    raw->older = (uint32_t *)check_calloc((size_t)raw->n_places + 1, sizeof(uint32_t));
-    raw->newer = (uint32_t *)check_calloc((size_t)raw->n_places + 1, sizeof(uint32_t));
+    raw->places = (struct raw_place *)check_calloc((size_t)raw->n_places + 1, sizeof *raw->places);
     raw->held = (uint32_t *)check_calloc((size_t)raw->n_tables * raw->n_lanes * KIVI_RAW_BLOCKS, sizeof(uint32_t));
     raw->changed = (uint32_t *)check_calloc(raw->n_blocks, sizeof(uint32_t));
     raw->is_changed = (uint8_t *)check_calloc(raw->n_blocks, sizeof(uint8_t));
@@ -80,8 +78,7 @@ void residual_close(struct cuda *cuda) {
     if (!own) return;
     struct raw_places *raw = &own->raw;
     (void)cudaFreeHost(own->changes_host);
-    void *const all[] = {own->shared_used, own->changes, own->end,   own->room,  own->quiet, own->goes_on, own->held,      raw->of,
-                         raw->block,       raw->holds,   raw->older, raw->newer, raw->held,  raw->changed, raw->is_changed};
+    void *const all[] = {own->shared_used, own->changes, own->end, own->lanes, own->every_lane, own->goes_on, own->held, raw->of, raw->places, raw->held, raw->changed, raw->is_changed};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(own);
     cuda->residual = NULL;
@@ -140,14 +137,15 @@ static struct lane_step lane_of(const struct batch *batch, const struct batch_se
 
 static bool has_place(const struct raw_places *raw, uint32_t block) { return raw->of[block] < raw->n_places; }
 
-/* Is what the table holds what its sequence needs, and will it be after the step? */
-static void look_at(struct residual_host *own, const struct batch_sequence *sequence, uint32_t s) {
+/* Is what the table holds what its sequence needs? Which of its lanes change what it will hold? */
+static void look_at(struct cuda *cuda, const struct batch *batch, uint32_t s) {
+    struct residual_host *own = cuda->residual;
+    const struct batch_sequence *sequence = &batch->sequences[s];
     const uint32_t table = sequence->table, before = sequence->lane_tokens[0];
     own->goes_on[s] = sequence->table_changes != 0 && own->changes[table] == sequence->table_changes && own->end[table] == before;
-    own->quiet[s] = own->goes_on[s] && sequence->n_rows <= own->room[table];
+    if (!own->goes_on[s] || !tables_entering(cuda, batch, s, &own->lanes[s])) own->lanes[s] = {{own->every_lane, own->every_lane}, {cuda->n_lanes, 0}};
     own->changes[table] = sequence->table_changes;
     own->end[table] = before + sequence->n_rows;
-    if (own->quiet[s]) own->room[table] -= sequence->n_rows;
 }
 
 /* What is there must not be given away to what is not yet. */
@@ -179,22 +177,41 @@ static void open_lost(struct cuda *cuda, const struct batch *batch, uint32_t s) 
 }
 
 /* Blocks inside a chunk may lie in places that all layers use in turn, as a layer's attention is over before the next one's rows are appended. `reserved` places are not for them. */
-static void take_places(struct cuda *cuda, const struct batch *batch, uint32_t s, uint64_t reserved) {
+static void take_lane(struct cuda *cuda, const struct lane_step *step, uint32_t lane, uint64_t reserved) {
     struct residual_host *own = cuda->residual;
     struct raw_places *raw = &own->raw;
-    for (uint32_t lane = 0; lane < cuda->n_lanes; lane++) {
-        const struct lane_step step = lane_of(batch, &batch->sequences[s], lane);
-        for (uint32_t b = step.held; b < step.end; b++) {
-            CHECK(step.blocks[b] < raw->n_blocks);
-            if (b >= step.inner || raw->n_idle > reserved) {
-                raw_hold(raw, raw_take(raw, step.blocks[b]));
-                continue;
-            }
-            CHECK(own->shared_used[lane] < own->n_shared);
-            raw_forget(raw, step.blocks[b]);
-            raw_put(raw, step.blocks[b], raw->n_places + lane % cuda->program->n_kv_heads * own->n_shared + own->shared_used[lane]++);
+    for (uint32_t b = step->held; b < step->end; b++) {
+        CHECK(step->blocks[b] < raw->n_blocks);
+        if (b >= step->inner || raw->n_idle > reserved) {
+            raw_hold(raw, raw_take(raw, step->blocks[b]));
+            continue;
         }
+        CHECK(own->shared_used[lane] < own->n_shared);
+        raw_forget(raw, step->blocks[b]);
+        raw_put(raw, step->blocks[b], raw->n_places + lane % cuda->program->n_kv_heads * own->n_shared + own->shared_used[lane]++);
     }
+}
+
+/* What the step will look at of these lanes lies anywhere; each would be a cache miss of its own. */
+static void expect_lanes(const struct residual_host *own, const struct batch *batch, uint32_t s) {
+    const struct lane_list *list = &own->lanes[s];
+    for (int part = 0; part < 2; part++)
+        for (uint32_t i = 0; i < list->n[part]; i++) {
+            const uint32_t lane = list->lanes[part][i];
+            const struct lane_step step = lane_of(batch, &batch->sequences[s], lane);
+            __builtin_prefetch(&own->raw.held[((size_t)batch->sequences[s].table * own->raw.n_lanes + lane) * KIVI_RAW_BLOCKS], 1);
+            for (uint32_t b = step.inner; b < step.end; b++) raw_expect(&own->raw, step.blocks[b]);
+        }
+}
+
+static void take_places(struct cuda *cuda, const struct batch *batch, uint32_t s, uint64_t reserved) {
+    const struct lane_list *list = &cuda->residual->lanes[s];
+    for (int part = 0; part < 2; part++)
+        for (uint32_t i = 0; i < list->n[part]; i++) {
+            const struct lane_step step = lane_of(batch, &batch->sequences[s], list->lanes[part][i]);
+            take_lane(cuda, &step, list->lanes[part][i], reserved);
+            for (uint32_t b = step.inner; b < step.held; b++) raw_expect_place(&cuda->residual->raw, step.blocks[b]); /* for residual_end */
+        }
 }
 
 void residual_begin(struct cuda *cuda, const struct batch *batch) {
@@ -204,15 +221,18 @@ void residual_begin(struct cuda *cuda, const struct batch *batch) {
     memset(own->shared_used, 0, cuda->n_lanes * sizeof *own->shared_used);
     for (uint32_t s = 0; s < batch->n_sequences; s++) {
         CHECK(batch->sequences[s].table < cuda->n_tables);
-        look_at(own, &batch->sequences[s], s);
+        look_at(cuda, batch, s);
         if (!own->goes_on[s]) hold_lanes(cuda, batch, s);
     }
     for (uint32_t s = 0; s < batch->n_sequences; s++)
         if (!own->goes_on[s]) raw_release_table(&own->raw, batch->sequences[s].table);
     for (uint32_t s = 0; s < batch->n_sequences; s++)
         if (!own->goes_on[s]) open_lost(cuda, batch, s);
-    for (uint32_t s = 0; s < batch->n_sequences; s++)
-        if (!own->quiet[s]) take_places(cuda, batch, s, reserved);
+    for (uint32_t s = 0; s < batch->n_sequences; s++) {
+        if (s == 0) expect_lanes(own, batch, s);
+        if (s + 1 < batch->n_sequences) expect_lanes(own, batch, s + 1);
+        take_places(cuda, batch, s, reserved);
+    }
     residual_send(cuda);
 }
 
@@ -242,15 +262,14 @@ void residual_end(struct cuda *cuda, const struct batch *batch) {
     struct residual_host *own = cuda->residual;
     for (uint32_t s = 0; own && s < batch->n_sequences; s++) {
         const struct batch_sequence *sequence = &batch->sequences[s];
-        uint32_t room = UINT32_MAX;
-        for (uint32_t lane = 0; !own->quiet[s] && lane < cuda->n_lanes; lane++) {
-            const struct lane_step step = lane_of(batch, sequence, lane);
-            const uint32_t left = step.end * BLOCK_TOKENS - sequence->lane_tokens[lane] - sequence->n_rows;
-            if (!own->goes_on[s] || step.held < step.end)
-                hold_last(own, sequence->table, lane, &step, own->goes_on[s] ? 0 : own->held[(size_t)s * cuda->n_lanes + lane]);
-            room = left < room ? left : room;
-        }
-        if (!own->quiet[s]) own->room[sequence->table] = room;
+        const struct lane_list *list = &own->lanes[s];
+        for (int part = 0; part < 2; part++)
+            for (uint32_t i = 0; i < list->n[part]; i++) {
+                const uint32_t lane = list->lanes[part][i];
+                const struct lane_step step = lane_of(batch, sequence, lane);
+                if (!own->goes_on[s] || step.held < step.end)
+                    hold_last(own, sequence->table, lane, &step, own->goes_on[s] ? 0 : own->held[(size_t)s * cuda->n_lanes + lane]);
+            }
     }
 }
 

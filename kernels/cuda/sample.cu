@@ -2,8 +2,8 @@
  * buffer of parameters and lists, and copies of rows where shared memory has no room for them. The engine's thread. How a row is sampled is in
  * sample_team.cuh (what a team of blocks is, and the host's arithmetic), sample_row.cuh and sample_draw.cuh. Random numbers and logarithms are the host's.
  *
- * Parameters and lists (biases, bans, histories) of a step lie in one pinned buffer, one behind the other, and go to the device in one copy of just their
- * size. sampling_stage enqueues it before the step's launches, so that no graph contains it. Kernels write results straight into pinned memory: 32 bytes a
+ * Parameters and lists (biases, bans, histories) of a step lie in one pinned buffer, one behind the other, of which the step's first kernel takes just what
+ * there is (step.cu), before the launches that a graph may contain. Kernels write results straight into pinned memory: 32 bytes a
  * sample, and alternatives where they are asked for. They are there when the step has been waited for, and a graph needs no copy. What is pinned is there for
  * each of the two steps that may be in flight; the token alone also stays on the device, for a step that was submitted without waiting for it.
  *
@@ -64,6 +64,7 @@ enum { HOST_TO_DO = 1, HOST_DONE }; /* sample_params.on_host; 0: the device's */
 
 static_assert(sizeof(struct sample_params) == 80 && sizeof(struct sample_answer) == 32 && sizeof(struct sample_place) == 8,
               "as kernels read and write them");
+static_assert(PARAMS_WORDS % 4 == 0 && LIST_WORDS_MIN % 4 == 0 && LIST_WORDS_SEQUENCE % 4 == 0 && LIST_WORDS_MAX % 4 == 0, "stage_words");
 static_assert(sizeof(struct team_shared) % 16 == 0 && offsetof(struct team_shared, list) == MARKS_MAX * sizeof(uint32_t),
               "marks take the place of the histograms");
 static_assert(sizeof(struct team_shared) <= SHARED_BYTES_UNASKED, "where there are no copies of rows, more shared memory is not asked for");
@@ -193,7 +194,7 @@ static uint32_t scratch_teams_of(const struct cuda *cuda) {
     return cuda->limits.max_samples < SCRATCH_TEAMS ? cuda->limits.max_samples : (uint32_t)SCRATCH_TEAMS;
 }
 
-static size_t stage_words(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * PARAMS_WORDS + list_words_of(cuda); }
+static size_t stage_words(const struct cuda *cuda) { return (size_t)cuda->limits.max_samples * PARAMS_WORDS + list_words_of(cuda); } /* a multiple of 4: so many are delivered at once */
 
 /* Reads program, limits and properties; while these are not known yet (all 0), it counts what any device would take. Counting makes nothing; with a base, what
  * it makes is sampling_close's to free. */
@@ -271,7 +272,7 @@ static enum status fit_clusters(struct cuda *cuda, struct error *error) {
 enum status sampling_open(struct cuda *cuda, struct error *error) {
     struct sampling_device *s = cuda->sampling;
     const size_t words = stage_words(cuda);
-    for (int i = 0; i < FLIGHTS; i++) CUDA_TRY(error, cudaHostAlloc((void **)&s->flights[i].stage, words * sizeof(uint32_t), cudaHostAllocDefault));
+    for (int i = 0; i < FLIGHTS; i++) CUDA_TRY(error, cudaHostAlloc((void **)&s->flights[i].stage, words * sizeof(uint32_t), cudaHostAllocMapped));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->answers, FLIGHTS * answers_bytes(cuda), cudaHostAllocMapped));
     CUDA_TRY(error, cudaHostAlloc((void **)&s->tops, FLIGHTS * tops_bytes(cuda), cudaHostAllocMapped));
     return fit_clusters(cuda, error);
@@ -364,7 +365,7 @@ static bool stage_lists(struct lists *lists, const struct sample *sample, const 
 
 static struct sample_params *params_of(const struct sampling_flight *flight) { return (struct sample_params *)(void *)flight->stage; }
 
-void sampling_stage(struct cuda *cuda, const struct batch *batch) {
+void sampling_stage(struct cuda *cuda, const struct batch *batch, struct delivery *delivery) {
     struct sampling_device *s = cuda->sampling;
     struct sampling_flight *own = &s->flights[cuda->flight];
     struct sample_params *params = params_of(own);
@@ -374,22 +375,21 @@ void sampling_stage(struct cuda *cuda, const struct batch *batch) {
     own->batch = batch;
     own->head_row = cuda->host.sample_head_row;
     own->n_on_host = 0;
-    if (batch->n_samples == 0) return;
     for (uint32_t i = 0; i < batch->n_samples; i++) {
         const struct sample *sample = &batch->samples[i];
-        const struct sampling *from = sample->sampling;
-        CHECK(from->n_top <= SAMPLE_TOP_MAX && sample->target < (int64_t)s->n_vocab);
+        const struct sampling *asked = sample->sampling;
+        CHECK(asked->n_top <= SAMPLE_TOP_MAX && sample->target < (int64_t)s->n_vocab);
         struct sample_params p = {};
-        p.temperature = from->temperature;
-        p.top_p = from->top_p;
-        p.min_p = from->min_p;
-        p.top_k = from->top_k;
-        p.repetition = from->repetition_penalty;
-        p.presence = from->presence_penalty;
-        p.frequency = from->frequency_penalty;
-        p.u = (uint32_t)(random_unit(random_at(from->seed, 0, sample->choice, sample->token_index)) * 0x1p24f);
+        p.temperature = asked->temperature;
+        p.top_p = asked->top_p;
+        p.min_p = asked->min_p;
+        p.top_k = asked->top_k;
+        p.repetition = asked->repetition_penalty;
+        p.presence = asked->presence_penalty;
+        p.frequency = asked->frequency_penalty;
+        p.u = (uint32_t)(random_unit(random_at(asked->seed, 0, sample->choice, sample->token_index)) * 0x1p24f);
         p.target = sample->target;
-        p.n_top = from->n_top;
+        p.n_top = asked->n_top;
         const uint32_t used = lists.used;
         if (sample->target < 0 && !stage_lists(&lists, sample, i ? sample - 1 : NULL, i ? &params[i - 1] : NULL, &p)) {
             lists.used = used;
@@ -398,7 +398,9 @@ void sampling_stage(struct cuda *cuda, const struct batch *batch) {
         }
         params[i] = p;
     }
-    CUDA_CHECK(cudaMemcpyAsync(s->stage_device, own->stage, lists.used * sizeof(uint32_t), cudaMemcpyHostToDevice, cuda->stream));
+    delivery->sampling = (const uint4 *)(const void *)own->stage;
+    delivery->sampling_to = (uint4 *)(void *)s->stage_device;
+    delivery->n_sampling = div_up(lists.used, 4);
 }
 
 static void sample_on_host(struct cuda *cuda, struct sampling_flight *own, uint32_t index, uint32_t first_head_row) {

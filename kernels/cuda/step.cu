@@ -1,4 +1,5 @@
-/* A step: submit fills pinned memory and launches, sync waits; a second one may be submitted before that (struct step_flight). The step's small arrays travel in one copy. Steps of decode rows alone are captured into a graph for their bucket of rows and
+/* A step: submit fills pinned memory and launches, sync waits; a second one may be submitted before that (struct step_flight). A step's small arrays, what its samples ask for and what is new of
+ * its tables are taken from pinned memory by its first kernel: one call of the driver in place of one for each, which is what they cost. Steps of decode rows alone are captured into a graph for their bucket of rows and
  * replayed: every size that differs between two steps of a bucket is read from the header in device memory. Owns the graphs and the events between phases. The engine's thread. */
 #include "kernels/cuda/cuda.h"
 
@@ -11,20 +12,23 @@ extern "C" {
 
 enum {
     GRAPH_ROWS_MAX = 512, /* larger steps do not wait for launches */
-    GRAPHS = 64,
+    GRAPHS = 64,          /* at least two for each bucket */
     SPREAD_THREADS = 256,
+    DELIVER_THREADS = 128,
 };
 
-/* Of decode steps of a bucket. */
+/* Of decode steps of a bucket, with or without accumulated attention. */
 struct step_graph {
     uint32_t rows;
+    bool accumulates;
     cudaGraphExec_t exec;
 };
 
 struct step_device {
     struct step_graph graphs[GRAPHS];
     uint32_t n_graphs;
-    bool without_graphs;       /* there was no memory for one */
+    bool without_more;         /* graphs than there are: there was no memory for one */
+    bool without_graphs;       /* nor for launching one that there is */
     cudaEvent_t *phase_events; /* [n_phases + 1] where phase_ns is asked for */
 };
 
@@ -50,6 +54,30 @@ void step_close(struct cuda *cuda) {
 }
 
 /* ---- what it does ---- */
+
+/* A thread takes a piece: of the staging, then of sampling's, then two writes. */
+static __global__ void deliver_pieces(const struct delivery d) {
+    uint32_t i = blockIdx.x * DELIVER_THREADS + threadIdx.x;
+    if (i < d.n_staging) {
+        d.staging_to[i] = d.staging[i];
+        return;
+    }
+    i -= d.n_staging;
+    if (i < d.n_sampling) {
+        d.sampling_to[i] = d.sampling[i];
+        return;
+    }
+    i = (i - d.n_sampling) * 2;
+    if (i >= d.n_writes) return;
+    const uint4 two = *(const uint4 *)(d.writes + i);
+    d.tables[two.x] = two.y;
+    if (i + 1 < d.n_writes) d.tables[two.z] = two.w;
+}
+
+void deliver(struct cuda *cuda, const struct delivery *delivery) {
+    const uint32_t pieces = delivery->n_staging + delivery->n_sampling + div_up(delivery->n_writes, 2);
+    if (pieces > 0) launch(deliver_pieces, div_up(pieces, DELIVER_THREADS), DELIVER_THREADS, 0, cuda->stream, *delivery);
+}
 
 /* lane_tokens of the step's sequences, from the lengths that are on the device. */
 static __global__ void spread_lengths(const struct step_header *header, const struct step_sequence *sequences, const uint32_t *lengths, uint32_t n_lanes, uint32_t *lane_tokens) {
@@ -110,11 +138,13 @@ static void stage_rows(struct cuda *cuda, const struct batch *batch) {
     *view->header = header;
 }
 
-static enum status send_staging(struct cuda *cuda, struct error *error) {
+/* All that the view has of this step; tiles lie at its end. */
+static void staging_deliver(struct cuda *cuda, struct delivery *delivery) {
     const uint8_t *base = (const uint8_t *)cuda->flights[cuda->flight].staging;
     const uint8_t *end = cuda->host.header->n_tiles ? (const uint8_t *)(cuda->host.tiles + cuda->host.header->n_tiles) : (const uint8_t *)(cuda->host.row_sequence + cuda->host.header->n_rows);
-    CUDA_TRY(error, cudaMemcpyAsync(cuda->staging_device, base, (size_t)(end - base), cudaMemcpyHostToDevice, cuda->stream));
-    return STATUS_OK;
+    delivery->staging = (const uint4 *)base;
+    delivery->staging_to = (uint4 *)cuda->staging_device;
+    delivery->n_staging = div_up((uint32_t)(end - base), sizeof(uint4));
 }
 
 static void mark(struct cuda *cuda, uint32_t phase) {
@@ -203,10 +233,12 @@ static uint32_t bucket(uint32_t rows) {
 static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, cudaGraphExec_t *exec, struct error *error) {
     struct step_device *own = cuda->step;
     for (uint32_t i = 0; i < own->n_graphs; i++)
-        if (own->graphs[i].rows == shape->rows) {
+        if (own->graphs[i].rows == shape->rows && own->graphs[i].accumulates == shape->accumulates) {
             *exec = own->graphs[i].exec;
             return STATUS_OK;
         }
+    *exec = NULL;
+    if (own->without_more) return STATUS_OK;
     CHECK(own->n_graphs < GRAPHS);
     products_warm(cuda, shape->rows); /* looks algorithms up; cannot be captured */
     cudaGraph_t graph;
@@ -215,10 +247,14 @@ static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, c
     CUDA_TRY(error, cudaStreamEndCapture(cuda->stream, &graph));
     const cudaError_t made = cudaGraphInstantiate(exec, graph, 0);
     (void)cudaGraphDestroy(graph);
-    *exec = made == cudaSuccess ? *exec : NULL;
-    if (made == cudaErrorMemoryAllocation) return STATUS_OK;
+    if (made == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        *exec = NULL;
+        own->without_more = true;
+        return STATUS_OK;
+    }
     CUDA_TRY(error, made);
-    own->graphs[own->n_graphs++] = (struct step_graph){shape->rows, *exec};
+    own->graphs[own->n_graphs++] = (struct step_graph){shape->rows, shape->accumulates, *exec};
     return STATUS_OK;
 }
 
@@ -226,19 +262,20 @@ static enum status graph_of(struct cuda *cuda, const struct step_shape *shape, c
 static bool is_for_graph(const struct cuda *cuda, uint32_t rows) {
     const struct step_header *header = cuda->host.header;
     const struct backend_limits *limits = &cuda->limits;
-    const bool plain = header->n_tiles == 0 && !header->any_accumulates && header->n_head_rows == header->n_rows && header->n_samples == header->n_rows && header->n_sequences == header->n_rows;
+    const bool plain = header->n_tiles == 0 && header->n_head_rows == header->n_rows && header->n_samples == header->n_rows && header->n_sequences == header->n_rows;
     return plain && !cuda->tap && !cuda->step->phase_events && !cuda->step->without_graphs && rows <= GRAPH_ROWS_MAX && rows <= cuda->max_head_rows && rows <= limits->max_sequences &&
            rows <= limits->max_samples && rows <= limits->max_rows;
 }
 
-/* *launched false: there is no memory for graphs; nothing of the step was launched, and no graph will be again. */
+/* *launched false: there is no memory for the graph; nothing of the step was launched. */
 static enum status launch_graph(struct cuda *cuda, uint32_t rows, bool *launched, struct error *error) {
     struct step_shape shape = {};
     cudaGraphExec_t exec;
     shape.rows = shape.sequences = shape.decode = shape.head_rows = shape.samples = rows;
+    shape.accumulates = cuda->host.header->any_accumulates;
     const enum status status = graph_of(cuda, &shape, &exec, error);
-    if (status != STATUS_OK) return status;
-    const cudaError_t result = exec ? cudaGraphLaunch(exec, cuda->stream) : cudaErrorMemoryAllocation;
+    if (status != STATUS_OK || !exec) return status;
+    const cudaError_t result = cudaGraphLaunch(exec, cuda->stream);
     *launched = result == cudaSuccess;
     if (result != cudaErrorMemoryAllocation) return cuda_status(error, result, "cudaGraphLaunch");
     (void)cudaGetLastError();
@@ -287,9 +324,13 @@ static void turn(struct cuda *cuda) {
 static enum status stage_and_launch(struct cuda *cuda, const struct batch *batch, struct error *error) {
     stage_rows(cuda, batch);
     enum status status = tables_stage(cuda, batch, error);
-    if (status == STATUS_OK) status = send_staging(cuda, error);
     if (status != STATUS_OK) return status;
-    sampling_stage(cuda, batch);
+    struct delivery delivery = {};
+    staging_deliver(cuda, &delivery);
+    tables_deliver(cuda, &delivery);
+    sampling_stage(cuda, batch, &delivery);
+    deliver(cuda, &delivery);
+    CUDA_TRY(error, cudaGetLastError()); /* of its launch: without it the step would be the one before */
     residual_begin(cuda, batch);
     status = launch(cuda, error);
     residual_end(cuda, batch);

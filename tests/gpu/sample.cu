@@ -93,7 +93,9 @@ static void send_step(struct fixture *f, const struct batch *batch, uint32_t n_h
     CUDA_CHECK(cudaMemcpyAsync(cuda->dev.header, &f->header, sizeof f->header, cudaMemcpyHostToDevice, cuda->stream));
     CUDA_CHECK(cudaMemcpyAsync(cuda->dev.sample_head_row, cuda->host.sample_head_row, batch->n_samples * sizeof(uint32_t), cudaMemcpyHostToDevice,
                                cuda->stream));
-    sampling_stage(cuda, batch);
+    struct delivery delivery = {};
+    sampling_stage(cuda, batch, &delivery);
+    deliver(cuda, &delivery);
     CUDA_CHECK(cudaStreamSynchronize(cuda->stream));
 }
 

@@ -25,7 +25,8 @@ bool host_in_kernel(void);
 /* runtime.cpp: to the stream's queue, or the graph that it is captured to. */
 cudaError_t host_enqueue(cudaStream_t stream, std::function<void()> what);
 void host_set_error(cudaError_t error);
-extern "C" void host_lose_device(void); /* from now on it has stopped working */
+extern "C" void host_lose_device(void);              /* from now on it has stopped working */
+extern "C" void host_refuse_launch(uint32_t which); /* 1: the next launch, of a kernel or a graph, 2: the one after it, ...; a device has no room for it */
 void host_time_less(void);              /* what runs now counts half in cudaEventElapsedTime() */
 
 /* memory.cpp. Bytes of an allocation from `at` on; 0: `at` is in none. */

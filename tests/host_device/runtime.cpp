@@ -109,6 +109,10 @@ static cudaError_t idle_call(enum idle_kind kind) {
 
 extern "C" void host_lose_device(void) { lost = true; }
 
+static uint32_t refused_in; /* launches; 0: none is */
+extern "C" void host_refuse_launch(uint32_t which) { refused_in = which; }
+static bool is_refused(void) { return refused_in > 0 && --refused_in == 0; }
+
 void host_set_error(cudaError_t error) { last_error = error; }
 
 static cudaError_t result_of(cudaError_t error) {
@@ -131,6 +135,7 @@ const char *cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidDevice: return "invalid device ordinal";
     case cudaErrorInvalidResourceHandle: return "invalid resource handle";
     case cudaErrorNotReady: return "device not ready";
+    case cudaErrorLaunchOutOfResources: return "too many resources requested for launch";
     case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     case cudaErrorInvalidClusterSize: return "cluster misconfiguration";
@@ -352,7 +357,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsig
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     if (host_options()->idle) return idle_call(IDLE_GRAPH);
     const std::lock_guard<std::recursive_mutex> locked(lock);
-    cudaError_t result = cudaSuccess;
+    cudaError_t result = is_refused() ? cudaErrorLaunchOutOfResources : cudaSuccess;
     for (size_t i = 0; i < exec->nodes.size() && result == cudaSuccess; i++) result = host_enqueue(stream, exec->nodes[i]);
     return result_of(result);
 }
@@ -423,7 +428,8 @@ cudaError_t host_launch(const cudaLaunchConfig_t *config, const void *kernel, vo
     CHECK(owner);
     memcpy(owner.get(), context, context_bytes);
     host_launch_call call = {kernel, config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, run, owner.get(), context_bytes, owner};
-    const cudaError_t result = check_launch(config, kernel, &call.cluster);
+    cudaError_t result = check_launch(config, kernel, &call.cluster);
+    if (result == cudaSuccess && is_refused()) result = cudaErrorLaunchOutOfResources;
     if (result != cudaSuccess) return result_of(result);
     return result_of(host_enqueue(config->stream, [call = std::move(call)] { host_run(&call); }));
 }

@@ -1,6 +1,7 @@
 /* Two steps in flight, on every backend that takes them and for every KV dtype: what is drawn is what is drawn one step at a time. Sequences of different lengths cross blocks, are sampled in
  * every way, for some dtypes one of them on the host as the backend has no room for its lists; one ends unforeseen, while its next row is under way, and another takes over its table and its blocks.
- * And block tables of lanes that are cut to different lengths and grow: who takes what is new of them draws what who takes all of them draws. */
+ * And block tables of lanes that are cut to different lengths and grow: who takes what is new of them draws what who takes all of them draws. And steps that add attention up, and others between
+ * them: what is in the slots is what a backend that may not replay a step as it was (its logits are asked for) has there. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -48,6 +49,8 @@ struct world {
     int32_t next[SEQUENCES]; /* to be taken in; < 0: sample -1 - next of the step before draws it */
     struct half halves[2];
     struct sample_result drawn[STEPS][SEQUENCES];
+    uint32_t refuses; /* which launches the device does, in turn, of some steps when they are submitted first: the first, or the first two */
+    uint32_t n_submitted;
 };
 
 static struct logit_bias biases[2][LONG];
@@ -72,6 +75,7 @@ static void open_world(struct world *world, const struct backend_ops *ops, const
     CHECK(program_lanes(program) == LANES && program->n_vocab == N_VOCAB);
     const struct backend_limits limits = {.kv_dtype = dtype,
                                           .deterministic = true,
+                                          .accumulators = true,
                                           .n_blocks = POOL,
                                           .n_tables = SEQUENCES,
                                           .table_blocks = LANE_BLOCKS,
@@ -114,8 +118,18 @@ static struct half *begin(struct world *world, uint32_t step) {
     return half;
 }
 
+void host_refuse_launch(uint32_t which) __attribute__((weak)); /* tests/host_device/launch.h; absent where a device would be */
+
 static void submit(struct world *world, struct half *half) {
     struct error error = {.text = ""};
+    if (world->refuses && world->n_submitted % 3 == 1) { /* what brings the step, and the graph */
+        host_refuse_launch(1 + world->n_submitted / 3 % world->refuses);
+        const enum status status = world->ops->submit(world->backend, &half->batch, &error);
+        host_refuse_launch(0);
+        assert_int_equal(status, STATUS_DEVICE);
+        assert_non_null(strstr(error.text, "too many resources"));
+    }
+    world->n_submitted++;
     if (world->ops->submit(world->backend, &half->batch, &error) != STATUS_OK) fail_msg("%s", error.text);
     for (uint32_t s = 0; s < half->batch.n_sequences; s++) {
         const struct batch_sequence *sequence = &half->sequences[s];
@@ -183,6 +197,15 @@ static bool is_same(const struct sample_result *a, const struct sample_result *b
     return same;
 }
 
+static void compare(const struct world *plain, const struct world *ahead, const char *name, const char *dtype) {
+    for (uint32_t step = 0; step < STEPS; step++)
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            if (!has_row(s, step, false) && step != TAKEN_OVER) continue;
+            const struct sample_result *a = &plain->drawn[step][s], *b = &ahead->drawn[step][s];
+            if (!is_same(a, b)) fail_msg("%s, %s: step %u, sequence %u: %d and, ahead, %d", name, dtype, step, s, a->token, b->token);
+        }
+}
+
 static void check_same(const struct backend_ops *ops, const struct program *program, enum kv_dtype dtype) {
     static struct world plain, ahead;
     n_biases = dtype % 2 ? LONG : 3;
@@ -194,17 +217,33 @@ static void check_same(const struct backend_ops *ops, const struct program *prog
     open_world(&ahead, ops, program, dtype);
     run(&plain, false);
     run(&ahead, true);
-    for (uint32_t step = 0; step < STEPS; step++)
-        for (uint32_t s = 0; s < SEQUENCES; s++) {
-            if (!has_row(s, step, false) && step != TAKEN_OVER) continue;
-            const struct sample_result *a = &plain.drawn[step][s], *b = &ahead.drawn[step][s];
-            if (!is_same(a, b))
-                fail_msg("%s, %s: step %u, sequence %u: %d and, ahead, %d", ops->name, kv_dtype_name(dtype), step, s, a->token, b->token);
-        }
+    compare(&plain, &ahead, ops->name, kv_dtype_name(dtype));
     uint32_t n_different = 0;
     for (uint32_t step = 1; step < STEPS; step++)
         for (uint32_t s = 0; s < SEQUENCES; s++) n_different += plain.drawn[step][s].token != plain.drawn[step - 1][s].token;
     assert_true(n_different > STEPS); /* a step that takes in another's token would be seen */
+}
+
+/* A step that the device refuses is an error, and leaves all as it was: also the step in flight. */
+static void test_refused_steps(void **state) {
+    (void)state;
+    static struct world plain, refused;
+    if (!host_refuse_launch || !test_runs_on(backend_find("cuda"))) skip();
+    const struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    static const enum kv_dtype dtypes[] = {KV_F16, KV_KIVI4};
+    n_biases = 3;
+    for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++) {
+        open_world(&plain, backend_find("cuda"), program, dtypes[i]);
+        run(&plain, false);
+        for (int ahead = 0; ahead < 2; ahead++) {
+            open_world(&refused, backend_find("cuda"), program, dtypes[i]);
+            refused.refuses = dtypes[i] == KV_F16 ? 2 : 1; /* what KIVI has between the two ends the process */
+            run(&refused, ahead);
+            compare(&plain, &refused, ahead ? "ahead" : "one at a time", kv_dtype_name(dtypes[i]));
+        }
+    }
+    tiny_program_free(program);
 }
 
 /* ---- lanes of different lengths, one step at a time ---- */
@@ -271,6 +310,61 @@ static void test_follows_ragged_lanes(void **state) {
     tiny_program_free(program);
 }
 
+/* ---- accumulated attention, one step at a time ---- */
+
+/* Sequence 2 adds its attention up in one step of three, the others in one of five: in none of the first two with a row each. */
+static void run_accumulating(struct world *world, bool tapped, float scores[SEQUENCES][LANES * LANE_BLOCKS * BLOCK_TOKENS]) {
+    static const uint32_t prompts[SEQUENCES] = {5, BLOCK_TOKENS - 1, 2 * BLOCK_TOKENS, 20};
+    static float logits[SEQUENCES * N_VOCAB];
+    size_t offset[LANES];
+    for (uint32_t step = 0; step < STEPS; step++) {
+        struct half *half = begin(world, step);
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            if (step > 0) world->next[s] = world->drawn[step - 1][s].token;
+            add_rows(world, half, s, step == 0 ? prompts[s] : 1);
+            half->sequences[s].accumulate = s == 2 ? step % 3 == 0 : step % 5 == 0;
+        }
+        if (tapped) world->ops->tap_logits(world->backend, logits);
+        submit(world, half);
+        sync_step(world, step);
+    }
+    for (uint32_t lane = 0; lane < LANES; lane++) offset[lane] = lane * LANE_BLOCKS * BLOCK_TOKENS;
+    for (uint32_t s = 0; s < SEQUENCES; s++) {
+        const struct score_request request = {.kind = SCORE_ACCUMULATED,
+                                              .n_lanes = LANES,
+                                              .block_ids = world->ids,
+                                              .lane_first = world->lane_first[s],
+                                              .lane_tokens = world->lane_tokens[s],
+                                              .offset = offset};
+        world->ops->score(world->backend, &request, scores[s]);
+    }
+    world->ops->close(world->backend);
+}
+
+static void test_accumulates_as_launched(void **state) {
+    (void)state;
+    static struct world replayed, launched;
+    static float scores[2][SEQUENCES][LANES * LANE_BLOCKS * BLOCK_TOKENS];
+    const struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    n_biases = 0;
+    for (const struct backend_ops *const *ops = backends; *ops; ops++) {
+        if (!test_runs_on(*ops)) continue;
+        memset(scores, 0, sizeof scores);
+        open_world(&replayed, *ops, program, KV_F16);
+        open_world(&launched, *ops, program, KV_F16);
+        run_accumulating(&replayed, false, scores[0]);
+        run_accumulating(&launched, true, scores[1]);
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            float sum = 0;
+            for (uint32_t i = 0; i < LANES * LANE_BLOCKS * BLOCK_TOKENS; i++) sum += scores[1][s][i];
+            assert_true(sum > 1);
+            assert_memory_equal(scores[0][s], scores[1][s], sizeof scores[0][s]);
+        }
+    }
+    tiny_program_free(program);
+}
+
 static void test_draws_the_same(void **state) {
     (void)state;
     const struct tiny_shape shape = tiny_shape_default();
@@ -287,6 +381,7 @@ static void test_draws_the_same(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_draws_the_same), cmocka_unit_test(test_follows_ragged_lanes)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_draws_the_same), cmocka_unit_test(test_follows_ragged_lanes),
+                                       cmocka_unit_test(test_accumulates_as_launched), cmocka_unit_test(test_refused_steps)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -259,12 +259,47 @@ static void test_cublas_is_loaded(void **state) {
     assert_int_equal(cublas_lt_open(NULL), STATUS_OK);
 }
 
+/* A prompt in chunks that no block's size divides, with places for one sequence alone: what a chunk has held of KIVI's residual is given back, else there would soon be none. */
+static void test_kivi_prompt_in_chunks(void **state) {
+    (void)state;
+    enum { CHUNK = 20, BLOCKS = 24, LANES = 4 };
+    static uint32_t ids[LANES * BLOCKS];
+    uint32_t lane_first[LANES], lane_tokens[LANES] = {0};
+    int32_t tokens[CHUNK], positions[CHUNK];
+    const struct backend_ops *ops = backend_find("cuda");
+    const struct tiny_shape shape = tiny_shape_default();
+    struct program *program = tiny_program_new(&shape);
+    struct backend_limits limits = small_limits();
+    struct backend *backend = NULL;
+    struct error error = {.text = ""};
+    assert_int_equal(program_lanes(program), LANES);
+    limits.kv_dtype = KV_KIVI4, limits.n_blocks = LANES * BLOCKS, limits.table_blocks = BLOCKS, limits.max_rows = CHUNK;
+    limits.n_tables = limits.max_sequences = limits.max_samples = 1;
+    if (ops->memory(0, NULL, NULL, NULL) != STATUS_OK) {
+        tiny_program_free(program);
+        skip();
+    }
+    if (ops->prepare(program, &limits, &backend, &error) != STATUS_OK) fail_msg("%s", error.text);
+    for (uint32_t i = 0; i < LANES * BLOCKS; i++) ids[i] = i;
+    for (uint32_t lane = 0; lane < LANES; lane++) lane_first[lane] = lane * BLOCKS;
+    for (uint32_t done = 0; done + CHUNK <= BLOCKS * BLOCK_TOKENS; done += CHUNK) {
+        const struct batch_sequence sequence = {.n_rows = CHUNK, .table_changes = 1, .lane_first = lane_first, .lane_tokens = lane_tokens};
+        const struct batch batch = {
+            .n_rows = CHUNK, .tokens = tokens, .positions = positions, .n_sequences = 1, .sequences = &sequence, .block_ids = ids};
+        for (uint32_t i = 0; i < CHUNK; i++) tokens[i] = (int32_t)(i % 7), positions[i] = (int32_t)(done + i);
+        if (ops->submit(backend, &batch, &error) != STATUS_OK || ops->sync(backend, NULL, &error) != STATUS_OK) fail_msg("%s", error.text);
+        for (uint32_t lane = 0; lane < LANES; lane++) lane_tokens[lane] += CHUNK;
+    }
+    ops->close(backend);
+    tiny_program_free(program);
+}
+
 int main(void) {
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_refused_shapes),   cmocka_unit_test(test_refused_limits),         cmocka_unit_test(test_plans_of_any_size),
         cmocka_unit_test(test_supported),        cmocka_unit_test(test_too_little_memory),      cmocka_unit_test(test_no_such_device),
         cmocka_unit_test(test_second_device),    cmocka_unit_test(test_device_that_is_too_old), cmocka_unit_test(test_device_that_stops_working),
-        cmocka_unit_test(test_cublas_is_loaded),
+        cmocka_unit_test(test_cublas_is_loaded), cmocka_unit_test(test_kivi_prompt_in_chunks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

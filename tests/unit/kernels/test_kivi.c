@@ -12,8 +12,8 @@
 
 #include "base/check.h"
 #include "base/random.h"
-#include "kernels/raw.h"
 #include "kernels/kivi.h"
+#include "kernels/raw.h"
 #include "kernels/select.h"
 
 /* Whatever the numbers, each comes back within half a step, and a step is a fifteenth or a third of the range, rounded to f16. */
@@ -124,10 +124,11 @@ enum { BLOCKS = 40, PLACES = 20, TABLES = 3, LANES = 2 };
 /* What is held stays; of the rest the one used longest ago is given away. */
 static void test_places(void **state) {
     (void)state;
-    static uint32_t of[BLOCKS], block[PLACES], holds[PLACES], older[PLACES + 1], newer[PLACES + 1], held[TABLES * LANES * KIVI_RAW_BLOCKS];
+    static uint32_t of[BLOCKS], held[TABLES * LANES * KIVI_RAW_BLOCKS];
+    static struct raw_place places[PLACES + 1];
     struct raw_places raw = {.n_blocks = BLOCKS, .n_places = PLACES, .n_tables = TABLES, .n_lanes = LANES};
-    raw.of = of, raw.block = block, raw.holds = holds, raw.older = older, raw.newer = newer, raw.held = held;
-    memset(holds, 0, sizeof holds);
+    raw.of = of, raw.places = places, raw.held = held;
+    memset(places, 0, sizeof places);
     raw_init(&raw);
     uint64_t used[BLOCKS] = {0}, now = 0; /* 0: has no place */
     uint32_t tables[TABLES][LANES][KIVI_RAW_BLOCKS], n_held[TABLES][LANES] = {0}, given_away = 0;
@@ -169,10 +170,11 @@ static void test_places(void **state) {
             assert_int_equal(of[i] != RAW_NONE, used[i] > 0);
             if (of[i] == RAW_NONE) continue;
             with_place++;
-            assert_true(of[i] < PLACES && block[of[i]] == i);
+            assert_true(of[i] < PLACES && places[of[i]].block == i);
         }
         uint32_t idle = 0;
-        for (uint32_t i = newer[PLACES]; i != PLACES; i = newer[i], idle++) assert_true(holds[i] == 0 && older[newer[i]] == i);
+        for (uint32_t i = places[PLACES].newer; i != PLACES; i = places[i].newer, idle++)
+            assert_true(places[i].holds == 0 && places[places[i].newer].older == i);
         assert_int_equal(idle, raw.n_idle);
         assert_true(with_place <= PLACES);
     }
