@@ -59,7 +59,7 @@ static enum status read_options(struct bench *bench, struct error *error) {
 static enum status open_model(struct bench *bench, struct error *error) {
     const struct config *config = bench->config;
     if (!config->bench.dummy[0]) return cli_open_model(config, &bench->model, error);
-    const struct backend_ops *ops = backend_find(config->backend);
+    const struct backend_ops *ops = backend_choose(config->backend, config->device);
     if (config->model[0] || !ops || !ops->makes_weights) return cli_open_dummy(config, config->bench.dummy, &bench->model, error);
     return model_dummy_seeded(config->bench.dummy, 1, &bench->model, error);
 }

@@ -1,9 +1,10 @@
 /* kvasir check-config: reads a configuration as serve would, says what is wrong with it or what it comes to, and starts nothing. Main thread.
- * A model that is named must be there and fit: that is most of what goes wrong at a start. */
+ * A model that is named must be there and fit, and a file of keys must have some: that is most of what goes wrong at a start. */
 #include <string.h>
 
 #include "cli/cli.h"
 #include "engine/engine.h"
+#include "server/keys.h"
 
 static enum status check_model(const struct config *config, struct error *error) {
     struct model *model = NULL;
@@ -11,6 +12,13 @@ static enum status check_model(const struct config *config, struct error *error)
     enum status status = model_open(config->model, &model, error);
     if (status == STATUS_OK) status = engine_plan_memory(config, model, &plan, error);
     model_close(model);
+    return status;
+}
+
+static enum status check_keys(const struct config *config, struct error *error) {
+    struct keys keys = {0};
+    enum status status = keys_load(&keys, config->api_key_file, error);
+    keys_done(&keys);
     return status;
 }
 
@@ -30,6 +38,7 @@ int command_check_config(const struct config *config, const char *argument) {
     if (argument) status = config_load_file(&checked, argument, &error);
     if (status == STATUS_OK) status = config_check(&checked, &error);
     if (status == STATUS_OK) status = compression_check(&checked, &error);
+    if (status == STATUS_OK) status = check_keys(&checked, &error);
     if (status == STATUS_OK && checked.model[0]) status = check_model(&checked, &error);
     if (status != STATUS_OK) {
         config_locate(&checked, &error);

@@ -57,7 +57,7 @@ enum status cli_open_dummy(const struct config *config, const char *shape, struc
 }
 
 enum status cli_choose_backend(const struct config *config, const struct program *program, struct cli_backend *chosen, struct error *error) {
-    const struct backend_ops *ops = backend_find(config->backend);
+    const struct backend_ops *ops = backend_choose(config->backend, config->device);
     const char *set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set;
     uint64_t available_bytes;
     if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
@@ -90,7 +90,7 @@ void cli_warn_environment(void) {
 }
 
 void cli_warn_backend(const struct config *config) {
-    const struct backend_ops *ops = backend_find(config->backend);
+    const struct backend_ops *ops = backend_choose(config->backend, config->device);
     uint64_t own_bytes = 0;
     struct error error;
     if (strcmp(config->weights, "f16") != 0 || !ops || ops->memory(config->device, NULL, &own_bytes, &error) != STATUS_OK || own_bytes > 0) return;

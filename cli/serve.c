@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "base/json_writer.h"
 #include "base/log.h"
 #include "cli/cli.h"
 #include "engine/engine.h"
@@ -30,11 +31,23 @@ static enum status open_model(const struct config *config, struct model **model,
     return cli_open_model(config, model, error);
 }
 
+static const char *served_name(const struct config *config, const struct model *model) {
+    return config->served_name[0] ? config->served_name : model_name(model);
+}
+
+/* A file may be called anything, a name that clients ask for may not. */
+static enum status check_name(const struct config *config, const struct model *model, struct error *error) {
+    const char *name = served_name(config, model);
+    if (utf8_valid(name, strlen(name))) return STATUS_OK;
+    return error_set(error, STATUS_INVALID, "served_name: the model is named after its file, \"%.200s\", which is not valid UTF-8: set another",
+                     name);
+}
+
 static void describe(struct serving *serving, struct engine *engine, struct server_model *result) {
     const struct model *model = serving->model;
     const char *slash = strrchr(model_path(model), '/');
     *result = (struct server_model){.engine = engine, .tokenizer = model_tokenizer(model), .parameters = model_parameters(model)};
-    snprintf(serving->name, sizeof serving->name, "%s", serving->config->served_name[0] ? serving->config->served_name : model_name(model));
+    snprintf(serving->name, sizeof serving->name, "%s", served_name(serving->config, model));
     memcpy(result->served_name, serving->name, sizeof result->served_name);
     snprintf(result->root, sizeof result->root, "%s", slash ? slash + 1 : model_path(model));
     snprintf(result->architecture, sizeof result->architecture, "%.31s", model_architecture(model));
@@ -42,10 +55,11 @@ static void describe(struct serving *serving, struct engine *engine, struct serv
 
 /* A better backend is in this build: why "auto" is not that one. */
 static void say_why_not(const struct config *config) {
-    const struct backend_ops *chosen = backend_find(config->backend);
+    const struct backend_ops *chosen = backend_choose(config->backend, config->device);
     for (const struct backend_ops *const *ops = backends; strcmp(config->backend, "auto") == 0 && *ops != chosen; ops++) {
         struct error error;
-        if ((*ops)->memory(0, NULL, NULL, &error) != STATUS_OK) log_info("engine.backend: %s, not %s: %s", chosen->name, (*ops)->name, error.text);
+        if ((*ops)->memory(config->device, NULL, NULL, &error) != STATUS_OK)
+            log_info("engine.backend: %s, not %s: %s", chosen->name, (*ops)->name, error.text);
     }
 }
 
@@ -97,6 +111,7 @@ static enum status prepare(const struct config *config, struct model **model, st
     enum status status = config_check(config, error);
     if (status == STATUS_OK) status = compression_check(config, error);
     if (status == STATUS_OK) status = open_model(config, model, error);
+    if (status == STATUS_OK) status = check_name(config, *model, error);
     if (status == STATUS_OK) status = engine_plan_memory(config, *model, &plan, error);
     if (status != STATUS_OK) config_locate(config, error);
     return status;

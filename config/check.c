@@ -3,6 +3,7 @@
 #include <string.h>
 #include <strings.h>
 
+#include "base/json_writer.h"
 #include "config/config.h"
 #include "config/options.h"
 
@@ -25,6 +26,8 @@ static bool loopback(const char *host) {
 }
 
 static enum status check(const struct config *config, struct error *error) {
+    if (!utf8_valid(config->served_name, strlen(config->served_name)))
+        return error_set(error, STATUS_INVALID, "served_name: not valid UTF-8: no client could ask for it");
     if (!config->host[0]) return error_set(error, STATUS_INVALID, "server.host: empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network");
     if (!loopback(config->host) && !config->api_key_file[0] && !config->insecure_public)
         return error_set(error, STATUS_INVALID,

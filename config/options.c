@@ -184,7 +184,7 @@ const struct option_info command_options[] = {
     {.key = "eval.windows", .type = OPTION_COUNT, FIELD(eval.windows), .initial = "4", .min = 0, .max = 100000, .argument = "N", .commands = COMMAND_EVAL,
      .help = "pieces of the text to measure, spread evenly over it, each with synthetic tasks beside it; 0: none"},
     {.key = "eval.prompt", .type = OPTION_COUNT, FIELD(eval.prompt), .initial = "auto", .min = 0, .max = 16777216, .zero = "auto", .argument = "TOKENS", .commands = COMMAND_EVAL,
-     .help = "tokens read before the cache is compressed; auto: 1024, less if the model's context is short"},
+     .help = "tokens read before the cache is compressed, at least 128; auto: 1024, less if the model's context is short"},
     {.key = "eval.tasks", .type = OPTION_COUNT, FIELD(eval.tasks), .initial = "2", .min = 0, .max = 1000, .argument = "N", .commands = COMMAND_EVAL,
      .help = "synthetic tasks of each kind beside each window; 0: none"},
     {.key = "eval.stream", .type = OPTION_COUNT, FIELD(eval.stream), .initial = "off", .min = 0, .max = 2147483647, .zero = "off", .argument = "TOKENS", .commands = COMMAND_EVAL,

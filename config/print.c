@@ -38,13 +38,18 @@ static void print_wrapped(FILE *out, const char *words, const char *indent, size
     }
 }
 
+/* Its flag is the one that turns it off, which has to be said: `help` is of the setting. */
+static bool is_on(const struct option_info *option) { return option->type == OPTION_BOOL && strcmp(option->initial, "true") == 0; }
+static const char turns_off[] = "turns this off: ";
+
 static void print_option_help(FILE *out, const struct option_info *option) {
     static const char indent[] = "        ";
     char flag[64], range[160], words[512];
     option_flag_name(option, flag, sizeof flag);
     fprintf(out, "  ");
     if (option->flag) fprintf(out, "-%c, ", option->flag);
-    if (option->type == OPTION_BOOL && strcmp(option->initial, "true") == 0)
+    const bool on = is_on(option), told = option->initial[0] && !on;
+    if (on)
         fprintf(out, "--no-%s", flag + 2);
     else
         fprintf(out, "%s", flag);
@@ -52,8 +57,8 @@ static void print_option_help(FILE *out, const struct option_info *option) {
     fprintf(out, "\n%s", indent);
     option_range(option, range, sizeof range);
     bool ranged = range[0] && option->type != OPTION_BOOL;
-    (void)snprintf(words, sizeof words, "%s%s%s%s%s%s%s", option->help, ranged ? " (" : "", ranged ? range : "", ranged ? ")" : "",
-                   option->initial[0] ? " [" : "", option->initial, option->initial[0] ? "]" : "");
+    (void)snprintf(words, sizeof words, "%s%s%s%s%s%s%s%s", on ? turns_off : "", option->help, ranged ? " (" : "", ranged ? range : "",
+                   ranged ? ")" : "", told ? " [" : "", told ? option->initial : "", told ? "]" : "");
     print_wrapped(out, words, indent, strlen(indent), 100);
     fputc('\n', out);
 }
@@ -110,7 +115,7 @@ static void print_roff(FILE *out, const char *text) {
 static void print_option_manual(FILE *out, const struct option_info *option) {
     char flag[64], range[160];
     option_flag_name(option, flag, sizeof flag);
-    bool on = option->type == OPTION_BOOL && strcmp(option->initial, "true") == 0;
+    const bool on = is_on(option);
     fprintf(out, ".TP\n\\fB");
     if (option->flag) fprintf(out, "\\-%c\\fR, \\fB", option->flag);
     if (on) print_roff(out, "--no-");
@@ -118,6 +123,7 @@ static void print_option_manual(FILE *out, const struct option_info *option) {
     fprintf(out, "\\fR");
     if (option->argument) fprintf(out, " \\fI%s\\fR", option->argument);
     fputc('\n', out);
+    if (on) fputs(turns_off, out);
     print_roff(out, option->help);
     option_range(option, range, sizeof range);
     if (range[0] && option->type != OPTION_BOOL) {
@@ -126,7 +132,7 @@ static void print_option_manual(FILE *out, const struct option_info *option) {
         fputc(')', out);
     }
     fputs(".\n", out);
-    if (option->initial[0]) {
+    if (option->initial[0] && !on) {
         fputs("Default: ", out);
         print_roff(out, option->initial);
         fputs(".\n", out);

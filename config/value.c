@@ -128,7 +128,8 @@ static bool parse_bool(const char *text, bool *value) {
 }
 
 static bool choice_known(const char *choices, const char *text) {
-    size_t length = strlen(text);
+    size_t length = strcspn(text, ","); /* "f32, f16" is a piece of the list too, and no choice */
+    if (text[length] != '\0') return false;
     for (const char *at = choices; length && at; at = strstr(at, ", ") ? strstr(at, ", ") + 2 : NULL)
         if (strncmp(at, text, length) == 0 && (at[length] == ',' || at[length] == '\0')) return true;
     return false;

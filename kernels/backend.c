@@ -16,10 +16,21 @@ const struct backend_ops *const backends[] = {
 };
 
 const struct backend_ops *backend_find(const char *name) {
-    bool any = strcmp(name, "auto") == 0;
     for (const struct backend_ops *const *ops = backends; *ops; ops++)
-        if (any ? (*ops)->memory(0, NULL, NULL, NULL) == STATUS_OK : strcmp((*ops)->name, name) == 0) return *ops;
+        if (strcmp((*ops)->name, name) == 0) return *ops;
     return NULL;
+}
+
+static const struct backend_ops *best_with(uint32_t device) {
+    for (const struct backend_ops *const *ops = backends; *ops; ops++)
+        if ((*ops)->memory(device, NULL, NULL, NULL) == STATUS_OK) return *ops;
+    return NULL;
+}
+
+const struct backend_ops *backend_choose(const char *name, uint32_t device) {
+    if (strcmp(name, "auto") != 0) return backend_find(name);
+    const struct backend_ops *best = best_with(device);
+    return best ? best : best_with(0);
 }
 
 bool backend_resumes_always(struct backend *backend, uint32_t count, const uint32_t *blocks) {

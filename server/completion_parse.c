@@ -466,10 +466,10 @@ static bool check_together(struct parse *parse) {
     if (!compression_plan(parse->limits->compression, &completion->kv_wish, &completion->kv, &field, &why))
         return field_fail(read, field, "%s: %s.", field, why.text);
     uint64_t choices = (uint64_t)completion->n_prompts * completion->best_of;
+    const char *multiplied = completion->best_of > completion->n ? "best_of" : completion->n > 1 ? "n" : "prompt";
     if (choices > parse->limits->max_choices)
-        return field_fail(read, completion->best_of > 1 ? "n" : "prompt",
-                          "%u prompts x %u candidates are %" PRIu64 " choices; at most %u are allowed.", completion->n_prompts, completion->best_of,
-                          choices, parse->limits->max_choices);
+        return field_fail(read, multiplied, "%u prompts x %u candidates are %" PRIu64 " choices; at most %u are allowed.", completion->n_prompts,
+                          completion->best_of, choices, parse->limits->max_choices);
     if (completion->max_tokens_given && completion->max_tokens <= parse->limits->max_model_len && choices * completion->max_tokens > limit)
         return field_fail(read, "max_tokens", "%" PRIu64 " choices x %u tokens are more than the %" PRIu64 " tokens one request may ask for.",
                           choices, completion->max_tokens, limit);

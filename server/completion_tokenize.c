@@ -12,8 +12,9 @@ static uint32_t tokens_max(const struct completion *completion, const struct com
 }
 
 static bool too_long(const struct completion *completion, size_t n_prompt, const struct completion_limits *limits, struct api_error *error) {
+    bool any = completion->max_tokens < tokens_max(completion, limits); /* a prompt would fit */
     api_error_set(
-        error, 400, "invalid_request_error", "context_length_exceeded", "prompt",
+        error, 400, "invalid_request_error", "context_length_exceeded", any ? "prompt" : "max_tokens",
         "This model's maximum context length is %u tokens. However, you requested %zu tokens (%zu in the prompt, %u for the completion). Please "
         "shorten the prompt or the completion.",
         n_prompt > limits->max_model_len ? limits->max_model_len : tokens_max(completion, limits), n_prompt + completion->max_tokens, n_prompt,

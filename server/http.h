@@ -18,6 +18,7 @@ struct http;
 struct exchange;
 
 #define REQUEST_ID_MAX 96
+#define EXCHANGE_PATH_BYTES 1024 /* with the zero behind it */
 
 struct http_limits { /* may change between requests (reload) */
     uint64_t max_body;
@@ -75,7 +76,7 @@ void http_free(struct http *http);
 /* ---- the exchange ---- */
 
 const char *exchange_method(const struct exchange *exchange);
-const char *exchange_path(const struct exchange *exchange);
+const char *exchange_path(const struct exchange *exchange); /* what is longer than EXCHANGE_PATH_BYTES allows is cut */
 const char *exchange_request_id(const struct exchange *exchange);
 const char *exchange_header(const struct exchange *exchange, const char *name); /* NULL: absent */
 /* The body; buffer_append and such are not for the caller, but it may take the buffer over (and leave an empty one). */

@@ -54,7 +54,7 @@ struct exchange {
     bool http_1_0;
     bool last;      /* no request may follow it on its connection */
     bool too_early; /* its answer was refused once */
-    char method[24], path[256], id[REQUEST_ID_MAX + 1], notes[320];
+    char method[24], path[EXCHANGE_PATH_BYTES], id[REQUEST_ID_MAX + 1], notes[320];
     struct buffer body, out;
     size_t body_seen, body_charged, out_at;
     uint64_t started_ns, bytes_out;

@@ -33,6 +33,9 @@ const char *const route_names[] = {"/v1/completions", "/v1/models", "/v1/models/
 _Static_assert(sizeof route_names / sizeof *route_names == ROUTES + 1, "one name a route");
 uint32_t route_count(void) { return (uint32_t)ROUTES; }
 
+/* A path that was cut is no route and names no model. */
+_Static_assert(EXCHANGE_PATH_BYTES - 1 > sizeof "/v1/models/" + CONFIG_TEXT, "longer than all that is found");
+
 static uint32_t find(const struct server *server, const char *path) {
     for (uint32_t i = 0; i < ROUTES; i++) {
         size_t length = strlen(routes[i].path);
@@ -64,6 +67,12 @@ static bool authenticate(struct server *server, struct exchange *exchange, uint3
     return false;
 }
 
+static void answer_options(struct exchange *exchange, const char *allow) {
+    struct buffer nothing = {0};
+    exchange_add_header(exchange, "Allow", allow);
+    exchange_reply(exchange, 204, NULL, &nothing);
+}
+
 void route_headers(void *context, struct exchange *exchange) {
     struct server *server = context;
     const char *method = exchange_method(exchange), *path = exchange_path(exchange);
@@ -71,7 +80,12 @@ void route_headers(void *context, struct exchange *exchange) {
     exchange_set_tag(exchange, index, KEY_NONE);
     const struct route *route = index < ROUTES ? &routes[index] : NULL;
     /* Who has no key learns nothing of which paths there are. OPTIONS never carries one. */
-    if (strcmp(method, "OPTIONS") != 0 && !authenticate(server, exchange, index)) return;
+    const bool options = strcmp(method, "OPTIONS") == 0;
+    if (!options && !authenticate(server, exchange, index)) return;
+    if (options && strcmp(path, "*") == 0) { /* of the server as a whole */
+        answer_options(exchange, "GET, HEAD, POST, OPTIONS");
+        return;
+    }
     if (!route) {
         char message[360];
         (void)snprintf(message, sizeof message, "There is no %s here.", path);
@@ -80,10 +94,8 @@ void route_headers(void *context, struct exchange *exchange) {
     }
     const char *allow = route->post ? "POST, OPTIONS" : "GET, HEAD, OPTIONS";
     bool fits = route->post ? strcmp(method, "POST") == 0 : strcmp(method, "GET") == 0 || strcmp(method, "HEAD") == 0;
-    if (strcmp(method, "OPTIONS") == 0) {
-        struct buffer nothing = {0};
-        exchange_add_header(exchange, "Allow", allow);
-        exchange_reply(exchange, 204, NULL, &nothing);
+    if (options) {
+        answer_options(exchange, allow);
     } else if (!fits) {
         exchange_add_header(exchange, "Allow", allow);
         refuse(exchange, 405, "invalid_request_error", "method_not_allowed", route->post ? "This path takes POST." : "This path takes GET.");

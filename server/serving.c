@@ -25,6 +25,12 @@ static struct answer_head head_of(const struct serving *serving) {
 
 /* ---- the end ---- */
 
+/* The key may ask for something else: its answer is given, be it that the engine has yet to hear of it (a stop string, a timeout). */
+static void uncount_key(struct serving *serving) {
+    if (serving->key_counted) serving->server->keys.keys[serving->key].live--;
+    serving->key_counted = false;
+}
+
 void serving_release(struct serving *serving) {
     struct server *server = serving->server;
     if (serving->exchange || serving->working || serving->n_unended) return;
@@ -34,7 +40,7 @@ void serving_release(struct serving *serving) {
         server->servings = serving->next;
     if (serving->next) serving->next->previous = serving->previous;
     server->n_servings--;
-    if (serving->key_counted) server->keys.keys[serving->key].live--;
+    uncount_key(serving);
     server->prompt_result_bytes -= serving->result_bytes;
     for (uint32_t i = 0; i < serving->n_choices; i++) choice_done(&serving->choices[i]);
     for (uint32_t i = 0; serving->jobs && i < serving->completion.n_prompts; i++) {
@@ -129,6 +135,7 @@ void serving_fail(struct serving *serving, const struct api_error *error) {
     abort_choices(serving);
     if (!exchange || serving->ended) return;
     serving->ended = true;
+    uncount_key(serving);
     if (serving->answered) {
         serving->failed = true;
         serving->error = *error;
@@ -222,6 +229,7 @@ static void answer_whole(struct serving *serving) {
     free(order);
     note(serving);
     serving->answered = serving->ended = true;
+    uncount_key(serving);
     reply_json(serving->exchange, 200, &body);
 }
 
@@ -277,6 +285,7 @@ static enum produced produce(void *owner, struct buffer *out) {
     if (serving->failed || is_complete(serving)) {
         note(serving);
         serving->ended = serving->done_sent = true;
+        uncount_key(serving);
         write_done(out);
     } else if (out->length == 0 && serving->heartbeat) {
         write_heartbeat(out);

@@ -36,6 +36,11 @@ class Commands(Case):
         self.assertIn("  --prompt TOKENS\n", self.works("eval", "--help"))
         self.assertIn("--recent-tokens", self.works("eval", "--help"))
         self.assertNotIn("--rounds", self.works("eval", "--help"))
+        # What is on unless its flag is given is not told as if the flag did it.
+        self.assertIn("  --no-prefix-cache\n        turns this off: keep the KV blocks", self.works("serve", "--help"))
+        self.assertIn("\\fB\\-\\-no\\-prefix\\-cache\\fR\nturns this off: keep the KV blocks", self.works("check-config", "--print-manual"))
+        self.assertNotIn("[true]", self.works("serve", "--help"))
+        self.assertNotIn("Default: true", self.works("check-config", "--print-manual"))
         # Help wins over everything else on the line.
         self.works("serve", "--help", "--port", "99999999")
 
@@ -76,6 +81,12 @@ class CheckConfig(Case):
         self.assertIn('server.host = "127.0.0.1" # default\n', printed)
         self.assertEqual(tomllib.loads(printed)["server"]["port"], 81)  # what is printed is itself a configuration
 
+    def test_keys_that_are_there(self):
+        keys = self.file("keys", "# mine\nsecret\n")
+        printed = self.works("check-config", self.file("kvasir.toml", f"[server]\napi_key_file = '{keys}'\nhost = '0.0.0.0'\n"))
+        self.assertIn(f'server.api_key_file = "{keys}" # file\n', printed)
+        self.assertNotIn("secret", printed)
+
     def test_unknown_environment_is_said_and_no_error(self):
         done = kvasir("check-config", environment={"KVASIR_PROT": "1"})
         self.assertEqual(done.returncode, 0)
@@ -102,6 +113,11 @@ class CheckConfig(Case):
         ]
         for text, says in cases:
             self.refused("check-config", self.file("wrong.toml", text), says=says)
+        for text, says in ((None, "No such file"), ("# none\n", "no key"), ("good\nb\xe4d\n", "keys:2: a key consists of")):
+            keys = os.path.join(self.folder.name, "keys")
+            if text is not None:
+                self.file("keys", text)
+            self.refused("check-config", self.file("wrong.toml", f"[server]\napi_key_file = '{keys}'\n"), says=[keys, says])
         self.refused("check-config", os.path.join(self.folder.name, "absent.toml"), says=["absent.toml", "No such file"])
         self.refused("check-config", self.folder.name, says="is a directory")
         self.refused("check-config", "/dev/zero")

@@ -186,6 +186,8 @@ class Eval(Case):
                             (["--rounds", "3"], "belongs to kvasir bench"), (["--stream", "x"], "--stream"),
                             (["--streams", "2"], "--streams"), (["-m", "x.gguf"], "--dummy")):
             self.refused("eval", "--dummy", "tiny", *flags, says=says)
+        self.refused("eval", "--dummy", "tiny", "--prompt", "127", says="128")
+        self.assertIn("at least 128", self.works("eval", "--help"))  # the table of options knows the word auto and no least number beside it
         self.refused("eval", says="model: none given")
         self.refused("eval", "--json", "absent.gguf", says="absent.gguf")
         self.refused("bench", "--svg", "x", says="belongs to kvasir eval")

@@ -14,6 +14,8 @@ if grep -nE 'installing Debian|configuring|Building|Linking|fetching' "$scratch/
   echo "the second run did things again"
   exit 1
 fi
+# What the server and the README say to try can be tried where there was git alone.
+deploy/install-packages build --list | grep -qx curl || { echo "curl is not installed"; exit 1; }
 # Another model, and one that is none: said in one line, exit code not 0.
 if KVASIR_MODEL=/nowhere.gguf deploy/quickstart --check </dev/null >"$scratch/third" 2>&1; then
   echo "a model that is not there was served"

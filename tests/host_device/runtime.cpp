@@ -64,6 +64,9 @@ static struct host_options read_options(void) {
             if (strncmp(at, orders[i], length) == 0 && strlen(orders[i]) == length) options.order = (enum host_order)i, known = true;
         for (int i = 0; i < 4; i++)
             if (strncmp(at, capabilities[i].words, length) == 0 && length == 3) options.capability = capabilities[i].number, known = true;
+        for (int i = 0; i < 4; i++)
+            if (length == 9 && strncmp(at, "first=", 6) == 0 && strncmp(at + 6, capabilities[i].words, 3) == 0)
+                options.first = capabilities[i].number, known = true;
         if (strncmp(at, "for=", 4) == 0) options.compiled_for = (uint32_t)strtoul(at + 4, NULL, 10), known = true;
         if (strncmp(at, "second", length) == 0) options.second = known = true;
         if (strncmp(at, "eager", length) == 0) options.eager = known = true;
@@ -149,9 +152,13 @@ cudaError_t cudaGetDeviceCount(int *count) {
     *count = host_options()->second ? 2 : 1;
     return cudaSuccess;
 }
+static int current_device(void) { return host_options()->second ? 1 : 0; }
 cudaError_t cudaGetDevice(int *device) {
-    *device = host_options()->second ? 1 : 0;
+    *device = current_device();
     return cudaSuccess;
+}
+static uint32_t capability_of(int device) {
+    return device < current_device() && host_options()->first ? host_options()->first : host_options()->capability;
 }
 /* Makes the device's context. */
 cudaError_t cudaSetDevice(int device) {
@@ -165,14 +172,12 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     if (!is_there(device)) return result_of(cudaErrorInvalidDevice);
-    const size_t shared_kib = host_options()->capability >= 90   ? 228
-                              : host_options()->capability == 80 ? 164
-                              : host_options()->capability == 75 ? 64
-                                                                 : 100;
+    const uint32_t capability = capability_of(device);
+    const size_t shared_kib = capability >= 90 ? 228 : capability == 80 ? 164 : capability == 75 ? 64 : 100;
     *properties = {};
     (void)snprintf(properties->name, sizeof properties->name, "host device (no GPU)");
-    properties->major = (int)host_options()->capability / 10;
-    properties->minor = (int)host_options()->capability % 10;
+    properties->major = (int)capability / 10;
+    properties->minor = (int)capability % 10;
     properties->multiProcessorCount = host_options()->idle ? IDLE_MULTIPROCESSORS : MULTIPROCESSORS;
     properties->totalGlobalMem = host_options()->idle ? IDLE_BYTES : (size_t)8 << 30;
     properties->sharedMemPerBlock = 48 << 10;
@@ -184,7 +189,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
 int host_compiled_for(int which) { return host_options()->compiled_for ? (int)host_options()->compiled_for * 10 : which == 0 ? 800 : 900; }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     cudaDeviceProp properties;
-    (void)cudaGetDeviceProperties(&properties, 0);
+    (void)cudaGetDeviceProperties(&properties, current_device());
     *total = properties.totalGlobalMem;
     *available = *total - host_device_bytes_used();
     return cudaSuccess;
@@ -370,7 +375,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 cudaError_t host_function_set(const void *kernel, cudaFuncAttribute attribute, int value) {
     const std::lock_guard<std::recursive_mutex> locked(lock);
     cudaDeviceProp properties;
-    (void)cudaGetDeviceProperties(&properties, 0);
+    (void)cudaGetDeviceProperties(&properties, current_device());
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
         if (value < 0 || (size_t)value > properties.sharedMemPerBlockOptin) return result_of(cudaErrorInvalidValue);
         functions[kernel].shared_bytes = value > 48 << 10 ? value : 48 << 10;
@@ -381,7 +386,7 @@ cudaError_t host_function_set(const void *kernel, cudaFuncAttribute attribute, i
 
 cudaError_t host_occupancy(int *blocks, const void *, int threads, size_t shared_bytes) {
     cudaDeviceProp properties;
-    (void)cudaGetDeviceProperties(&properties, 0);
+    (void)cudaGetDeviceProperties(&properties, current_device());
     const size_t by_memory = properties.sharedMemPerMultiprocessor / (shared_bytes + properties.reservedSharedMemPerBlock);
     const size_t by_threads = (size_t)THREADS_MULTIPROCESSOR / (size_t)threads;
     *blocks = (int)min((unsigned long)BLOCKS_MULTIPROCESSOR, min((unsigned long)by_memory, (unsigned long)by_threads));

@@ -674,6 +674,19 @@ class Supervised(unittest.TestCase):
                     if "api-key-file" not in flags[-2]:
                         self.assertNotIn("listening", result.stdout)
 
+    def test_a_file_whose_name_is_no_text(self):
+        """Clients ask for a model by the file's name: one that JSON cannot hold needs another."""
+        with tempfile.TemporaryDirectory() as folder:
+            link = os.path.join(os.fsencode(folder), b"m\xff.gguf")
+            os.symlink(harness.sample_model(), link)
+            result = subprocess.run([harness.PROGRAM, "serve", "--port", "0", "-m", link], capture_output=True, timeout=harness.DEADLINE)
+            self.assertEqual(result.returncode, 2, result)
+            self.assertIn(b"served_name", result.stderr)
+            with harness.Daemon("--backend", "mock", "-m", link, "--served-name", "modèle", "--kv-memory", "64MiB") as daemon:
+                self.assertEqual(daemon.model, "modèle")
+                self.assertEqual(daemon.complete(max_tokens=1).status, 200)
+                self.assertTrue(daemon.metrics())
+
     def test_a_port_in_use(self):
         """May be free the next time: another exit status than for what will not mend itself."""
         with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -282,6 +282,15 @@ class Routes(harness.DaemonCase):
                 connection.send(raw.request_bytes("GET", path))
                 self.assertEqual(connection.read_response().status, status)
 
+    def test_a_long_name(self):
+        """As long as a name may be: it is a path too, and one more or less is another one."""
+        name = "n/" * 200 + "m" * 111
+        with harness.Daemon(*harness.MOCK, "--served-name", name) as daemon:
+            self.assertEqual(daemon.get(f"/v1/models/{name}").json()["id"], name)
+            for other in (name + "m", name[:-1], name + "m" * 3000, name + "%00", name + "/", name[:250]):
+                self.assertEqual(daemon.get(f"/v1/models/{other}").status, 404)
+            self.assertEqual(daemon.complete(max_tokens=1).json()["model"], name)
+
     def test_encoded_bodies(self):
         body = json.dumps({"model": self.daemon.model, "prompt": "a", "max_tokens": 1}).encode()
         for path in ("/v1/completions", "/tokenize"):
@@ -320,6 +329,9 @@ class Routes(harness.DaemonCase):
             response = self.daemon.request("OPTIONS", path)
             self.assertIn(response.status, (200, 204), response)
             self.assertIn(self.ROUTES[path], response.header("Allow") or "")
+        response = self.daemon.request("OPTIONS", "*")  # of the server as a whole (RFC 9110 9.3.7)
+        self.assertEqual((response.status, response.header("Allow")), (204, "GET, HEAD, POST, OPTIONS"))
+        self.assertEqual(self.daemon.get("*").status, 404)
 
     def test_query_strings_do_not_matter(self):
         self.assertEqual(self.daemon.get("/health?verbose=1").status, 200)

@@ -2,6 +2,7 @@
 
 Answers come from the sample model where their content matters, from the mock backend where only the protocol does."""
 import asyncio
+import json
 import tempfile
 import time
 import unittest
@@ -10,6 +11,7 @@ import httpx2 as httpx
 import openai
 
 import harness
+import raw
 
 PROMPT = "The capital of France is"
 GREEDY = {"prompt": PROMPT, "temperature": 0}
@@ -363,6 +365,7 @@ class Keys(unittest.TestCase):
                 daemon.model = daemon.get("/v1/models", {"Authorization": "Bearer sk-first"}).json()["data"][0]["id"]
                 self.wrong_keys(daemon)
                 self.limit(daemon)
+                self.one_after_another(daemon)
                 self.caches(daemon)
                 daemon.wait_idle()
             self.assertNotIn("sk-first", daemon.log())
@@ -397,6 +400,19 @@ class Keys(unittest.TestCase):
             daemon.wait_idle()
             self.assertEqual(first.completions.create(**fields, max_tokens=1).usage.completion_tokens, 1)
 
+    def one_after_another(self, daemon):
+        """Who has an answer to its end may ask again at once, although the engine learns only then that a stop string ended it."""
+        stopped = 0
+        stops = {"stop": ["e", " ", "a", "t"], "max_tokens": 40}
+        for fields, rounds in (({"max_tokens": 2}, 5), (stops, 8), ({**stops, "stream": True}, 8), ({**stops, "n": 3}, 2), ({**stops, "best_of": 2}, 2)):
+            with daemon.connect() as connection:
+                for i in range(rounds):
+                    body = {"model": daemon.model, "prompt": f"number {i}", "seed": i, **fields}
+                    connection.send(raw.request_bytes("POST", "/v1/completions", json.dumps(body).encode(), {"Authorization": "Bearer sk-first"}))
+                    answer = connection.read_response()
+                    self.assertEqual(answer.status, 200, (fields, i))
+                    stopped += b'"finish_reason":"stop"' in answer.body
+        self.assertGreater(stopped, 3)
 
     def caches(self, daemon):
         """What one key has asked is not found faster by another."""

@@ -148,6 +148,9 @@ static void test_flag_errors(void **state) {
         {"--step-ms", "1e999", "is not a number"},
         {"--kv-dtype", "fp16", "--kv-dtype: \"fp16\" is none of auto, f32, f16, bf16, q8"},
         {"--kv-dtype", "", "is none of"},
+        {"--kv-dtype", "f32, f16", "--kv-dtype: \"f32, f16\" is none of"}, /* a piece of the list of choices is no choice */
+        {"--backend", "cpu, reference, mock", "is none of"},
+        {"--log-level", "warn,", "is none of"},
         {"--prefix-cache=perhaps", NULL, "is neither true nor false"},
         {"--no-port", NULL, "unknown option --no-port"},
         {"--host", "a\nb", "control character"},
@@ -370,6 +373,21 @@ static void test_rules_have_lines(void **state) {
     assert_memory_equal(error.text, "server.host:", 12); /* no file has it */
 }
 
+/* JSON and the metrics page carry it: no client could ask for what is no text. Paths may hold anything. */
+static void test_the_served_name_is_text(void **state) {
+    (void)state;
+    struct config config;
+    struct error error;
+    static const char *const names[] = {"\xff", "caf\xe9", "a\xc3", "\xed\xa0\x80"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        assert_int_equal(load(&config, &error, "--served-name", names[i], NULL), STATUS_OK);
+        assert_int_equal(config_check(&config, &error), STATUS_INVALID);
+        assert_non_null(strstr(error.text, "served_name: not valid UTF-8"));
+    }
+    assert_int_equal(load(&config, &error, "--served-name", "caf\xc3\xa9 \xf0\x9f\x99\x82", "--model", "\xff.gguf", NULL), STATUS_OK);
+    assert_int_equal(config_check(&config, &error), STATUS_OK);
+}
+
 static void test_public_bind_needs_keys(void **state) {
     (void)state;
     static const char *const private[] = {"127.0.0.1", "127.8.9.10", "localhost", "::1", "[::1]", "::ffff:127.0.0.1"};
@@ -549,6 +567,7 @@ int main(void) {
         TEST(test_reload),
         TEST(test_reload_of_a_pipe),
         TEST(test_rules_have_lines),
+        TEST(test_the_served_name_is_text),
         TEST(test_public_bind_needs_keys),
         TEST(test_unknown_environment),
         TEST(test_what_is_printed_reads_back),

@@ -319,8 +319,12 @@ static void test_names(void **state) {
     (void)state;
     const struct backend_ops *const *best = backends;
     while ((*best)->memory(0, NULL, NULL, NULL) != STATUS_OK) best++;
-    assert_ptr_equal(backend_find("auto"), *best);
-    assert_ptr_not_equal(backend_find("auto"), &backend_mock);
+    assert_ptr_equal(backend_choose("auto", 0), *best);
+    assert_ptr_not_equal(backend_choose("auto", 0), &backend_mock);
+    assert_ptr_equal(backend_choose("auto", 4096), *best); /* nobody has it: the best one says so */
+    assert_ptr_equal(backend_choose("reference", 4096), &backend_reference);
+    assert_null(backend_choose("abacus", 0));
+    assert_null(backend_find("auto")); /* no backend's name */
     assert_ptr_equal(backend_find("reference"), &backend_reference);
     assert_ptr_equal(backend_find("mock"), &backend_mock);
     assert_null(backend_find("abacus"));

@@ -189,7 +189,9 @@ static const struct bad bad[] = {
     {"{\"prompt\":\"a\",\"min_tokens\":17}", "min_tokens", NULL, 0},
     {"{\"prompt\":\"a\",\"min_tokens\":5,\"max_tokens\":4}", "min_tokens", NULL, 0},
     {"{\"prompt\":[\"a\",\"b\",\"c\"],\"n\":6}", "n", NULL, 0},
-    {"{\"prompt\":[\"a\",\"b\",\"c\"],\"best_of\":6}", "n", NULL, 0},
+    {"{\"prompt\":[\"a\",\"b\",\"c\"],\"best_of\":6}", "best_of", NULL, 0},
+    {"{\"prompt\":[\"a\",\"b\",\"c\"],\"n\":2,\"best_of\":6}", "best_of", NULL, 0},
+    {"{\"prompt\":[\"a\",\"b\",\"c\"],\"n\":6,\"best_of\":6}", "n", NULL, 0},
     {"{\"prompt\":\"a\",\"suffix\":\"x\"}", "suffix", NULL, 0},
     {"{\"prompt\":\"a\",\"suffix\":1}", "suffix", NULL, 0},
     {"{\"prompt\":\"a\",\"cache_salt\":\"\"}", "cache_salt", NULL, 0},
@@ -199,8 +201,9 @@ static const struct bad bad[] = {
     {"{\"prompt\":\"a\",\"repetition_penalty\":0}", "repetition_penalty", NULL, 0},
     {"{\"prompt\":\"a\",\"repetition_penalty\":1e-60}", "repetition_penalty", NULL, 0},
     /* context */
-    {"{\"prompt\":\"a\",\"max_tokens\":100}", "prompt", "context_length_exceeded", 0},
-    {"{\"prompt\":\"a\",\"max_tokens\":2147483647}", "prompt", "context_length_exceeded", 0},
+    {"{\"prompt\":\"a\",\"max_tokens\":100}", "max_tokens", "context_length_exceeded", 0}, /* which no prompt would make fit */
+    {"{\"prompt\":\"a\",\"max_tokens\":2147483647}", "max_tokens", "context_length_exceeded", 0},
+    {"{\"prompt\":\"aa\",\"max_tokens\":99}", "prompt", "context_length_exceeded", 0},
     {"{\"prompt\":\"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\"}", "prompt",
      "context_length_exceeded", 0},
     {"{\"prompt\":\"a\",\"max_tokens\":99,\"truncate_prompt_tokens\":5,\"prompt2\":0,\"n\":1,\"min_tokens\":100}", "min_tokens", NULL, 0},
