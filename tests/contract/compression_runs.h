@@ -109,7 +109,7 @@ static void run_compact(struct backend *backend, uint32_t count, const struct co
     for (uint32_t n = 0; n < count && !run_unseen; n++) {
         const struct run_place *place = &run_places[items[n].place];
         const uint32_t *keep = items[n].keep ? items[n].keep : place->listed + place->first[items[n].lane];
-        run_kept = random_mix(run_kept ^ items[n].n_slots);
+        run_kept = random_mix(run_kept ^ ((uint64_t)items[n].lane << 32 | items[n].n_slots)); /* small moves of different requests are alike but for the lane */
         for (uint32_t i = 0; i < items[n].n_keep; i++) run_kept = random_mix(run_kept ^ keep[i]);
     }
     CHECK(n_run_moves < RUN_MOVES_MAX);
