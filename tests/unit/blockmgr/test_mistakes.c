@@ -6,13 +6,9 @@
 
 #include <cmocka.h>
 
-#include <fcntl.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include "base/random.h"
 #include "blockmgr/block_pool.h"
+#include "tests/support/stops.h"
 
 enum { N_BLOCKS = 10, EXTENT = 4 };
 
@@ -67,29 +63,20 @@ static void take_from_none(struct block_pool *pool) {
     for (uint32_t i = 0; i < 4; i++) (void)block_pool_take(pool, BLOCK_NONE); /* three are free */
 }
 
-/* Runs the mistake in a child; true: it was stopped by a CHECK. */
-static bool stops(void (*mistake)(struct block_pool *)) {
-    pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        int null = open("/dev/null", O_WRONLY);
-        (void)dup2(null, STDERR_FILENO);
-        (void)signal(SIGABRT, SIG_DFL);
-        struct block_pool pool;
-        fill(&pool);
-        if (mistake) mistake(&pool);
-        _exit(0);
-    }
-    int status;
-    assert_int_equal(waitpid(child, &status, 0), child);
-    return WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+typedef void mistake(struct block_pool *pool);
+
+static void make(const void *context) {
+    mistake *const *made = context;
+    struct block_pool pool;
+    fill(&pool);
+    if (*made) (*made)(&pool);
 }
 
 static void test_mistakes_are_found(void **state) {
     (void)state;
     static const struct {
         const char *name;
-        void (*mistake)(struct block_pool *);
+        mistake *made;
     } mistakes[] = {
         {"give free", give_free},
         {"give twice", give_twice},
@@ -111,9 +98,10 @@ static void test_mistakes_are_found(void **state) {
         {"uncache run past the end", uncache_run_past_the_end},
         {"take from none", take_from_none},
     };
-    assert_false(stops(NULL));
+    mistake *const none = NULL;
+    assert_false(stops(make, &none));
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++)
-        if (!stops(mistakes[i].mistake)) fail_msg("not found: %s", mistakes[i].name);
+        if (!stops(make, &mistakes[i].made)) fail_msg("not found: %s", mistakes[i].name);
 }
 
 /* A block that was apart, whatever came last, is like any other once it is free or one owner's again. */

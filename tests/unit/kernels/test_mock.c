@@ -9,16 +9,13 @@
 
 #include <cmocka.h>
 
-#include <fcntl.h>
 #include <math.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include "base/check.h"
 #include "base/clock.h"
 #include "kernels/backend.h"
 #include "kernels/mock/mock.h"
+#include "tests/support/stops.h"
 #include "tests/support/tiny_program.h"
 
 enum { LANES = 4, POOL = 64, LANE_BLOCKS = 4, SEQUENCES = 3, VOCAB = 64 };
@@ -265,36 +262,27 @@ static void sinks_never_copied(struct fixture *f) {
                              &(struct shift_request){.ring = 1, .n_slots = 4, .shift = 3, .block_ids = f->ids, .lane_first = f->lane_first[0]});
 }
 
-/* Runs the mistake and two more steps in a child; true: it was stopped by a CHECK. */
-static bool stops(void (*mistake)(struct fixture *)) {
-    pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        int null = open("/dev/null", O_WRONLY);
-        (void)dup2(null, STDERR_FILENO);
-        (void)signal(SIGABRT, SIG_DFL);
-        struct fixture f = new_fixture(0);
-        struct sample_result results[SEQUENCES];
-        step(&f, (const uint32_t[]){40, 0, 0}, NULL, results);
-        if (mistake != fork_without_copy && mistake != fork_into_the_shared_block && mistake != copy_of_the_wrong_block &&
-            mistake != shared_block_written_earlier)
-            step(&f, (const uint32_t[]){0, 35, 0}, NULL, results);
-        step(&f, (const uint32_t[]){0, 0, 9}, NULL, results);
-        if (mistake) mistake(&f);
-        step(&f, (const uint32_t[]){1, 1, 1}, NULL, results);
-        step(&f, (const uint32_t[]){1, 1, 1}, NULL, results);
-        _exit(0);
-    }
-    int status;
-    assert_int_equal(waitpid(child, &status, 0), child);
-    return WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+typedef void mistake(struct fixture *f);
+
+/* The mistake, and two more steps. */
+static void make(const void *context) {
+    mistake *const made = *(mistake *const *)context;
+    struct fixture f = new_fixture(0);
+    struct sample_result results[SEQUENCES];
+    step(&f, (const uint32_t[]){40, 0, 0}, NULL, results);
+    if (made != fork_without_copy && made != fork_into_the_shared_block && made != copy_of_the_wrong_block && made != shared_block_written_earlier)
+        step(&f, (const uint32_t[]){0, 35, 0}, NULL, results);
+    step(&f, (const uint32_t[]){0, 0, 9}, NULL, results);
+    if (made) made(&f);
+    step(&f, (const uint32_t[]){1, 1, 1}, NULL, results);
+    step(&f, (const uint32_t[]){1, 1, 1}, NULL, results);
 }
 
 static void test_mistakes_are_found(void **state) {
     (void)state;
     static const struct {
         const char *name;
-        void (*mistake)(struct fixture *);
+        mistake *made;
     } mistakes[] = {
         {"wrong block", wrong_block},
         {"swapped blocks", swapped_blocks},
@@ -314,9 +302,10 @@ static void test_mistakes_are_found(void **state) {
         {"score with a foreign ring", score_with_a_foreign_ring},
         {"sinks never copied", sinks_never_copied},
     };
-    assert_false(stops(NULL)); /* the same steps without a mistake */
+    mistake *const none = NULL;
+    assert_false(stops(make, &none)); /* the same steps without a mistake */
     for (size_t i = 0; i < sizeof mistakes / sizeof *mistakes; i++)
-        if (!stops(mistakes[i].mistake)) fail_msg("not found: %s", mistakes[i].name);
+        if (!stops(make, &mistakes[i].made)) fail_msg("not found: %s", mistakes[i].name);
 }
 
 /* A step of n rows takes at least n / rate seconds; no upper bound is promised by the machine. */
