@@ -88,7 +88,7 @@ void route_headers(void *context, struct exchange *exchange) {
     }
     if (!route) {
         char message[360];
-        (void)snprintf(message, sizeof message, "There is no %s here.", path);
+        (void)snprintf(message, sizeof message, "There is no %.255s here.", path);
         refuse(exchange, 404, "invalid_request_error", "not_found", message);
         return;
     }

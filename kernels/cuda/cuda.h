@@ -132,11 +132,13 @@ struct delivery {
     uint32_t n_writes;
 };
 
-/* Lanes of a sequence, in no order. */
+/* Lanes of a sequence, in no order: of two lists, one behind the other. */
 struct lane_list {
     const uint32_t *lanes[2];
     uint32_t n[2];
 };
+static inline uint32_t lane_list_size(const struct lane_list *list) { return list->n[0] + list->n[1]; }
+static inline uint32_t lane_list_at(const struct lane_list *list, uint32_t i) { return i < list->n[0] ? list->lanes[0][i] : list->lanes[1][i - list->n[0]]; }
 
 /* What the host knows when it launches, rounded up where a graph is shared: grids are made from this, kernels then look at the header. */
 struct step_shape {

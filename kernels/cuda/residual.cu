@@ -195,23 +195,22 @@ static void take_lane(struct cuda *cuda, const struct lane_step *step, uint32_t 
 /* What the step will look at of these lanes lies anywhere; each would be a cache miss of its own. */
 static void expect_lanes(const struct residual_host *own, const struct batch *batch, uint32_t s) {
     const struct lane_list *list = &own->lanes[s];
-    for (int part = 0; part < 2; part++)
-        for (uint32_t i = 0; i < list->n[part]; i++) {
-            const uint32_t lane = list->lanes[part][i];
-            const struct lane_step step = lane_of(batch, &batch->sequences[s], lane);
-            __builtin_prefetch(&own->raw.held[((size_t)batch->sequences[s].table * own->raw.n_lanes + lane) * KIVI_RAW_BLOCKS], 1);
-            for (uint32_t b = step.inner; b < step.end; b++) raw_expect(&own->raw, step.blocks[b]);
-        }
+    for (uint32_t i = 0; i < lane_list_size(list); i++) {
+        const uint32_t lane = lane_list_at(list, i);
+        const struct lane_step step = lane_of(batch, &batch->sequences[s], lane);
+        __builtin_prefetch(&own->raw.held[((size_t)batch->sequences[s].table * own->raw.n_lanes + lane) * KIVI_RAW_BLOCKS], 1);
+        for (uint32_t b = step.inner; b < step.end; b++) raw_expect(&own->raw, step.blocks[b]);
+    }
 }
 
 static void take_places(struct cuda *cuda, const struct batch *batch, uint32_t s, uint64_t reserved) {
     const struct lane_list *list = &cuda->residual->lanes[s];
-    for (int part = 0; part < 2; part++)
-        for (uint32_t i = 0; i < list->n[part]; i++) {
-            const struct lane_step step = lane_of(batch, &batch->sequences[s], list->lanes[part][i]);
-            take_lane(cuda, &step, list->lanes[part][i], reserved);
-            for (uint32_t b = step.inner; b < step.held; b++) raw_expect_place(&cuda->residual->raw, step.blocks[b]); /* for residual_end */
-        }
+    for (uint32_t i = 0; i < lane_list_size(list); i++) {
+        const uint32_t lane = lane_list_at(list, i);
+        const struct lane_step step = lane_of(batch, &batch->sequences[s], lane);
+        take_lane(cuda, &step, lane, reserved);
+        for (uint32_t b = step.inner; b < step.held; b++) raw_expect_place(&cuda->residual->raw, step.blocks[b]); /* for residual_end */
+    }
 }
 
 void residual_begin(struct cuda *cuda, const struct batch *batch) {
@@ -263,13 +262,12 @@ void residual_end(struct cuda *cuda, const struct batch *batch) {
     for (uint32_t s = 0; own && s < batch->n_sequences; s++) {
         const struct batch_sequence *sequence = &batch->sequences[s];
         const struct lane_list *list = &own->lanes[s];
-        for (int part = 0; part < 2; part++)
-            for (uint32_t i = 0; i < list->n[part]; i++) {
-                const uint32_t lane = list->lanes[part][i];
-                const struct lane_step step = lane_of(batch, sequence, lane);
-                if (!own->goes_on[s] || step.held < step.end)
-                    hold_last(own, sequence->table, lane, &step, own->goes_on[s] ? 0 : own->held[(size_t)s * cuda->n_lanes + lane]);
-            }
+        for (uint32_t i = 0; i < lane_list_size(list); i++) {
+            const uint32_t lane = lane_list_at(list, i);
+            const struct lane_step step = lane_of(batch, sequence, lane);
+            if (!own->goes_on[s] || step.held < step.end)
+                hold_last(own, sequence->table, lane, &step, own->goes_on[s] ? 0 : own->held[(size_t)s * cuda->n_lanes + lane]);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 /* A step: submit fills pinned memory and launches, sync waits; a second one may be submitted before that (struct step_flight). A step's small arrays, what its samples ask for and what is new of
- * its tables are taken from pinned memory by its first kernel: one call of the driver in place of one for each, which is what they cost. Steps of decode rows alone are captured into a graph for their bucket of rows and
- * replayed: every size that differs between two steps of a bucket is read from the header in device memory. Owns the graphs and the events between phases. The engine's thread. */
+ * its tables are taken from pinned memory by its first kernel: one call of the driver in place of one for each. Steps of decode rows alone are captured into a graph for their bucket of rows
+ * and replayed: every size that differs between two steps of a bucket is read from the header in device memory. Owns the graphs and the events between phases. The engine's thread. */
 #include "kernels/cuda/cuda.h"
 
 #include <stdlib.h>

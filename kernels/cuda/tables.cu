@@ -168,11 +168,10 @@ static enum status send_new(struct cuda *cuda, const struct batch *batch, const 
     const uint32_t sent = tables->sent[table];
     const struct lane_list entering = lanes_between(cuda, table, sent, end);
     enum status status = STATUS_OK;
-    for (int part = 0; part < 2; part++)
-        for (uint32_t i = 0; i < entering.n[part] && status == STATUS_OK; i++) {
-            const uint32_t lane = entering.lanes[part][i], slots = sequence->lane_tokens[lane] - progress; /* when lengths were sent */
-            status = expect_ids(cuda, batch, sequence, table, lane, slots + sent, slots + end, error);
-        }
+    for (uint32_t i = 0; i < lane_list_size(&entering) && status == STATUS_OK; i++) {
+        const uint32_t lane = lane_list_at(&entering, i), slots = sequence->lane_tokens[lane] - progress; /* when lengths were sent */
+        status = expect_ids(cuda, batch, sequence, table, lane, slots + sent, slots + end, error);
+    }
     tables->sent[table] = end;
     return status;
 }

@@ -19,15 +19,10 @@ extern "C" {
 #include "tests/support/array_backend.h"
 }
 #include "kernels/cuda/services.h"
+#include "tests/gpu/wrong.h"
 
-enum { POISON = 0xa5, LINES_MAX = 10, LANES_8B = 256, SLOTS_8B = 6000 };
+enum { POISON = 0xa5, LANES_8B = 256, SLOTS_8B = 6000 };
 static const size_t drawn_bytes = 24000000;
-static uint32_t n_wrong;
-
-#define WRONG(...)                                                                                                                                   \
-    do {                                                                                                                                             \
-        if (n_wrong++ < LINES_MAX) printf("wrong: " __VA_ARGS__), puts("");                                                                          \
-    } while (0)
 
 struct shape {
     enum kv_dtype dtype;

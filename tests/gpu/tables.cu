@@ -14,13 +14,9 @@ extern "C" {
 #include "base/random.h"
 }
 #include "kernels/cuda/cuda.h"
+#include "tests/gpu/wrong.h"
 
-enum { LINES_MAX = 10, STEPS_UNDER_WAY = 2 };
-static uint32_t n_wrong;
-#define WRONG(...)                                                                                                                                   \
-    do {                                                                                                                                             \
-        if (n_wrong++ < LINES_MAX) printf("wrong: " __VA_ARGS__), puts("");                                                                          \
-    } while (0)
+enum { STEPS_UNDER_WAY = 2 };
 
 /* A sequence: what its table should be on the device. */
 struct expected {
