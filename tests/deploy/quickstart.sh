@@ -15,7 +15,9 @@ if grep -nE 'installing Debian|configuring|Building|Linking|fetching' "$scratch/
   exit 1
 fi
 # What the server and the README say to try can be tried where there was git alone.
-deploy/install-packages build --list | grep -qx curl || { echo "curl is not installed"; exit 1; }
+# (Read to its end, then searched: a grep -q that leaves early ends who writes into it, and with pipefail the test.)
+packages=$(deploy/install-packages build --list)
+grep -qx curl <<<"$packages" || { echo "curl is not installed"; exit 1; }
 # Another model, and one that is none: said in one line, exit code not 0.
 if KVASIR_MODEL=/nowhere.gguf deploy/quickstart --check </dev/null >"$scratch/third" 2>&1; then
   echo "a model that is not there was served"
