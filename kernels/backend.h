@@ -122,6 +122,8 @@ struct backend_ops {
     /* What prepare will allocate beside the pool, line by line; returns the number of lines (<= max). limits->n_blocks is not read, nor is a device asked, but for WEIGHTS_AUTO. */
     uint32_t (*memory_plan)(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max);
 
+    /* What prepare refuses because of what program and limits are, without a look at a device or at memory: STATUS_UNSUPPORTED or STATUS_INVALID, and why. Any thread. */
+    enum status (*supports)(const struct program *program, const struct backend_limits *limits, struct error *error);
     enum status (*prepare)(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error);
     void (*close)(struct backend *backend); /* NULL is fine */
     /* One line for the log and `bench`: "cpu avx512bf16, 2 threads". Valid while the backend lives. */

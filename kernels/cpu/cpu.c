@@ -365,6 +365,12 @@ static enum status open_memory(struct cpu *cpu, uint32_t n_workers, struct error
 
 extern const struct backend_ops backend_cpu;
 
+static enum status cpu_supports(const struct program *program, const struct backend_limits *limits, struct error *error) {
+    const struct cpu_isa *isa;
+    enum status status = backend_needs_data(&backend_cpu, program, error);
+    return status ? status : choose_isa(limits->instruction_set, &isa, error);
+}
+
 static enum status cpu_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
     const struct cpu_isa *isa;
     enum status status = backend_needs_data(&backend_cpu, program, error);
@@ -477,6 +483,7 @@ const struct backend_ops backend_cpu = {
     .memory = backend_host_memory,
     .block_bytes = cpu_block_bytes,
     .memory_plan = cpu_memory_plan,
+    .supports = cpu_supports,
     .prepare = cpu_prepare,
     .close = cpu_close,
     .describe = cpu_describe,

@@ -171,6 +171,15 @@ static uint32_t cuda_memory_plan(const struct program *program, const struct bac
     return n;
 }
 
+static enum status cuda_supports(const struct program *program, const struct backend_limits *limits, struct error *error) {
+    struct cuda_private *counted = (struct cuda_private *)check_calloc(1, sizeof *counted);
+    begin(&counted->cuda, program, limits);
+    const enum status status = cuda_supported(&counted->cuda, error);
+    free(counted->cuda.layers);
+    free(counted);
+    return status;
+}
+
 static uint64_t cuda_weight_bytes(const struct program *program, const struct backend_limits *limits) {
     struct cuda_private *counted = (struct cuda_private *)check_calloc(1, sizeof *counted);
     struct device_arena weights = {};
@@ -302,6 +311,7 @@ extern "C" const struct backend_ops backend_cuda = {
     .memory = cuda_memory,
     .block_bytes = cuda_block_bytes,
     .memory_plan = cuda_memory_plan,
+    .supports = cuda_supports,
     .prepare = cuda_prepare,
     .close = cuda_close,
     .describe = cuda_describe,

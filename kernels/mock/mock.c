@@ -140,6 +140,12 @@ static void mock_close(struct backend *backend) {
     free(mock);
 }
 
+/* It computes with no weights. */
+static enum status mock_supports(const struct program *program, const struct backend_limits *limits, struct error *error) {
+    (void)program, (void)limits, (void)error;
+    return STATUS_OK;
+}
+
 static enum status mock_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend, struct error *error) {
     if (limits->n_blocks == 0 || limits->n_blocks > 1u << 28)
         return error_set(error, STATUS_INVALID, "mock backend: a pool of %u blocks", (unsigned)limits->n_blocks);
@@ -516,6 +522,7 @@ const struct backend_ops backend_mock = {
     .memory = backend_host_memory,
     .block_bytes = mock_block_bytes,
     .memory_plan = mock_memory_plan,
+    .supports = mock_supports,
     .prepare = mock_prepare,
     .close = mock_close,
     .describe = mock_describe,

@@ -97,9 +97,14 @@ static bool allocate_rings(struct reference *r) {
     return r->ring_queries && r->ring_sinks;
 }
 
+static enum status reference_supports(const struct program *program, const struct backend_limits *limits, struct error *error) {
+    (void)limits;
+    return backend_needs_data(&backend_reference, program, error);
+}
+
 static enum status reference_prepare(const struct program *program, const struct backend_limits *limits, struct backend **backend,
                                      struct error *error) {
-    enum status status = backend_needs_data(&backend_reference, program, error);
+    enum status status = reference_supports(program, limits, error);
     if (status != STATUS_OK) return status;
     struct reference *r = check_calloc(1, sizeof *r);
     r->backend.ops = &backend_reference;
@@ -387,6 +392,7 @@ const struct backend_ops backend_reference = {
     .memory = backend_host_memory,
     .block_bytes = reference_block_bytes,
     .memory_plan = reference_memory_plan,
+    .supports = reference_supports,
     .prepare = reference_prepare,
     .close = reference_close,
     .describe = reference_describe,

@@ -29,10 +29,13 @@ static struct backend_limits small_limits(void) {
                                    .rank_slots = 256};
 }
 
-/* `words` are in what prepare says, and nothing came of it. */
+/* `words` are in what supports says, and prepare too, and nothing came of it. */
 static void refuses(const struct program *program, const struct backend_limits *limits, const char *words) {
     struct backend *backend = NULL;
     struct error error = {.text = ""};
+    assert_int_equal(backend_find("cuda")->supports(program, limits, &error), STATUS_UNSUPPORTED);
+    if (!strstr(error.text, words)) fail_msg("\"%s\" does not say \"%s\"", error.text, words);
+    error.text[0] = '\0';
     assert_int_equal(backend_find("cuda")->prepare(program, limits, &backend, &error), STATUS_UNSUPPORTED);
     assert_null(backend);
     if (!strstr(error.text, words)) fail_msg("\"%s\" does not say \"%s\"", error.text, words);
@@ -125,6 +128,7 @@ static void test_supported(void **state) {
     struct backend *backend = NULL;
     struct error none = {.text = ""}, error = {.text = ""};
     const enum status device = ops->memory(0, NULL, NULL, &none);
+    assert_int_equal(ops->supports(program, &limits, &error), STATUS_OK);
     assert_int_equal(ops->prepare(program, &limits, &backend, &error), device);
     if (device != STATUS_OK) assert_string_equal(error.text, none.text);
     ops->close(backend);
