@@ -118,6 +118,7 @@ struct engine_stats {
 /* What everything large will take, from config, model, free memory (the host's, within the cgroup limit, and the device's). Printed at start; each line count x bytes. */
 struct memory_plan {
     uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows, max_choices;
+    uint32_t wanted_sequences;               /* max_sequences before it was lowered */
     uint32_t n_layers, n_kv_heads;           /* of the model: a lane for each */
     uint32_t n_rings, ring_rows, sink_slots; /* for compression */
     bool accumulators;

@@ -142,6 +142,12 @@ static uint32_t backend_lines(const struct backend_ops *ops, const struct config
     return ops->memory_plan(program, &limits, lines, BACKEND_LINES);
 }
 
+static enum status backend_supports(const struct backend_ops *ops, const struct config *config, const struct program *program, const struct memory_plan *plan, struct error *error) {
+    struct backend_limits limits;
+    engine_backend_limits(plan, config, &limits);
+    return ops->supports(program, &limits, error);
+}
+
 /* A mailbox rounds its capacity up to a power of two. */
 static uint64_t mailbox_places(uint32_t capacity) {
     uint64_t places = 1;
@@ -189,11 +195,13 @@ static enum status does_not_fit(const struct config *config, const struct memory
                          "tables of sequences of %u tokens: %.1f MiB",
                          MIB(plan->available_bytes), MIB(host_spare(plan)), MIB(plan->total_bytes), MIB(host_left(plan)), plan->max_model_len,
                          MIB(scheduler_takes(config, program, &one)));
+    char takers[64] = "weights and scratch";
+    if (plan->has_device && plan->max_sequences > 1) (void)snprintf(takers, sizeof takers, "weights and to scratch of %u sequences", plan->max_sequences);
     return error_set(
         error, STATUS_NO_MEMORY,
-        "%s: %.1f MiB are available, %.1f MiB of that stay free, %.1f MiB go to weights and scratch; the rest, %.1f MiB, does not hold one "
+        "%s: %.1f MiB are available, %.1f MiB of that stay free, %.1f MiB go to %s; the rest, %.1f MiB, does not hold one "
         "sequence of %u tokens: %" PRIu64 " blocks x %zu bytes%s",
-        plan->has_device ? "device memory" : "memory", MIB(pool_available(plan)), MIB(pool_spare(plan)), MIB(beside_pool(plan)), MIB(pool_bytes),
+        plan->has_device ? "device memory" : "memory", MIB(pool_available(plan)), MIB(pool_spare(plan)), MIB(beside_pool(plan)), takers, MIB(pool_bytes),
         plan->max_model_len, blocks, plan->block_bytes, tables);
 }
 
@@ -246,8 +254,15 @@ static uint64_t longest_held(const struct config *config, const struct program *
     return (uint64_t)low * BLOCK_TOKENS;
 }
 
+/* Both at once, where both were. */
 static void say_lowered(const struct config *config, const struct program *program, struct memory_plan *plan) {
-    (void)snprintf(plan->lowered, sizeof plan->lowered, "max_model_len %u -> %u: %s holds no more", program->context_train, plan->max_model_len,
+    char sequences[48] = "", length[48] = "";
+    if (!config->max_sequences && plan->max_sequences < plan->wanted_sequences)
+        (void)snprintf(sequences, sizeof sequences, "max_sequences %u -> %u", plan->wanted_sequences, plan->max_sequences);
+    if (!config->max_model_len && plan->max_model_len < program->context_train)
+        (void)snprintf(length, sizeof length, "max_model_len %u -> %u", program->context_train, plan->max_model_len);
+    if (!sequences[0] && !length[0]) return;
+    (void)snprintf(plan->lowered, sizeof plan->lowered, "%s%s%s: %s holds no more", sequences, sequences[0] && length[0] ? ", " : "", length,
                    config->kv_memory  ? "engine.kv_memory"
                    : plan->has_device ? "free memory of the device"
                                       : "free memory");
@@ -262,7 +277,33 @@ static void fit_device_scratch(const struct backend_ops *ops, const struct confi
         add_fixed_lines(ops, config, program, &half);
         if (device_left(&half) / 2 < device_left(plan)) return;
         *plan = half;
-        say_lowered(config, program, plan);
+    }
+}
+
+static void set_sequences(const struct config *config, struct memory_plan *plan, uint32_t n) {
+    plan->max_sequences = n;
+    plan->max_choices = n + config->max_queue;
+    if (plan->n_rings) plan->n_rings = n;
+}
+
+/* Is it better with half as many? With a pool of its own size, where there is no room beside it; else, where what sequences take beside the pool is more than the pool. */
+static bool half_is_better(const struct config *config, const struct memory_plan *plan, const struct memory_plan *half) {
+    if (config->kv_memory) return plan->device_bytes > less(plan->device_available_bytes, config->kv_memory);
+    return device_left(half) >= device_left(plan) + device_left(plan) / 2;
+}
+
+/* Tables, rings and their like are each sequence's own on a device: how many run at once is halved, where that is ours to choose, as long as it is better. */
+static void fit_device(const struct backend_ops *ops, const struct config *config, const struct program *program, struct memory_plan *plan) {
+    const struct memory_plan whole = *plan; /* each number of sequences begins with the whole length */
+    add_fixed_lines(ops, config, program, plan);
+    fit_device_scratch(ops, config, program, plan);
+    while (plan->has_device && !config->max_sequences && plan->max_sequences > 1) {
+        struct memory_plan half = whole;
+        set_sequences(config, &half, plan->max_sequences / 2);
+        add_fixed_lines(ops, config, program, &half);
+        fit_device_scratch(ops, config, program, &half);
+        if (!half_is_better(config, plan, &half)) return;
+        *plan = half;
     }
 }
 
@@ -278,7 +319,6 @@ static enum status fit_model_len(const struct config *config, const struct progr
         return does_not_fit(config, plan, program, pool_bytes, error);
     }
     plan->max_model_len = (uint32_t)holds;
-    say_lowered(config, program, plan);
     return STATUS_OK;
 }
 
@@ -319,20 +359,23 @@ static void plan_compression(const struct config *config, struct memory_plan *pl
     if (plan->n_rings) plan->ring_rows = config->window;
 }
 
-/* What f16 and native weights would take and leave; and which it is. */
-static void plan_weights(const struct backend_ops *ops, const struct config *config, const struct program *program, uint64_t device_total,
-                         struct memory_plan *plan) {
+/* What f16 and native weights would take, and leave at the lengths there are now. */
+static void plan_weights(const struct backend_ops *ops, const struct config *config, const struct program *program, struct memory_plan *plan) {
     for (int mode = WEIGHTS_F16; mode <= WEIGHTS_NATIVE; mode++) {
         struct memory_plan tried = *plan;
-        struct memory_line lines[BACKEND_LINES];
+        struct weights_plan *told = &plan->weights_plans[mode];
         tried.weights = (enum weights_mode)mode;
-        uint32_t n = backend_lines(ops, config, program, &tried, lines);
-        for (uint32_t i = 0; i < n; i++) {
-            add_line(&tried, &lines[i]);
-            if (strcmp(lines[i].what, "weights") == 0) plan->weights_plans[mode].bytes += lines[i].count * lines[i].bytes_each;
-        }
-        plan->weights_plans[mode].kv_tokens = device_left(&tried) / plan->block_bytes / program_lanes(program) * BLOCK_TOKENS;
+        add_fixed_lines(ops, config, program, &tried);
+        told->bytes = 0;
+        for (uint32_t i = 0; i < tried.n_lines; i++)
+            if (strcmp(tried.lines[i].what, "weights") == 0) told->bytes += tried.lines[i].count * tried.lines[i].bytes_each;
+        told->kv_tokens = device_left(&tried) / plan->block_bytes / program_lanes(program) * BLOCK_TOKENS;
     }
+}
+
+static void choose_weights(const struct backend_ops *ops, const struct config *config, const struct program *program, uint64_t device_total,
+                           struct memory_plan *plan) {
+    plan_weights(ops, config, program, plan);
     CHECK(weights_mode_parse(config->weights, &plan->weights)); /* one of the option's choices */
     if (plan->weights == WEIGHTS_AUTO) plan->weights = weights_choice(plan->weights_plans[WEIGHTS_F16].bytes, device_total);
 }
@@ -342,8 +385,8 @@ static enum status plan_sizes(const struct backend_ops *ops, const struct config
                               struct error *error) {
     if (!kv_dtype_parse(config->kv_dtype, &plan->kv_dtype))
         plan->kv_dtype = backend_kv_dtype(ops, strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set);
-    plan->max_sequences = config->max_sequences ? config->max_sequences : plan->has_device ? SEQUENCES_MAX : auto_sequences(config);
-    plan->max_choices = plan->max_sequences + config->max_queue;
+    plan->wanted_sequences = config->max_sequences ? config->max_sequences : plan->has_device ? SEQUENCES_MAX : auto_sequences(config);
+    set_sequences(config, plan, plan->wanted_sequences);
     plan->max_stream_tokens = config->max_stream_tokens;
     plan_compression(config, plan);
     plan->block_bytes = backend_block_bytes(ops, program, plan->kv_dtype, plan->accumulators);
@@ -372,16 +415,18 @@ enum status engine_plan_memory_on(const struct backend_ops *ops, const struct co
     plan->has_device = device_total > 0;
     status = plan_sizes(ops, config, program, plan, error);
     if (status != STATUS_OK) return status;
-    if (plan->has_device) plan_weights(ops, config, program, device_total, plan);
-    add_fixed_lines(ops, config, program, plan);
-    fit_device_scratch(ops, config, program, plan);
+    if (plan->has_device) choose_weights(ops, config, program, device_total, plan);
+    fit_device(ops, config, program, plan);
     uint32_t wanted_len = plan->max_model_len;
     status = size_pool(config, program, plan, error);
     if (status == STATUS_OK && plan->max_model_len < wanted_len) { /* what depends on the length is smaller then */
         add_fixed_lines(ops, config, program, plan);
         status = size_pool(config, program, plan, error);
     }
+    if (status == STATUS_OK) status = backend_supports(ops, config, program, plan, error);
     if (status != STATUS_OK) return status;
+    say_lowered(config, program, plan);
+    if (plan->has_device) plan_weights(ops, config, program, plan);
     plan->kv_tokens = (uint64_t)plan->n_blocks / program_lanes(program) * BLOCK_TOKENS;
     add_line(plan, &(struct memory_line){.what = "KV block", .count = plan->n_blocks, .bytes_each = plan->block_bytes});
     add_host_line(plan, "scheduler", 1, scheduler_takes(config, program, plan)); /* block tables, prefix cache, queues */

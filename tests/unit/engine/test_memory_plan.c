@@ -154,7 +154,9 @@ static struct {
     uint32_t asked; /* for this device */
     uint64_t available, total;
     bool absent;
-    uint64_t block_scratch; /* for each block of the longest lane */
+    uint64_t block_scratch;   /* for each block of the longest lane */
+    uint64_t sequence_bytes;  /* for each sequence */
+    const char *cannot;       /* what supports says; NULL: all is well */
 } device;
 
 static enum status device_memory(uint32_t number, uint64_t *available, uint64_t *total, struct error *error) {
@@ -170,13 +172,21 @@ static size_t device_block_bytes(const struct program *program, enum kv_dtype dt
 }
 
 static uint32_t device_plan(const struct program *program, const struct backend_limits *limits, struct memory_line *lines, uint32_t max) {
-    assert_true(max >= 4);
+    assert_true(max >= 5);
     lines[0] = (struct memory_line){.what = "weights", .count = 1, .bytes_each = limits->weights == WEIGHTS_NATIVE ? NATIVE_BYTES : F16_BYTES};
     lines[1] = (struct memory_line){
         .what = "tables", .count = limits->n_tables, .bytes_each = (uint64_t)program_lanes(program) * limits->table_blocks * sizeof(uint32_t)};
     lines[2] = (struct memory_line){.what = "staging", .count = 1, .bytes_each = STAGING_BYTES, .host = true};
     lines[3] = (struct memory_line){.what = "scratch", .count = limits->table_blocks, .bytes_each = device.block_scratch};
-    return 4;
+    if (device.sequence_bytes == 0) return 4;
+    lines[4] = (struct memory_line){.what = "query rings", .count = limits->max_sequences, .bytes_each = device.sequence_bytes};
+    return 5;
+}
+
+static enum status device_supports(const struct program *program, const struct backend_limits *limits, struct error *error) {
+    (void)program;
+    assert_true(limits->n_tables > 0 && limits->table_blocks > 0 && limits->n_blocks > 0); /* as they will be */
+    return device.cannot ? error_set(error, STATUS_UNSUPPORTED, "%s", device.cannot) : STATUS_OK;
 }
 
 static struct backend_ops device_ops(uint64_t available, uint64_t total) {
@@ -185,10 +195,12 @@ static struct backend_ops device_ops(uint64_t available, uint64_t total) {
     ops.memory = device_memory;
     ops.block_bytes = device_block_bytes;
     ops.memory_plan = device_plan;
+    ops.supports = device_supports;
     device.available = available;
     device.total = total;
     device.absent = false;
-    device.block_scratch = 0;
+    device.block_scratch = device.sequence_bytes = 0;
+    device.cannot = NULL;
     return ops;
 }
 
@@ -213,7 +225,7 @@ static void check_device_plan(const struct memory_plan *plan) {
         const struct memory_line *line = &plan->lines[i];
         *(line->host ? &host : &on_device) += line->count * line->bytes_each;
         bool of_backend = strcmp(line->what, "weights") == 0 || strcmp(line->what, "scratch") == 0 || strcmp(line->what, "tables") == 0 ||
-                          strcmp(line->what, "KV block") == 0;
+                          strcmp(line->what, "KV block") == 0 || strcmp(line->what, "query rings") == 0;
         assert_true(line->host != of_backend);
         if (strcmp(line->what, "KV block") == 0) pool = line->count;
     }
@@ -331,6 +343,66 @@ static void test_scratch_of_long_sequences_shortens_them(void **state) {
     refused_on(&ops, &config, GIB, STATUS_NO_MEMORY, "device memory: ");
 }
 
+/* Both ways to keep the weights are told at the lengths that it came to: what the chosen one leaves is the pool's, as far as that is of use. */
+static void check_weights_plans(const struct memory_plan *plan) {
+    const uint64_t useful = (uint64_t)plan->max_sequences * plan->max_model_len, left = plan->weights_plans[plan->weights].kv_tokens;
+    assert_int_equal(plan->kv_tokens, left < useful ? left : useful);
+    assert_true(plan->weights_plans[WEIGHTS_NATIVE].kv_tokens > plan->weights_plans[WEIGHTS_F16].kv_tokens);
+}
+
+static void test_weights_leave_what_the_pool_takes(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct backend_ops ops = device_ops((F16_BYTES + 256 * MIB) * 20 / 19 + MIB, 4 * GIB);
+    device.block_scratch = 2 * MIB; /* more than there is, at 8192 tokens */
+    struct memory_plan plan = planned_on(&ops, &config, GIB);
+    assert_true(plan.lowered[0] && plan.weights == WEIGHTS_F16);
+    check_device_plan(&plan);
+    check_weights_plans(&plan);
+}
+
+/* What each sequence takes beside the pool: so many run at once, where that is ours to choose, that most of it is the pool's. */
+static void test_fewer_sequences_leave_more_of_a_device(void **state) {
+    (void)state;
+    struct config config = defaults();
+    strcpy(config.weights, "native");
+    struct backend_ops ops = device_ops(GIB, 4 * GIB);
+    device.sequence_bytes = 8 * MIB; /* 2 GiB of 256 */
+    struct memory_plan plan = planned_on(&ops, &config, GIB);
+    check_device_plan(&plan);
+    check_weights_plans(&plan);
+    assert_in_range(plan.max_sequences, 16, 64);
+    assert_int_equal(plan.max_choices, plan.max_sequences + config.max_queue);
+    assert_int_equal(plan.n_rings, plan.max_sequences);
+    assert_non_null(strstr(plan.lowered, "max_sequences 256 -> "));
+    assert_non_null(strstr(plan.lowered, "free memory of the device"));
+    assert_null(strstr(plan.lowered, "max_model_len"));
+    device.block_scratch = 2 * MIB; /* and both */
+    plan = planned_on(&ops, &config, GIB);
+    check_device_plan(&plan);
+    assert_non_null(strstr(plan.lowered, "max_sequences 256 -> "));
+    assert_non_null(strstr(plan.lowered, "max_model_len 8192 -> "));
+    device.block_scratch = 0;
+    config.max_sequences = 256; /* what is asked for is granted or refused */
+    refused_on(&ops, &config, GIB, STATUS_NO_MEMORY, "2348.0 MiB go to weights and to scratch of 256 sequences; the rest, 0.0 MiB");
+    config.max_sequences = 0;
+    config.kv_memory = 128 * MIB; /* there is room beside it for 64 */
+    plan = planned_on(&ops, &config, GIB);
+    check_device_plan(&plan);
+    assert_int_equal(plan.max_sequences, 64);
+    config.kv_memory = 0;
+    device.sequence_bytes = 2 * GIB;
+    refused_on(&ops, &config, GIB, STATUS_NO_MEMORY, "device memory: ");
+}
+
+static void test_what_a_backend_cannot_do_is_refused(void **state) {
+    (void)state;
+    struct config config = defaults();
+    struct backend_ops ops = device_ops(2 * GIB, 4 * GIB);
+    device.cannot = "heads of 256 dims";
+    refused_on(&ops, &config, GIB, STATUS_UNSUPPORTED, "heads of 256 dims");
+}
+
 static void test_two_memories_printed(void **state) {
     (void)state;
     struct config config = defaults();
@@ -445,6 +517,9 @@ int main(void) {
         cmocka_unit_test(test_what_a_device_does_not_hold_is_refused),
         cmocka_unit_test(test_less_memory_of_a_device_shortens_sequences),
         cmocka_unit_test(test_scratch_of_long_sequences_shortens_them),
+        cmocka_unit_test(test_weights_leave_what_the_pool_takes),
+        cmocka_unit_test(test_fewer_sequences_leave_more_of_a_device),
+        cmocka_unit_test(test_what_a_backend_cannot_do_is_refused),
         cmocka_unit_test(test_two_memories_printed),
         cmocka_unit_test(test_kv_dtype_auto),
         cmocka_unit_test(test_control_groups),
