@@ -142,7 +142,8 @@ static uint32_t backend_lines(const struct backend_ops *ops, const struct config
     return ops->memory_plan(program, &limits, lines, BACKEND_LINES);
 }
 
-static enum status backend_supports(const struct backend_ops *ops, const struct config *config, const struct program *program, const struct memory_plan *plan, struct error *error) {
+static enum status backend_supports(const struct backend_ops *ops, const struct config *config, const struct program *program,
+                                    const struct memory_plan *plan, struct error *error) {
     struct backend_limits limits;
     engine_backend_limits(plan, config, &limits);
     return ops->supports(program, &limits, error);
@@ -196,13 +197,13 @@ static enum status does_not_fit(const struct config *config, const struct memory
                          MIB(plan->available_bytes), MIB(host_spare(plan)), MIB(plan->total_bytes), MIB(host_left(plan)), plan->max_model_len,
                          MIB(scheduler_takes(config, program, &one)));
     char takers[64] = "weights and scratch";
-    if (plan->has_device && plan->max_sequences > 1) (void)snprintf(takers, sizeof takers, "weights and to scratch of %u sequences", plan->max_sequences);
-    return error_set(
-        error, STATUS_NO_MEMORY,
-        "%s: %.1f MiB are available, %.1f MiB of that stay free, %.1f MiB go to %s; the rest, %.1f MiB, does not hold one "
-        "sequence of %u tokens: %" PRIu64 " blocks x %zu bytes%s",
-        plan->has_device ? "device memory" : "memory", MIB(pool_available(plan)), MIB(pool_spare(plan)), MIB(beside_pool(plan)), takers, MIB(pool_bytes),
-        plan->max_model_len, blocks, plan->block_bytes, tables);
+    if (plan->has_device && plan->max_sequences > 1)
+        (void)snprintf(takers, sizeof takers, "weights and to scratch of %u sequences", plan->max_sequences);
+    return error_set(error, STATUS_NO_MEMORY,
+                     "%s: %.1f MiB are available, %.1f MiB of that stay free, %.1f MiB go to %s; the rest, %.1f MiB, does not hold one "
+                     "sequence of %u tokens: %" PRIu64 " blocks x %zu bytes%s",
+                     plan->has_device ? "device memory" : "memory", MIB(pool_available(plan)), MIB(pool_spare(plan)), MIB(beside_pool(plan)), takers,
+                     MIB(pool_bytes), plan->max_model_len, blocks, plan->block_bytes, tables);
 }
 
 /* What one sequence holds at most: all of it, or, where prompts are compressed while they are read, the operator's budget and what is read between two points. */

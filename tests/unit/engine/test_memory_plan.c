@@ -154,9 +154,9 @@ static struct {
     uint32_t asked; /* for this device */
     uint64_t available, total;
     bool absent;
-    uint64_t block_scratch;   /* for each block of the longest lane */
-    uint64_t sequence_bytes;  /* for each sequence */
-    const char *cannot;       /* what supports says; NULL: all is well */
+    uint64_t block_scratch;  /* for each block of the longest lane */
+    uint64_t sequence_bytes; /* for each sequence */
+    const char *cannot;      /* what supports says; NULL: all is well */
 } device;
 
 static enum status device_memory(uint32_t number, uint64_t *available, uint64_t *total, struct error *error) {
