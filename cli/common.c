@@ -43,10 +43,22 @@ enum status cli_dummy_fits(const char *shape, uint64_t bytes, uint64_t available
                      (double)bytes / 0x1p20, (double)bytes * 2 / 0x1p20, (double)available / 0x1p20);
 }
 
+/* NULL for what is not wanted of its memory. */
+static enum status find_backend(const struct config *config, uint64_t *available_bytes, uint64_t *total_bytes, const struct backend_ops **found,
+                                struct error *error) {
+    const struct backend_ops *ops = *found = backend_choose(config->backend, config->device);
+    if (!ops) return backend_absent(config->backend, error);
+    enum status status = ops->memory(config->device, available_bytes, total_bytes, error);
+    if (status != STATUS_OK) (void)error_prefix(error, "engine.backend: %s", ops->name);
+    return status;
+}
+
 enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error) {
     uint64_t bytes;
     if (config->model[0]) return error_set(error, STATUS_INVALID, "--dummy: there is a model already, %.200s", config->model);
+    const struct backend_ops *ops;
     enum status status = model_dummy_bytes(shape, &bytes, error);
+    if (status == STATUS_OK) status = find_backend(config, NULL, NULL, &ops, error); /* before gigabytes are made for one that is not there */
     if (status == STATUS_OK) status = cli_dummy_fits(shape, bytes, system_memory_available(""), error);
     if (status != STATUS_OK) return status;
     struct progress progress;
@@ -57,10 +69,11 @@ enum status cli_open_dummy(const struct config *config, const char *shape, struc
 }
 
 enum status cli_choose_backend(const struct config *config, const struct program *program, struct cli_backend *chosen, struct error *error) {
-    const struct backend_ops *ops = backend_choose(config->backend, config->device);
+    const struct backend_ops *ops;
     const char *set = strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set;
-    uint64_t available_bytes;
-    if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
+    uint64_t available_bytes, total_bytes;
+    enum status status = find_backend(config, &available_bytes, &total_bytes, &ops, error);
+    if (status != STATUS_OK) return status;
     *chosen = (struct cli_backend){.ops = ops,
                                    .limits = {.kv_dtype = backend_kv_dtype(ops, set),
                                               .device = config->device,
@@ -71,11 +84,7 @@ enum status cli_choose_backend(const struct config *config, const struct program
     (void)kv_dtype_parse(config->kv_dtype, &chosen->limits.kv_dtype);   /* "auto": as it is */
     (void)weights_mode_parse(config->weights, &chosen->limits.weights); /* one of the option's choices */
     (void)activation_bits_parse(config->activations, &chosen->limits.activation_bits);
-    enum status status = ops->memory(config->device, &available_bytes, &chosen->memory_bytes, error);
-    if (status != STATUS_OK) {
-        (void)error_prefix(error, "engine.backend: %s", ops->name);
-        return status;
-    }
+    chosen->memory_bytes = total_bytes;
     chosen->on_host = chosen->memory_bytes == 0;
     if (chosen->on_host) chosen->memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     chosen->block_bytes = ops->block_bytes(program, chosen->limits.kv_dtype);

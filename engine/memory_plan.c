@@ -439,6 +439,6 @@ enum status engine_plan_memory_on(const struct backend_ops *ops, const struct co
 
 enum status engine_plan_memory(const struct config *config, const struct model *model, struct memory_plan *plan, struct error *error) {
     const struct backend_ops *ops = backend_choose(config->backend, config->device);
-    if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
+    if (!ops) return backend_absent(config->backend, error);
     return engine_plan_memory_on(ops, config, model, system_memory_available(""), plan, error);
 }

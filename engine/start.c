@@ -156,7 +156,7 @@ enum status engine_start_on(const struct backend_ops *ops, const struct config *
 enum status engine_start(const struct config *config, const struct model *model, const struct engine_hooks *hooks, struct engine **engine,
                          struct error *error) {
     const struct backend_ops *ops = backend_choose(config->backend, config->device);
-    if (!ops) return error_set(error, STATUS_UNSUPPORTED, "engine.backend: this build has no \"%s\"", config->backend);
+    if (!ops) return backend_absent(config->backend, error);
     return engine_start_on(ops, config, model, hooks, engine, error);
 }
 

@@ -33,6 +33,11 @@ const struct backend_ops *backend_choose(const char *name, uint32_t device) {
     return best ? best : best_with(0);
 }
 
+enum status backend_absent(const char *name, struct error *error) {
+    return error_set(error, STATUS_UNSUPPORTED,
+                     "engine.backend: this build has no \"%s\": cuda is built where CMake finds the CUDA toolkit, and says why not", name);
+}
+
 bool backend_resumes_always(struct backend *backend, uint32_t count, const uint32_t *blocks) {
     (void)backend, (void)count, (void)blocks;
     return true;

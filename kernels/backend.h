@@ -191,6 +191,7 @@ extern const struct backend_ops *const backends[];
 const struct backend_ops *backend_find(const char *name); /* NULL: unknown */
 /* The same, and "auto": the best one that has this device on this machine; where none has, the best one that has any first device, whose `memory` says what is wrong with this one. */
 const struct backend_ops *backend_choose(const char *name, uint32_t device);
+enum status backend_absent(const char *name, struct error *error); /* what is to be said where that is NULL */
 /* The KV dtype "auto" stands for: bf16 where the instruction set (NULL: the best this machine has) computes with it, else f16. */
 enum kv_dtype backend_kv_dtype(const struct backend_ops *ops, const char *instruction_set);
 bool backend_resumes_always(struct backend *backend, uint32_t count, const uint32_t *blocks);

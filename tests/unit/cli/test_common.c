@@ -1,4 +1,4 @@
-/* What the commands share, where it is more than a call: whether random weights fit into memory. */
+/* What the commands share, where it is more than a call: whether random weights fit into memory, and whether there is what they are made for. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -23,7 +23,21 @@ static void test_weights_that_fit(void **state) {
     assert_int_equal(cli_dummy_fits("shape", 1, 0, &error), STATUS_NO_MEMORY);
 }
 
+/* Of 8B's shape it would take a quarter of a minute to say so afterwards. */
+static void test_no_weights_for_a_device_that_is_not_there(void **state) {
+    (void)state;
+    struct config config;
+    struct model *model = NULL;
+    struct error error = {0};
+    config_defaults(&config);
+    strcpy(config.backend, "cuda");
+    config.device = 63;
+    assert_int_equal(cli_open_dummy(&config, "tiny", &model, &error), STATUS_UNSUPPORTED);
+    assert_null(model);
+    assert_non_null(strstr(error.text, backend_find("cuda") ? "engine.backend: cuda: no CUDA device" : "engine.backend: this build has no \"cuda\""));
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_weights_that_fit)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_weights_that_fit), cmocka_unit_test(test_no_weights_for_a_device_that_is_not_there)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
