@@ -123,7 +123,7 @@ void weights_lay_out(struct cuda *cuda, struct device_arena *arena) { lay_out(cu
 
 /* ---- what is done to each weight once, on the device ---- */
 
-/* *unfit becomes the lowest `name` of a tensor with a value that f16 does not hold: half a unit beyond its largest, 65504. */
+/* *unfit becomes the lowest `name` of a tensor with a value that f16 does not hold: half a unit beyond its largest, 65504, or no number. */
 static __global__ void widen_blocks(struct block_format format, const uint8_t *source, __half *destination, uint32_t count, uint32_t *unfit,
                                     uint32_t name) {
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
@@ -405,8 +405,8 @@ static enum status refuse(const struct program *program, uint32_t name, struct e
     const char *matrix = matrices[phase->kind][name % TENSORS_A_PHASE];
     char layer[32] = "";
     if (phase->kind != PHASE_EMBED && phase->kind != PHASE_HEAD) (void)snprintf(layer, sizeof layer, "layer %u: ", (unsigned)phase->layer);
-    return error_set(error, STATUS_UNSUPPORTED, "%s%s holds a value beyond +-65504, the range of 16-bit floats in which the cuda backend computes",
-                     layer, matrix);
+    return error_set(error, STATUS_UNSUPPORTED,
+                     "%s%s holds a value that is not within +-65504, the range of 16-bit floats in which the cuda backend computes", layer, matrix);
 }
 
 static enum status load_all(struct loader *loader) {

@@ -230,7 +230,7 @@ static void check_random(struct cuda *cuda) {
     tiny_program_free(program);
 }
 
-/* The last weight of layer 1's v is the largest that rounds to one f16 holds; then the smallest that does not. */
+/* The last weight of layer 1's v is the largest that rounds to one f16 holds; then the smallest that does not; then no number at all. */
 static void check_refusal(struct cuda *cuda) {
     struct tiny_shape shape = tiny_shape_default();
     struct program *program = tiny_program_new(&shape), changed = *program;
@@ -244,8 +244,11 @@ static void check_refusal(struct cuda *cuda) {
     changed.phases = phases;
     values[last] = 65519.0f;
     unload_weights(cuda, load_weights(cuda, &changed, false, STATUS_OK));
-    values[last] = -65520.0f;
-    unload_weights(cuda, load_weights(cuda, &changed, false, STATUS_UNSUPPORTED));
+    static const float unfit[] = {-65520.0f, INFINITY, NAN};
+    for (float value : unfit) {
+        values[last] = value;
+        unload_weights(cuda, load_weights(cuda, &changed, false, STATUS_UNSUPPORTED));
+    }
     free(values);
     free(phases);
     tiny_program_free(program);
@@ -280,7 +283,6 @@ static void check_weights(struct cuda *cuda) {
     odd.type = TENSOR_F16;
     check_program(cuda, &odd);
     check_random(cuda);
-    check_refusal(cuda);
 }
 
 /* ---- products ---- */
@@ -685,6 +687,7 @@ int main(int argc, char **argv) {
     open_device(&cuda);
     if (checks) {
         if (!few) check_weights(&cuda);
+        check_refusal(&cuda);
         check_products(&cuda);
         printf("%u failures\n", failures);
     } else {
