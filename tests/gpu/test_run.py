@@ -161,10 +161,14 @@ echo "========= ERROR SUMMARY: 0 errors"
             self.assertEqual({steps[name]["status"] for name in requests}, {"ok"})
 
     def test_what_is_wrong_is_said(self):
-        for words in (["--stage", "nonesuch"], ["--model", "/nonesuch"], ["--build", "/nonesuch"]):
+        for words in (["--stage", "nonesuch"], ["--model", "/nonesuch"], ["--build", "/nonesuch"], ["--out", "/dev/null/nonesuch", "--build", str(BUILD)]):
             done = subprocess.run([sys.executable, str(HERE / "run"), "--out", str(self.folder), *words], capture_output=True, text=True, timeout=DEADLINE)
             self.assertNotEqual(done.returncode, 0)
             self.assertIn("nonesuch", done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+        done = subprocess.run([sys.executable, str(HERE / "run"), "--out", str(self.folder), "--seconds", "0"], capture_output=True, text=True, timeout=DEADLINE)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--seconds", done.stderr.splitlines()[-1])
 
 
 class Pack(Case):
