@@ -197,6 +197,7 @@ class Pack(Case):
         self.run_stages("--build", str(BUILD), "--backend", "cuda")
         for stage in ("checks", "sanitizer", "golden", "bench", "headline", "torch", "peer"):
             self.assertEqual([step["status"] for step in self.steps(stage).values()], ["skipped"], stage)
+            self.assertRegex(self.steps(stage)["all"]["why"], "^(no CUDA device|this build has no CUDA backend)")
 
 
 class Peer(Case):
