@@ -13,9 +13,13 @@ enum {
 
 static enum status check_shape(const struct program *p, struct error *error) {
     if (p->head_dim % VECTOR != 0 || p->head_dim > HEAD_DIM_MAX)
-        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: heads of %u dims; multiples of %d up to %d are supported" ELSEWHERE, p->head_dim, VECTOR, HEAD_DIM_MAX);
-    if (p->n_embd % VECTOR != 0) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: embeddings of %u dims; multiples of %d are supported" ELSEWHERE, p->n_embd, VECTOR);
-    if (p->n_ff % VECTOR != 0) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: an MLP of %u dims; multiples of %d are supported" ELSEWHERE, p->n_ff, VECTOR);
+        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: heads of %u dims; multiples of %d up to %d are supported" ELSEWHERE, p->head_dim,
+                         VECTOR, HEAD_DIM_MAX);
+    if (p->n_embd % VECTOR != 0)
+        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: embeddings of %u dims; multiples of %d are supported" ELSEWHERE, p->n_embd,
+                         VECTOR);
+    if (p->n_ff % VECTOR != 0)
+        return error_set(error, STATUS_UNSUPPORTED, "cuda backend: an MLP of %u dims; multiples of %d are supported" ELSEWHERE, p->n_ff, VECTOR);
     if (p->n_vocab >= VOCAB_MAX) return error_set(error, STATUS_UNSUPPORTED, "cuda backend: a vocabulary of %u tokens; fewer than %d are supported", p->n_vocab, VOCAB_MAX);
     return STATUS_OK;
 }
