@@ -65,6 +65,7 @@ struct request {
 
     /* The engine's own. */
     struct request_state *state;
+    bool open, leaving; /* the calls', on the loop thread: submitted, and its last event was not taken; all of it was told to end */
 };
 
 struct event {
@@ -117,7 +118,8 @@ struct engine_stats {
 
 /* What everything large will take, from config, model, free memory (the host's, within the cgroup limit, and the device's). Printed at start; each line count x bytes. */
 struct memory_plan {
-    uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows, max_choices;
+    uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows;
+    uint32_t queue_choices, max_choices;     /* choices that may live: that were not told to end (the sequences and the queue); in all */
     uint32_t n_layers, n_kv_heads;           /* of the model: a lane for each */
     uint32_t n_rings, ring_rows, sink_slots; /* for compression */
     bool accumulators;
@@ -156,11 +158,12 @@ void engine_stop(struct engine *engine);
 uint32_t engine_tokens_max(const struct engine *engine, const struct kv_plan *kv);
 /* Could a request of this length ever run? Not where the pool was sized for compressing while reading and this one does not. */
 bool engine_can_hold(const struct engine *engine, const struct kv_plan *kv, uint32_t n_prompt, uint32_t max_new);
-/* false: no room in the queue ("not now"); the request stays the loop's. Prompt + max_new must be <= engine_tokens_max, the prompt <= max_model_len, and engine_can_hold it: CHECKed. */
+/* false: no room in the queue ("not now"); the request stays the loop's. Prompt + max_new must be <= engine_tokens_max, the prompt <= max_model_len, and engine_can_hold it: CHECKed.
+ * Who was told to end (engine_abort of all choices) has left the queue, be it that the engine has yet to hear of it. */
 bool engine_submit(struct engine *engine, struct request *request);
 #define ENGINE_ALL_CHOICES UINT32_MAX
-/* Always accepted. Unknown or ended: ignored. */
-void engine_abort(struct engine *engine, uint64_t id, uint32_t choice);
+/* Always accepted. Not submitted, no such choice, or ended: ignored. */
+void engine_abort(struct engine *engine, struct request *request, uint32_t choice);
 /* false: nothing there. */
 bool engine_poll(struct engine *engine, struct event *event);
 

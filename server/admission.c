@@ -154,7 +154,6 @@ static bool submit_all(struct serving *serving) {
     for (uint32_t p = 0; p < completion->n_prompts; p++) make_job(serving, p, now);
     for (uint32_t p = 0; p < completion->n_prompts; p++) {
         if (!engine_submit(server->model.engine, &serving->jobs[p].request)) return false;
-        serving->jobs[p].submitted = true;
         serving->n_unended += completion->best_of;
     }
     return true;

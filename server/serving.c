@@ -76,7 +76,12 @@ static void unclose(struct serving *serving, struct choice *choice) {
     }
 }
 
-/* Ends what the engine still does for this request. */
+/* Ends what the engine still does for this request: it waits for nothing more, and counts against the queue no more. */
+static void abort_jobs(struct serving *serving) {
+    for (uint32_t i = 0; serving->jobs && i < serving->completion.n_prompts; i++)
+        engine_abort(serving->server->model.engine, &serving->jobs[i].request, ENGINE_ALL_CHOICES);
+}
+
 static void abort_choices(struct serving *serving) {
     for (uint32_t i = 0; i < serving->n_choices; i++) {
         struct choice *choice = &serving->choices[i];
@@ -84,8 +89,7 @@ static void abort_choices(struct serving *serving) {
         choice->closed = true;
         unclose(serving, choice);
     }
-    for (uint32_t i = 0; serving->jobs && i < serving->completion.n_prompts; i++)
-        if (serving->jobs[i].submitted) engine_abort(serving->server->model.engine, serving->jobs[i].request.id, ENGINE_ALL_CHOICES);
+    abort_jobs(serving);
 }
 
 /* For the access log. */
@@ -238,7 +242,10 @@ static void answer_whole(struct serving *serving) {
 static void close_if_done(struct serving *serving, struct choice *choice) {
     if (!choice->closed) return;
     unclose(serving, choice);
-    if (!choice->ended) engine_abort(serving->server->model.engine, serving->jobs[choice->prompt].request.id, choice->candidate);
+    if (serving->n_unclosed == 0)
+        abort_jobs(serving);
+    else if (!choice->ended)
+        engine_abort(serving->server->model.engine, &serving->jobs[choice->prompt].request, choice->candidate);
 }
 
 /* Counted as usage counts: what a stop string dropped is not. */

@@ -10,7 +10,6 @@ struct job { /* one prompt: one request of the engine's */
     struct sample_result *results;
     int32_t **tokens;
     struct serving *serving;
-    bool submitted;
 };
 
 struct serving {
