@@ -34,7 +34,8 @@ enum finish {
 /* What compression did to a request: summed over lanes and choices, as each choice stood at its end. */
 struct kv_report {
     uint64_t tokens_seen, slots_kept, slots_evicted, blocks;
-    uint32_t head_min, head_median, head_max; /* slots of a head: least and most of all choices, the median of the last choice to end */
+    uint32_t head_min, head_max;              /* slots of a head: least and most of all choices */
+    uint32_t n_choices;                       /* that have ended, and of which it speaks */
     double hits_kept, hits_all;               /* hit rate = kept / all; all = 0: not measured */
     uint32_t pressure_compressions;
 };
@@ -58,6 +59,8 @@ struct request {
     struct kv_plan kv;           /* compression; policy "none": everything stays */
     bool measure_hits;           /* fill hits_kept and hits_all of the report */
     struct head_hits *head_hits; /* [n_layers * n_kv_heads] with measure_hits: of each head, added before the last terminal event. NULL: not asked */
+    uint32_t *
+        head_slots; /* [n_candidates][n_layers * n_kv_heads]: slots of each head of the kv_report.n_choices, in the order of their ends. NULL: not asked */
     void *owner;                 /* the loop's own; the engine only hands it back */
 
     /* Written by the engine before the last terminal event. */

@@ -115,7 +115,6 @@ struct compress {
     bool pressing;            /* above the low mark since the high one was reached */
     uint8_t *classes;         /* [n_vocab] */
     uint32_t *n_keep, *first; /* [n_lanes] */
-    uint32_t *sorted;         /* [n_lanes] */
     struct compaction *items; /* [n_lanes] */
 };
 

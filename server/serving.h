@@ -35,6 +35,7 @@ struct serving {
     uint32_t n_stop_tokens, n_unended, n_unclosed, n_choices, next_choice;
     size_t result_bytes;
     struct head_hits *head_hits; /* of all its prompts, the engine's until all have ended; NULL: not asked */
+    uint32_t *head_slots;        /* [n_choices][heads], likewise */
     uint32_t key;
     bool key_counted;
     uint64_t started_ns, deadline_ns, first_byte_ns, written_ns, first_token_ns;

@@ -296,6 +296,53 @@ static void test_who_leaves_makes_room(void **state) {
     client_done(&client);
 }
 
+/* Choices 0 and 1 end by an abort, after 5 and 15 tokens, choice 2 at its length. */
+static void end_by_number(void *context, struct job *job, const struct event *event) {
+    struct client *client = context;
+    uint32_t n = job->choices[event->choice].n_tokens;
+    if (event->finish == FINISH_NONE && ((event->choice == 0 && n == 5) || (event->choice == 1 && n == 15)))
+        engine_abort(client->engine, &job->request, event->choice);
+}
+
+/* What a report says of each head: of every choice, as it stood at its end. */
+static void test_report_of_every_choice(void **state) {
+    (void)state;
+    struct client client;
+    const int32_t prompt[4] = {1, 2, 3, 4};
+    start(&client, (struct shape){.sequences = 4, .queue = 2, .rows = 64, .len = 128, .pool = 4});
+    uint32_t lanes = program_lanes(model_program(model));
+    client.on_event = end_by_number;
+    client.context = &client;
+    struct job *job = job_new(prompt, 4, 100, 3);
+    job->request.head_slots = check_calloc(3 * lanes, sizeof(uint32_t));
+    gate_hold();
+    assert_true(client_submit(&client, job));
+    for (uint32_t step = 0; step < 30; step++) { /* nobody gets far ahead of who reads */
+        gate_wait();
+        client_drain(&client);
+        gate_step();
+    }
+    gate_open();
+    client_run(&client, 0);
+    const struct kv_report *report = &job->request.kv_report;
+    const uint32_t *slots = job->request.head_slots;
+    assert_int_equal(report->n_choices, 3);
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < 3 * lanes; i++) sum += slots[i];
+    assert_int_equal(sum, report->slots_kept);
+    assert_int_equal(slots[0], report->head_min);
+    assert_int_equal(slots[2 * lanes], 4 + 100 - 1);
+    assert_int_equal(report->head_max, 4 + 100 - 1);
+    assert_true(slots[0] < slots[lanes] && slots[lanes] < slots[2 * lanes]);
+    for (uint32_t i = 0; i < 3 * lanes; i++)
+        assert_int_equal(slots[i], slots[i / lanes * lanes]); /* nothing is evicted: the heads of a choice are alike */
+    free(job->request.head_slots);
+    check_job(job);
+    job_free(job);
+    (void)client_settled(&client);
+    client_done(&client);
+}
+
 /* While engine_stop waits, the engine thread itself takes the events that it posts: there is one taker at a time. */
 struct stopping {
     struct client *client;
@@ -632,6 +679,7 @@ int main(void) {
         cmocka_unit_test(test_prompt_logprobs),
         cmocka_unit_test(test_queue_full),
         cmocka_unit_test(test_who_leaves_makes_room),
+        cmocka_unit_test(test_report_of_every_choice),
         cmocka_unit_test(test_stop_while_running),
         cmocka_unit_test(test_outbox_full),
         cmocka_unit_test(test_priorities),
