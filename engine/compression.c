@@ -145,17 +145,40 @@ static bool choose_policy(const struct config *config, const struct kv_wish *wis
     return true;
 }
 
+/* Those that a request may name and that evict something: ": random, tova"; nothing if there is none. */
+static const char *useful_policies(const struct config *config, char *text, size_t size) {
+    size_t used = 0;
+    text[0] = '\0';
+    for (const struct policy *const *policy = policies; *policy; policy++)
+        if (compression_may_use(config, *policy) && used < size)
+            used += (size_t)snprintf(text + used, size - used, "%s%s", used ? ", " : ": ", (*policy)->name);
+    return text;
+}
+
+/* Where nothing is evicted: was a budget asked for all the same? Protected tokens stay in any case, which a request may want to be sure of whatever the server's policy is. */
+static bool target_of_none(const struct config *config, const struct kv_wish *wish, const char **field, struct error *error) {
+    char others[256];
+    bool named = wish->policy[0];
+    if (!wish->budget_tokens && !(wish->keep_ratio > 0) && !(named && wish->protect_tokens)) return true;
+    *field = wish->budget_tokens ? "kv.budget_tokens" : wish->keep_ratio > 0 ? "kv.keep_ratio" : "kv.protect_tokens";
+    const char *list = useful_policies(config, others, sizeof others);
+    if (named)
+        (void)error_set(error, STATUS_INVALID, "policy none keeps every token: leave it out%s%s", *list ? ", or name a policy (kv.policy)" : "",
+                        list);
+    else if (*list)
+        (void)error_set(error, STATUS_INVALID, "this server compresses nothing by itself: name a policy (kv.policy)%s", list);
+    else
+        (void)error_set(error, STATUS_INVALID, "this server compresses nothing, and allows no request to ask for it");
+    return false;
+}
+
 static bool choose_target(const struct config *config, const struct kv_wish *wish, struct kv_plan *plan, const char **field, struct error *error) {
     if (wish->budget_tokens && wish->keep_ratio > 0) {
         *field = "kv.keep_ratio";
         (void)error_set(error, STATUS_INVALID, "budget_tokens and keep_ratio exclude each other");
         return false;
     }
-    if (plan->policy->scorer == SCORER_NONE && !wish->policy[0] && (wish->budget_tokens || wish->keep_ratio > 0)) {
-        *field = wish->budget_tokens ? "kv.budget_tokens" : "kv.keep_ratio";
-        (void)error_set(error, STATUS_INVALID, "this server compresses nothing by itself: name a policy (kv.policy); there are %s", policy_names());
-        return false;
-    }
+    if (plan->policy->scorer == SCORER_NONE && !target_of_none(config, wish, field, error)) return false;
     uint32_t least = config->sink_tokens + config->recent_tokens;
     uint32_t allowed = config->min_budget > least ? config->min_budget : least;
     if (wish->budget_tokens) {

@@ -60,10 +60,12 @@ static uint64_t blocks_of(const struct program *program, uint64_t tokens) {
     return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS * program_lanes(program);
 }
 
-/* Draws: one for each running sequence, and a prompt's end draws for all of its candidates at once. Events that wait: all tokens of a step beside one terminal event a
- * choice, for which there is always room, and as many again, so that a step need not wait for the last one's events to be taken. */
+/* One for each running sequence, and a prompt's end draws for all of its candidates at once. */
+static uint32_t draws_of(const struct memory_plan *plan, const struct config *config) { return plan->max_sequences + config->max_choices; }
+
+/* Events that wait: all tokens of a step beside one terminal event a choice, for which there is always room, and as many again, so that a step need not wait for the last one's events to be taken. */
 struct engine_sizes engine_sizes(const struct memory_plan *plan, const struct config *config) {
-    struct engine_sizes sizes = {.draws = plan->max_sequences + config->max_choices};
+    struct engine_sizes sizes = {.draws = draws_of(plan, config)};
     sizes.samples = sizes.draws + plan->max_rows;
     sizes.inbox = 3 * plan->max_choices + INBOX_SPARE;
     sizes.outbox = 2 * plan->max_choices + sizes.draws;
@@ -343,7 +345,8 @@ static enum status plan_sizes(const struct backend_ops *ops, const struct config
     if (!kv_dtype_parse(config->kv_dtype, &plan->kv_dtype))
         plan->kv_dtype = backend_kv_dtype(ops, strcmp(config->instruction_set, "auto") == 0 ? NULL : config->instruction_set);
     plan->max_sequences = config->max_sequences ? config->max_sequences : plan->has_device ? SEQUENCES_MAX : auto_sequences(config);
-    plan->max_choices = plan->max_sequences + config->max_queue;
+    plan->queue_choices = plan->max_sequences + config->max_queue;
+    plan->max_choices = plan->queue_choices + draws_of(plan, config); /* whose answer a step's tokens end are still there in the next */
     plan->max_stream_tokens = config->max_stream_tokens;
     plan_compression(config, plan);
     plan->block_bytes = backend_block_bytes(ops, program, plan->kv_dtype, plan->accumulators);

@@ -184,7 +184,8 @@ class Limits(CompressionCase):
     def test_every_policy_may_be_asked_for(self):
         for policy in ("none random streaming_llm h2o scissorhands fastgen snapkv pyramidkv ada_snapkv ada_pyramidkv kv_compress expected_attention "
                        "keydiff tova").split():
-            body = self.daemon.complete(prompt="x" * 200, max_tokens=60, ignore_eos=True, kv={"policy": policy, "budget_tokens": 64, "report": True}).json()
+            budget = {} if policy == "none" else {"budget_tokens": 64}
+            body = self.daemon.complete(prompt="x" * 200, max_tokens=60, ignore_eos=True, kv={"policy": policy, "report": True, **budget}).json()
             self.assertEqual(body["usage"]["completion_tokens"], 60, body)
             lanes = (body["kv"]["slots_kept"] + body["kv"]["slots_evicted"]) // body["kv"]["tokens_seen"]
             self.assertReport(body["kv"], policy, 259, lanes)
@@ -199,6 +200,8 @@ class Limits(CompressionCase):
                           ({"policy": "snapkv", "keep_ratio": 0}, "kv.keep_ratio"), ({"policy": "snapkv", "keep_ratio": 1.01}, "kv.keep_ratio"),
                           ({"policy": "snapkv", "keep_ratio": 0.5, "budget_tokens": 64}, "kv.keep_ratio"),
                           ({"budget_tokens": 64}, "kv.budget_tokens"), ({"keep_ratio": 0.5}, "kv.keep_ratio"),
+                          ({"policy": "none", "budget_tokens": 100}, "kv.budget_tokens"), ({"policy": "none", "keep_ratio": 0.5}, "kv.keep_ratio"),
+                          ({"policy": "none", "protect_tokens": 4}, "kv.protect_tokens"),
                           ({"policy": "snapkv", "budget_tokens": 64, "protect_tokens": 60}, "kv.protect_tokens"),
                           ({"policy": "snapkv", "protect_tokens": -1}, "kv.protect_tokens"), ({"policy": "snapkv", "report": 1}, "kv.report"), ([], "kv"),
                           ({"policy": "snapkv\u0000"}, "kv.policy"), ({"polizy": "snapkv"}, "kv.polizy"), ({"Policy": "snapkv"}, "kv.Policy")):
@@ -211,6 +214,21 @@ class Limits(CompressionCase):
         one = self.daemon.complete(prompt="y" * 100, max_tokens=20, ignore_eos=True, kv={"policy": "keydiff", "budget_tokens": 64, "report": True}).json()
         for name in ("tokens_seen", "slots_kept", "slots_evicted", "blocks", "bytes"):
             self.assertEqual(body["kv"][name], 3 * one["kv"][name], name)
+
+    def test_heads_of_all_choices(self):
+        """The median is that of all heads of all of them, whichever prompt they answer and whoever ends last."""
+        lengths = [10, 200, 20, 100, 30]
+        for order in (lengths, lengths[::-1], sorted(lengths)):
+            body = self.daemon.complete(prompt=["p" * length for length in order], max_tokens=1, kv={"report": True}).json()
+            self.assertEqual(body["kv"]["heads"], {"min": 10, "median": 30, "max": 200}, order)
+        seen = set()
+        for seed in range(20):
+            fields = {"prompt": "q" * 10, "n": 3, "seed": seed, "max_tokens": 60, "stop_token_ids": list(range(0, 256, 16)), "return_token_ids": True}
+            body = self.daemon.complete(kv={"report": True}, **fields).json()
+            ends = sorted(10 + len(choice["token_ids"]) - 1 for choice in body["choices"])
+            self.assertEqual(body["kv"]["heads"], {"min": ends[0], "median": ends[1], "max": ends[2]}, body)
+            seen.add(tuple(ends))
+        self.assertGreater(len(seen), 5)
 
 
 class Operator(CompressionCase):

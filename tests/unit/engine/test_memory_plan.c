@@ -65,7 +65,8 @@ static void test_with_no_options_it_fits(void **state) {
     check_plan(&plan);
     assert_int_equal(plan.max_model_len, 8192);
     assert_int_equal(plan.max_sequences, 64);
-    assert_int_equal(plan.max_choices, 64 + config.max_queue);
+    assert_int_equal(plan.queue_choices, 64 + config.max_queue);
+    assert_int_equal(plan.max_choices, plan.queue_choices + 64 + config.max_choices);
     assert_int_equal(plan.n_blocks, 64 * sequence_blocks(&plan)); /* no more than can be used */
     assert_string_equal(plan.lowered, "");
     config.threads = 64;
