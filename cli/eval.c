@@ -165,7 +165,7 @@ struct kv_plan eval_plan(const struct eval *eval, const struct eval_cell *cell, 
     config.may_disable = true;
     config.min_budget = 0;
     config.seed = random_at(eval->config->seed, 3, seed, 0);
-    struct kv_wish wish = {.keep_ratio = cell->policy == policies[0] ? 0 : 1};
+    struct kv_wish wish = {.keep_ratio = 1};
     (void)snprintf(wish.policy, sizeof wish.policy, "%s", cell->policy->name);
     struct kv_plan plan;
     const char *field;

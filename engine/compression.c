@@ -155,21 +155,15 @@ static const char *useful_policies(const struct config *config, char *text, size
     return text;
 }
 
-/* Where nothing is evicted: was a budget asked for all the same? Protected tokens stay in any case, which a request may want to be sure of whatever the server's policy is. */
-static bool target_of_none(const struct config *config, const struct kv_wish *wish, const char **field, struct error *error) {
+/* A budget alone, where the server's policy is none: who asks for it expects that something is evicted. (With "none" by name it is the baseline beside other policies, and means nothing.) */
+static void refuse_budget_alone(const struct config *config, const struct kv_wish *wish, const char **field, struct error *error) {
     char others[256];
-    bool named = wish->policy[0];
-    if (!wish->budget_tokens && !(wish->keep_ratio > 0) && !(named && wish->protect_tokens)) return true;
-    *field = wish->budget_tokens ? "kv.budget_tokens" : wish->keep_ratio > 0 ? "kv.keep_ratio" : "kv.protect_tokens";
     const char *list = useful_policies(config, others, sizeof others);
-    if (named)
-        (void)error_set(error, STATUS_INVALID, "policy none keeps every token: leave it out%s%s", *list ? ", or name a policy (kv.policy)" : "",
-                        list);
-    else if (*list)
+    *field = wish->budget_tokens ? "kv.budget_tokens" : "kv.keep_ratio";
+    if (*list)
         (void)error_set(error, STATUS_INVALID, "this server compresses nothing by itself: name a policy (kv.policy)%s", list);
     else
         (void)error_set(error, STATUS_INVALID, "this server compresses nothing, and allows no request to ask for it");
-    return false;
 }
 
 static bool choose_target(const struct config *config, const struct kv_wish *wish, struct kv_plan *plan, const char **field, struct error *error) {
@@ -178,7 +172,10 @@ static bool choose_target(const struct config *config, const struct kv_wish *wis
         (void)error_set(error, STATUS_INVALID, "budget_tokens and keep_ratio exclude each other");
         return false;
     }
-    if (plan->policy->scorer == SCORER_NONE && !target_of_none(config, wish, field, error)) return false;
+    if (plan->policy->scorer == SCORER_NONE && !wish->policy[0] && (wish->budget_tokens || wish->keep_ratio > 0)) {
+        refuse_budget_alone(config, wish, field, error);
+        return false;
+    }
     uint32_t least = config->sink_tokens + config->recent_tokens;
     uint32_t allowed = config->min_budget > least ? config->min_budget : least;
     if (wish->budget_tokens) {

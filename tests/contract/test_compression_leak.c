@@ -25,10 +25,8 @@ static struct job *random_request(struct random *r, const struct config *config,
     for (uint32_t t = 0; t < n_prompt; t++) prompt[t] = (int32_t)(t < shared ? random_mix(family * 1000 + t) % 256 : random_below(r, 256));
     struct job *job = job_new(prompt, n_prompt, random_below(r, NEW_MAX), random_below(r, 4) ? 1 : 1 + random_below(r, 4));
     uint32_t policy = random_below(r, policy_count());
-    struct kv_wish wish = {.protect_tokens = random_below(r, 4) || policy == 0 ? 0 : random_below(r, 64)};
-    if (policy == 0)
-        wish.keep_ratio = 0; /* none */
-    else if (random_below(r, 3))
+    struct kv_wish wish = {.protect_tokens = random_below(r, 4) ? 0 : random_below(r, 64)};
+    if (random_below(r, 3))
         wish.budget_tokens = 36 + random_below(r, 200);
     else
         wish.keep_ratio = 0.05 + 0.9 * (double)random_unit(random_next(r));

@@ -184,8 +184,7 @@ class Limits(CompressionCase):
     def test_every_policy_may_be_asked_for(self):
         for policy in ("none random streaming_llm h2o scissorhands fastgen snapkv pyramidkv ada_snapkv ada_pyramidkv kv_compress expected_attention "
                        "keydiff tova").split():
-            budget = {} if policy == "none" else {"budget_tokens": 64}
-            body = self.daemon.complete(prompt="x" * 200, max_tokens=60, ignore_eos=True, kv={"policy": policy, "report": True, **budget}).json()
+            body = self.daemon.complete(prompt="x" * 200, max_tokens=60, ignore_eos=True, kv={"policy": policy, "budget_tokens": 64, "report": True}).json()
             self.assertEqual(body["usage"]["completion_tokens"], 60, body)
             lanes = (body["kv"]["slots_kept"] + body["kv"]["slots_evicted"]) // body["kv"]["tokens_seen"]
             self.assertReport(body["kv"], policy, 259, lanes)
@@ -200,8 +199,6 @@ class Limits(CompressionCase):
                           ({"policy": "snapkv", "keep_ratio": 0}, "kv.keep_ratio"), ({"policy": "snapkv", "keep_ratio": 1.01}, "kv.keep_ratio"),
                           ({"policy": "snapkv", "keep_ratio": 0.5, "budget_tokens": 64}, "kv.keep_ratio"),
                           ({"budget_tokens": 64}, "kv.budget_tokens"), ({"keep_ratio": 0.5}, "kv.keep_ratio"),
-                          ({"policy": "none", "budget_tokens": 100}, "kv.budget_tokens"), ({"policy": "none", "keep_ratio": 0.5}, "kv.keep_ratio"),
-                          ({"policy": "none", "protect_tokens": 4}, "kv.protect_tokens"),
                           ({"policy": "snapkv", "budget_tokens": 64, "protect_tokens": 60}, "kv.protect_tokens"),
                           ({"policy": "snapkv", "protect_tokens": -1}, "kv.protect_tokens"), ({"policy": "snapkv", "report": 1}, "kv.report"), ([], "kv"),
                           ({"policy": "snapkv\u0000"}, "kv.policy"), ({"polizy": "snapkv"}, "kv.polizy"), ({"Policy": "snapkv"}, "kv.Policy")):

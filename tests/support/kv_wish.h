@@ -8,10 +8,9 @@
 #include "config/config.h"
 #include "engine/compression.h"
 
-/* config NULL: what comes without a configuration. ratio: instead of a budget, which then is 0. Neither is asked for with "none". */
+/* config NULL: what comes without a configuration. ratio: instead of a budget, which then is 0. */
 static inline struct kv_plan kv_wish_granted(const struct config *config, const char *policy, uint32_t budget, double ratio) {
-    bool none = strcmp(policy, "none") == 0;
-    struct kv_wish wish = {.budget_tokens = none ? 0 : budget, .keep_ratio = none ? 0 : ratio};
+    struct kv_wish wish = {.budget_tokens = budget, .keep_ratio = ratio};
     struct config defaults;
     struct kv_plan plan;
     struct error error = {0};
