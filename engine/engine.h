@@ -59,8 +59,7 @@ struct request {
     struct kv_plan kv;           /* compression; policy "none": everything stays */
     bool measure_hits;           /* fill hits_kept and hits_all of the report */
     struct head_hits *head_hits; /* [n_layers * n_kv_heads] with measure_hits: of each head, added before the last terminal event. NULL: not asked */
-    uint32_t *
-        head_slots; /* [n_candidates][n_layers * n_kv_heads]: slots of each head of the kv_report.n_choices, in the order of their ends. NULL: not asked */
+    uint32_t *head_slots;        /* [n_candidates][n_layers * n_kv_heads] of those that ended, one after another. NULL: not asked */
     void *owner;                 /* the loop's own; the engine only hands it back */
 
     /* Written by the engine before the last terminal event. */

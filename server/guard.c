@@ -5,8 +5,7 @@
 #include <string.h>
 #include <strings.h>
 
-#define TLS_HANDSHAKE                                                                                                                                \
-    0x16 /* the first byte of a client's hello (RFC 8446 5.1), and of no request; its sender waits for an answer, not for a line's end */
+#define TLS_HANDSHAKE 0x16 /* how a hello of TLS begins (RFC 8446 5.1), and no request: its sender waits for an answer, not for a line to end */
 #define CHUNK_SIZE_MAX (1ull << 40) /* more than any body may have */
 
 /* RFC 9110 5.6.2: the characters of a field name. */
