@@ -34,9 +34,9 @@ enum finish {
 /* What compression did to a request: summed over lanes and choices, as each choice stood at its end. */
 struct kv_report {
     uint64_t tokens_seen, slots_kept, slots_evicted, blocks;
-    uint32_t head_min, head_max;              /* slots of a head: least and most of all choices */
-    uint32_t n_choices;                       /* that have ended, and of which it speaks */
-    double hits_kept, hits_all;               /* hit rate = kept / all; all = 0: not measured */
+    uint32_t head_min, head_max; /* slots of a head: least and most of all choices */
+    uint32_t n_choices;          /* that have ended, and of which it speaks */
+    double hits_kept, hits_all;  /* hit rate = kept / all; all = 0: not measured */
     uint32_t pressure_compressions;
 };
 
