@@ -9,7 +9,7 @@
 static enum status check_model(const struct config *config, struct error *error) {
     struct model *model = NULL;
     struct memory_plan plan;
-    enum status status = model_open(config->model, &model, error);
+    enum status status = cli_open_model(config, &model, error);
     if (status == STATUS_OK) status = engine_plan_memory(config, model, &plan, error);
     model_close(model);
     return status;
@@ -19,6 +19,7 @@ static enum status check_keys(const struct config *config, struct error *error) 
     struct keys keys = {0};
     enum status status = keys_load(&keys, config->api_key_file, error);
     keys_done(&keys);
+    if (status != STATUS_OK) config_locate_value(config, "server.api_key_file", error);
     return status;
 }
 

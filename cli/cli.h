@@ -31,7 +31,7 @@ int command_check_config(const struct config *config, const char *argument);
 
 /* "kvasir: words" on one line of stderr, whatever bytes the words hold; returns the exit code for the status. */
 int cli_fail(const struct error *error);
-/* STATUS_INVALID "model: ..." if config names none. */
+/* STATUS_INVALID "model: ..." if config names none. What is wrong with the file begins with where it was named: "kvasir.toml:1: model: ", "KVASIR_MODEL: ", "--model: ". */
 enum status cli_open_model(const struct config *config, struct model **model, struct error *error);
 /* Random weights of this shape in memory, if they fit, with a line of progress; STATUS_INVALID where config names a model too. */
 enum status cli_open_dummy(const struct config *config, const char *shape, struct model **model, struct error *error);

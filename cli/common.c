@@ -33,7 +33,9 @@ int cli_fail(const struct error *error) {
 
 enum status cli_open_model(const struct config *config, struct model **model, struct error *error) {
     if (!config->model[0]) return error_set(error, STATUS_INVALID, "model: none given; -m FILE names a GGUF file");
-    return model_open(config->model, model, error);
+    enum status status = model_open(config->model, model, error);
+    if (status != STATUS_OK) config_locate_value(config, "model", error);
+    return status;
 }
 
 enum status cli_dummy_fits(const char *shape, uint64_t bytes, uint64_t available, struct error *error) {

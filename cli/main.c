@@ -42,6 +42,7 @@ static enum status take_argument(const struct command *command, struct config *c
     const struct option_info *option = option_by_key("model");
     if (config->source[option - options] == CONFIG_SOURCE_FLAG)
         return error_set(error, STATUS_INVALID, "model: given twice, as -m %.100s and as %.100s", config->model, argv[0]);
+    config->source[option - options] = CONFIG_SOURCE_ARGUMENT;
     return option_set(option, config, argv[0], strlen(argv[0]), "model", error);
 }
 

@@ -54,9 +54,10 @@ static enum status check(const struct config *config, struct error *error) {
     return STATUS_OK;
 }
 
-/* Where the text names the key, and no longer one that begins so; NULL: nowhere. */
+/* Where the text names the key, and no longer one that begins so; NULL: nowhere. A key without a section is a word of the language too: it is named where the text begins. */
 static const char *named(const char *text, const char *key) {
     size_t length = strlen(key);
+    if (!strchr(key, '.')) return strncmp(text, key, length) == 0 && text[length] == ':' ? text : NULL;
     for (const char *at = text; (at = strstr(at, key)); at += length)
         if (!strchr("abcdefghijklmnopqrstuvwxyz_", at[length]) || at[length] == '\0') return at;
     return NULL;
@@ -71,6 +72,16 @@ void config_locate(const struct config *config, struct error *error) {
         if (at && (!first || at < first)) first = at, line = config->line[i];
     }
     if (first) (void)error_prefix(error, "%.200s:%u", config->config_file, line);
+}
+
+void config_locate_value(const struct config *config, const char *key, struct error *error) {
+    const struct option_info *option = option_by_key(key);
+    char name[64];
+    (void)snprintf(name, sizeof name, "%s", key);
+    if (config->source[option - options] == CONFIG_SOURCE_ENVIRONMENT) option_environment_name(option, name, sizeof name);
+    if (config->source[option - options] == CONFIG_SOURCE_FLAG) option_flag_name(option, name, sizeof name);
+    (void)error_prefix(error, "%s", name);
+    config_locate(config, error);
 }
 
 enum status config_check(const struct config *config, struct error *error) {

@@ -14,7 +14,7 @@
 #define CONFIG_OPTIONS_MAX 96
 
 /* Where a value came from, in rising order of precedence. */
-enum config_source { CONFIG_SOURCE_DEFAULT, CONFIG_SOURCE_FILE, CONFIG_SOURCE_ENVIRONMENT, CONFIG_SOURCE_FLAG };
+enum config_source { CONFIG_SOURCE_DEFAULT, CONFIG_SOURCE_FILE, CONFIG_SOURCE_ENVIRONMENT, CONFIG_SOURCE_FLAG, CONFIG_SOURCE_ARGUMENT };
 
 struct config {
     /* model */
@@ -125,6 +125,8 @@ enum status config_load_file(struct config *config, const char *path, struct err
 enum status config_reload(const struct config *now, struct config *next, char *refused, size_t refused_size, struct error *error);
 /* Puts "file:line: " before an error that names keys ("server.host"), the place of the first one that stands in the file; without one, or with it there already, nothing is changed. */
 void config_locate(const struct config *config, struct error *error);
+/* Where the value of `key` came from, before an error that speaks of the value alone: "kvasir.toml:1: model: ", "KVASIR_MODEL: ", "--model: ", else "model: ". */
+void config_locate_value(const struct config *config, const char *key, struct error *error);
 /* Rules between options: a public bind without keys, timeouts in order, ... */
 enum status config_check(const struct config *config, struct error *error);
 /* Names like KVASIR_PROT that stand in the environment and mean nothing, comma-separated: for a warning. Their count. */

@@ -207,12 +207,12 @@ void config_print_example(FILE *out) {
 }
 
 void config_print(const struct config *config, FILE *out) {
-    static const char *const sources[] = {"default", "file", "environment", "flag"};
+    static const char *const sources[] = {"default", "file", "environment", "flag", "argument"};
     for (size_t i = 0; i < options_count(); i++) {
         char text[CONFIG_TEXT];
         option_text(&options[i], config, text, sizeof text);
         fprintf(out, "%s = ", options[i].key);
         print_value(out, &options[i], text);
-        fprintf(out, " # %s\n", sources[config->source[i] <= CONFIG_SOURCE_FLAG ? config->source[i] : 0]);
+        fprintf(out, " # %s\n", sources[config->source[i] <= CONFIG_SOURCE_ARGUMENT ? config->source[i] : 0]);
     }
 }

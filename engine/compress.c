@@ -36,7 +36,7 @@ struct compressor_limits compress_limits(const struct memory_plan *plan, const s
 uint64_t compress_bytes(const struct memory_plan *plan, const struct program *program) {
     struct compressor_limits limits = compress_limits(plan, program);
     return compressor_bytes(program, &limits) + program->n_vocab +
-           (uint64_t)program_lanes(program) * (4 * sizeof(uint32_t) + sizeof(struct compaction));
+           (uint64_t)program_lanes(program) * (2 * sizeof(uint32_t) + sizeof(struct compaction));
 }
 
 void compress_init(struct compress *compress, struct backend *backend, const struct config *config, const struct model *model,
@@ -53,7 +53,6 @@ void compress_init(struct compress *compress, struct backend *backend, const str
                                   .classes = token_classes(model_tokenizer(model)),
                                   .n_keep = check_calloc(lanes, sizeof(uint32_t)),
                                   .first = check_calloc(lanes, sizeof(uint32_t)),
-                                  .sorted = check_calloc(lanes, sizeof(uint32_t)),
                                   .items = check_calloc(lanes, sizeof(struct compaction))};
     limits.classes = compress->classes;
     compress->compressor = compressor_new(backend, program, &limits);
@@ -64,7 +63,6 @@ void compress_done(struct compress *compress) {
     free(compress->classes);
     free(compress->n_keep);
     free(compress->first);
-    free(compress->sorted);
     free(compress->items);
     *compress = (struct compress){0};
 }
@@ -313,25 +311,24 @@ void compress_step(struct engine *engine) {
     engine->stats.compression_ns += clock_now_ns() - begin;
 }
 
-static int compare_counts(const void *a, const void *b) {
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return x < y ? -1 : x > y;
-}
-
 void compress_report(struct engine *engine, struct request *request, const uint32_t *lane_tokens, uint32_t n_rows, uint32_t n_seen) {
     struct compress *compress = &engine->compress;
     struct kv_report *report = &request->kv_report;
+    uint32_t *head_slots = request->head_slots ? request->head_slots + (size_t)report->n_choices * compress->n_lanes : NULL;
+    uint32_t least = UINT32_MAX, most = 0;
     uint64_t kept = 0;
+    CHECK(report->n_choices < request->n_candidates);
     for (uint32_t l = 0; l < compress->n_lanes; l++) {
-        uint32_t slots = compress->sorted[l] = lane_tokens[l] + n_rows;
+        uint32_t slots = lane_tokens[l] + n_rows;
+        if (head_slots) head_slots[l] = slots;
+        if (slots < least) least = slots;
+        if (slots > most) most = slots;
         kept += slots;
         report->blocks += (slots + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     }
-    qsort(compress->sorted, compress->n_lanes, sizeof *compress->sorted, compare_counts);
-    uint32_t least = compress->sorted[0], most = compress->sorted[compress->n_lanes - 1];
-    report->head_min = report->tokens_seen == 0 || least < report->head_min ? least : report->head_min;
+    report->head_min = report->n_choices == 0 || least < report->head_min ? least : report->head_min;
     report->head_max = most > report->head_max ? most : report->head_max;
-    report->head_median = compress->sorted[compress->n_lanes / 2];
+    report->n_choices++;
     report->tokens_seen += n_seen;
     report->slots_kept += kept;
     report->slots_evicted += (uint64_t)n_seen * compress->n_lanes - kept;

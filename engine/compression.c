@@ -145,6 +145,27 @@ static bool choose_policy(const struct config *config, const struct kv_wish *wis
     return true;
 }
 
+/* Those that a request may name and that evict something: ": random, tova"; nothing if there is none. */
+static const char *useful_policies(const struct config *config, char *text, size_t size) {
+    size_t used = 0;
+    text[0] = '\0';
+    for (const struct policy *const *policy = policies; *policy; policy++)
+        if (compression_may_use(config, *policy) && used < size)
+            used += (size_t)snprintf(text + used, size - used, "%s%s", used ? ", " : ": ", (*policy)->name);
+    return text;
+}
+
+/* A budget alone, where the server's policy is none: who asks for it expects that something is evicted. (With "none" by name it is the baseline beside other policies, and means nothing.) */
+static void refuse_budget_alone(const struct config *config, const struct kv_wish *wish, const char **field, struct error *error) {
+    char others[256];
+    const char *list = useful_policies(config, others, sizeof others);
+    *field = wish->budget_tokens ? "kv.budget_tokens" : "kv.keep_ratio";
+    if (*list)
+        (void)error_set(error, STATUS_INVALID, "this server compresses nothing by itself: name a policy (kv.policy)%s", list);
+    else
+        (void)error_set(error, STATUS_INVALID, "this server compresses nothing, and allows no request to ask for it");
+}
+
 static bool choose_target(const struct config *config, const struct kv_wish *wish, struct kv_plan *plan, const char **field, struct error *error) {
     if (wish->budget_tokens && wish->keep_ratio > 0) {
         *field = "kv.keep_ratio";
@@ -152,8 +173,7 @@ static bool choose_target(const struct config *config, const struct kv_wish *wis
         return false;
     }
     if (plan->policy->scorer == SCORER_NONE && !wish->policy[0] && (wish->budget_tokens || wish->keep_ratio > 0)) {
-        *field = wish->budget_tokens ? "kv.budget_tokens" : "kv.keep_ratio";
-        (void)error_set(error, STATUS_INVALID, "this server compresses nothing by itself: name a policy (kv.policy); there are %s", policy_names());
+        refuse_budget_alone(config, wish, field, error);
         return false;
     }
     uint32_t least = config->sink_tokens + config->recent_tokens;

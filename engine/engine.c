@@ -35,7 +35,7 @@ static void close_choice(struct engine *engine, struct request_state *state, str
     event->scheduled_ns = state->scheduled_ns;
     choice->over = true;
     if (--state->n_open > 0) return;
-    posted->n_released = state->request->n_candidates;
+    posted->released = state->request;
     requests_remove(&engine->requests, state);
 }
 
@@ -48,7 +48,7 @@ static void post(struct engine *engine, struct request_state *state, uint32_t ch
     struct posted *posted = mailbox_blank(&engine->outbox);
     CHECK(posted && !mine->over);
     struct event *event = &posted->event;
-    posted->n_released = 0;
+    posted->released = NULL;
     event->id = request->id;
     event->owner = request->owner;
     event->choice = choice;

@@ -34,8 +34,9 @@ enum finish {
 /* What compression did to a request: summed over lanes and choices, as each choice stood at its end. */
 struct kv_report {
     uint64_t tokens_seen, slots_kept, slots_evicted, blocks;
-    uint32_t head_min, head_median, head_max; /* slots of a head: least and most of all choices, the median of the last choice to end */
-    double hits_kept, hits_all;               /* hit rate = kept / all; all = 0: not measured */
+    uint32_t head_min, head_max; /* slots of a head: least and most of all choices */
+    uint32_t n_choices;          /* that have ended, and of which it speaks */
+    double hits_kept, hits_all;  /* hit rate = kept / all; all = 0: not measured */
     uint32_t pressure_compressions;
 };
 
@@ -58,6 +59,7 @@ struct request {
     struct kv_plan kv;           /* compression; policy "none": everything stays */
     bool measure_hits;           /* fill hits_kept and hits_all of the report */
     struct head_hits *head_hits; /* [n_layers * n_kv_heads] with measure_hits: of each head, added before the last terminal event. NULL: not asked */
+    uint32_t *head_slots;        /* [n_candidates][n_layers * n_kv_heads] of those that ended, one after another. NULL: not asked */
     void *owner;                 /* the loop's own; the engine only hands it back */
 
     /* Written by the engine before the last terminal event. */
@@ -65,6 +67,7 @@ struct request {
 
     /* The engine's own. */
     struct request_state *state;
+    bool open, leaving; /* the calls', on the loop thread: submitted, and its last event was not taken; all of it was told to end */
 };
 
 struct event {
@@ -117,8 +120,9 @@ struct engine_stats {
 
 /* What everything large will take, from config, model, free memory (the host's, within the cgroup limit, and the device's). Printed at start; each line count x bytes. */
 struct memory_plan {
-    uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows, max_choices;
+    uint32_t max_model_len, max_stream_tokens, max_sequences, max_rows;
     uint32_t wanted_sequences;               /* max_sequences before it was lowered */
+    uint32_t queue_choices, max_choices;     /* choices that may live: that were not told to end (the sequences and the queue); in all */
     uint32_t n_layers, n_kv_heads;           /* of the model: a lane for each */
     uint32_t n_rings, ring_rows, sink_slots; /* for compression */
     bool accumulators;
@@ -157,11 +161,12 @@ void engine_stop(struct engine *engine);
 uint32_t engine_tokens_max(const struct engine *engine, const struct kv_plan *kv);
 /* Could a request of this length ever run? Not where the pool was sized for compressing while reading and this one does not. */
 bool engine_can_hold(const struct engine *engine, const struct kv_plan *kv, uint32_t n_prompt, uint32_t max_new);
-/* false: no room in the queue ("not now"); the request stays the loop's. Prompt + max_new must be <= engine_tokens_max, the prompt <= max_model_len, and engine_can_hold it: CHECKed. */
+/* false: no room in the queue ("not now"); the request stays the loop's. Prompt + max_new must be <= engine_tokens_max, the prompt <= max_model_len, and engine_can_hold it: CHECKed.
+ * Who was told to end (engine_abort of all choices) has left the queue, be it that the engine has yet to hear of it. */
 bool engine_submit(struct engine *engine, struct request *request);
 #define ENGINE_ALL_CHOICES UINT32_MAX
-/* Always accepted. Unknown or ended: ignored. */
-void engine_abort(struct engine *engine, uint64_t id, uint32_t choice);
+/* Always accepted. Not submitted, no such choice, or ended: ignored. */
+void engine_abort(struct engine *engine, struct request *request, uint32_t choice);
 /* false: nothing there. */
 bool engine_poll(struct engine *engine, struct event *event);
 

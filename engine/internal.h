@@ -115,7 +115,6 @@ struct compress {
     bool pressing;            /* above the low mark since the high one was reached */
     uint8_t *classes;         /* [n_vocab] */
     uint32_t *n_keep, *first; /* [n_lanes] */
-    uint32_t *sorted;         /* [n_lanes] */
     struct compaction *items; /* [n_lanes] */
 };
 
@@ -178,7 +177,7 @@ struct letter {
     uint32_t choice;
 };
 struct posted {
-    uint32_t n_released; /* with a request's last event: its choices, which count against max_choices until the loop has taken it */
+    struct request *released; /* with a request's last event: it, whose choices count against max_choices until the loop has taken it; else NULL */
     struct event event;
 };
 
@@ -191,7 +190,7 @@ struct engine {
     char description[160];
 
     /* Loop thread */
-    uint32_t live_choices;
+    uint32_t live_choices, leaving_choices; /* the latter of the former */
 
     /* Shared */
     struct mailbox inbox, outbox;

@@ -60,10 +60,12 @@ static uint64_t blocks_of(const struct program *program, uint64_t tokens) {
     return (tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS * program_lanes(program);
 }
 
-/* Draws: one for each running sequence, and a prompt's end draws for all of its candidates at once. Events that wait: all tokens of a step beside one terminal event a
- * choice, for which there is always room, and as many again, so that a step need not wait for the last one's events to be taken. */
+/* One for each running sequence, and a prompt's end draws for all of its candidates at once. */
+static uint32_t draws_of(const struct memory_plan *plan, const struct config *config) { return plan->max_sequences + config->max_choices; }
+
+/* Events that wait: all tokens of a step beside one terminal event a choice, for which there is always room, and as many again, so that a step need not wait for the last one's events to be taken. */
 struct engine_sizes engine_sizes(const struct memory_plan *plan, const struct config *config) {
-    struct engine_sizes sizes = {.draws = plan->max_sequences + config->max_choices};
+    struct engine_sizes sizes = {.draws = draws_of(plan, config)};
     sizes.samples = sizes.draws + plan->max_rows;
     sizes.inbox = 3 * plan->max_choices + INBOX_SPARE;
     sizes.outbox = 2 * plan->max_choices + sizes.draws;
@@ -283,7 +285,8 @@ static void fit_device_scratch(const struct backend_ops *ops, const struct confi
 
 static void set_sequences(const struct config *config, struct memory_plan *plan, uint32_t n) {
     plan->max_sequences = n;
-    plan->max_choices = n + config->max_queue;
+    plan->queue_choices = n + config->max_queue;
+    plan->max_choices = plan->queue_choices + draws_of(plan, config); /* whose answer a step's tokens end are still there in the next */
     if (plan->n_rings) plan->n_rings = n;
 }
 

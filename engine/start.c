@@ -193,16 +193,24 @@ bool engine_submit(struct engine *engine, struct request *request) {
     CHECK(request->n_candidates >= 1 && request->n_candidates <= engine->sizes.draws && request->n_prompt >= 1);
     CHECK(request->n_prompt <= plan->max_model_len && request->max_new <= engine_tokens_max(engine, &request->kv) - request->n_prompt);
     CHECK(engine_can_hold(engine, &request->kv, request->n_prompt, request->max_new));
-    if (request->n_candidates > plan->max_choices - engine->live_choices) return false;
+    uint32_t staying = engine->live_choices - engine->leaving_choices;
+    if (request->n_candidates > plan->queue_choices - staying || request->n_candidates > plan->max_choices - engine->live_choices) return false;
     if (!mailbox_put(&engine->inbox, &(struct letter){.kind = LETTER_SUBMIT, .request = request, .id = request->id})) return false;
     engine->live_choices += request->n_candidates;
+    request->open = true;
+    request->leaving = false;
     bell_ring(&engine->bell);
     return true;
 }
 
 /* There is a place for one ABORT of each choice and of each request. A caller that repeats itself may have to wait until the engine has read its letters, a step at most. */
-void engine_abort(struct engine *engine, uint64_t id, uint32_t choice) {
-    while (!mailbox_put(&engine->inbox, &(struct letter){.kind = LETTER_ABORT, .id = id, .choice = choice})) {
+void engine_abort(struct engine *engine, struct request *request, uint32_t choice) {
+    if (!request->open) return;
+    if (!request->leaving && (choice == ENGINE_ALL_CHOICES || (choice == 0 && request->n_candidates == 1))) {
+        request->leaving = true;
+        engine->leaving_choices += request->n_candidates;
+    }
+    while (!mailbox_put(&engine->inbox, &(struct letter){.kind = LETTER_ABORT, .id = request->id, .choice = choice})) {
         bell_ring(&engine->bell);
         (void)sched_yield();
     }
@@ -212,7 +220,12 @@ void engine_abort(struct engine *engine, uint64_t id, uint32_t choice) {
 bool engine_poll(struct engine *engine, struct event *event) {
     const struct posted *posted = mailbox_first(&engine->outbox);
     if (!posted) return false;
-    engine->live_choices -= posted->n_released;
+    struct request *released = posted->released;
+    if (released) {
+        released->open = false;
+        engine->live_choices -= released->n_candidates;
+        if (released->leaving) engine->leaving_choices -= released->n_candidates;
+    }
     *event = posted->event;
     mailbox_take_first(&engine->outbox);
     bell_ring_room(&engine->bell);

@@ -58,6 +58,11 @@ static uint64_t cache_scope(const struct serving *serving) {
     return scope ? scope : 1;
 }
 
+static size_t n_heads_of(const struct server *server) {
+    const struct memory_plan *limits = engine_limits(server->model.engine);
+    return (size_t)limits->n_layers * limits->n_kv_heads;
+}
+
 static void make_job(struct serving *serving, uint32_t prompt, uint64_t now) {
     struct server *server = serving->server;
     const struct completion *completion = &serving->completion;
@@ -93,6 +98,7 @@ static void make_job(struct serving *serving, uint32_t prompt, uint64_t now) {
         .kv = completion->kv,
         .measure_hits = serving->head_hits,
         .head_hits = serving->head_hits,
+        .head_slots = serving->head_slots ? serving->head_slots + (size_t)prompt * completion->best_of * n_heads_of(server) : NULL,
         .owner = job,
     };
 }
@@ -147,14 +153,14 @@ static bool submit_all(struct serving *serving) {
     serving->n_unclosed = serving->n_choices;
     server->n_live += serving->n_choices;
     uint64_t now = clock_now_ns();
-    if (completion->kv_wish.report && compression_needs_ring(&completion->kv)) {
-        const struct memory_plan *limits = engine_limits(server->model.engine);
-        serving->head_hits = check_calloc((size_t)limits->n_layers * limits->n_kv_heads, sizeof *serving->head_hits);
+    if (completion->kv_wish.report) {
+        size_t n_heads = n_heads_of(server);
+        serving->head_slots = check_calloc(serving->n_choices * n_heads, sizeof *serving->head_slots);
+        if (compression_needs_ring(&completion->kv)) serving->head_hits = check_calloc(n_heads, sizeof *serving->head_hits);
     }
     for (uint32_t p = 0; p < completion->n_prompts; p++) make_job(serving, p, now);
     for (uint32_t p = 0; p < completion->n_prompts; p++) {
         if (!engine_submit(server->model.engine, &serving->jobs[p].request)) return false;
-        serving->jobs[p].submitted = true;
         serving->n_unended += completion->best_of;
     }
     return true;

@@ -227,7 +227,7 @@ static void write_kv(struct json_writer *json, const struct kv_answer *kv) {
     json_key(json, "min");
     json_unsigned(json, report->head_min);
     json_key(json, "median");
-    json_unsigned(json, report->head_median);
+    json_unsigned(json, kv->head_median);
     json_key(json, "max");
     json_unsigned(json, report->head_max);
     json_object_end(json);

@@ -21,6 +21,7 @@ struct usage {
 struct kv_answer {
     const char *policy;
     struct kv_report report;
+    uint32_t head_median;
     uint64_t bytes;
     uint32_t n_layers, n_kv_heads;
     const struct head_hits *hits; /* [n_layers][n_kv_heads]; NULL: not measured */

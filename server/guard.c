@@ -5,6 +5,7 @@
 #include <string.h>
 #include <strings.h>
 
+#define TLS_HANDSHAKE 0x16 /* how a hello of TLS begins (RFC 8446 5.1), and no request: its sender waits for an answer, not for a line to end */
 #define CHUNK_SIZE_MAX (1ull << 40) /* more than any body may have */
 
 /* RFC 9110 5.6.2: the characters of a field name. */
@@ -241,6 +242,9 @@ bool guard_bytes(const char *bytes, size_t length, struct guard_refusal *refusal
     const char *line;
     size_t at = guard_empty_lines(bytes, length), n = 0;
     const size_t begin = at;
+    if (begin < length && bytes[begin] == TLS_HANDSHAKE)
+        return refuse(refusal, 400, "bad_request_line",
+                      "it begins as TLS does, and this port speaks plain HTTP: ask http://, or a proxy that speaks TLS");
     bool whole = next_line(bytes, length, &at, &line, &n);
     if ((whole ? n : length - begin) > GUARD_LINE_MAX) return refuse(refusal, 414, "uri_too_long", "the request line is too long");
     if (!whole) return false;

@@ -288,6 +288,7 @@ static enum status start_all(struct server *server, struct error *error) {
     struct http_limits limits = http_limits_of(config);
     struct http_hooks hooks = {route_headers, route_request, route_answered, route_finished, route_refused, server};
     enum status status = keys_load(&server->keys, config->api_key_file, error);
+    if (status != STATUS_OK) config_locate_value(config, "server.api_key_file", error);
     /* A key file that cannot be read is a configuration that is wrong; a port in use may be free the next time. */
     if (status == STATUS_IO) status = error->status = STATUS_INVALID;
     if (status == STATUS_OK) status = http_start(&server->http, &server->loop, config->host, config->port, &limits, &hooks, error);

@@ -53,6 +53,7 @@ void serving_release(struct serving *serving) {
     free(serving->choices);
     free(serving->stop_tokens);
     free(serving->head_hits);
+    free(serving->head_slots);
     for (uint32_t i = 0; serving->pieces && i < (serving->completion.stream ? 1 : serving->n_choices); i++) piece_done(&serving->pieces[i]);
     free(serving->pieces);
     completion_done(&serving->completion);
@@ -76,7 +77,12 @@ static void unclose(struct serving *serving, struct choice *choice) {
     }
 }
 
-/* Ends what the engine still does for this request. */
+/* Ends what the engine still does for this request: it waits for nothing more, and counts against the queue no more. */
+static void abort_jobs(struct serving *serving) {
+    for (uint32_t i = 0; serving->jobs && i < serving->completion.n_prompts; i++)
+        engine_abort(serving->server->model.engine, &serving->jobs[i].request, ENGINE_ALL_CHOICES);
+}
+
 static void abort_choices(struct serving *serving) {
     for (uint32_t i = 0; i < serving->n_choices; i++) {
         struct choice *choice = &serving->choices[i];
@@ -84,8 +90,7 @@ static void abort_choices(struct serving *serving) {
         choice->closed = true;
         unclose(serving, choice);
     }
-    for (uint32_t i = 0; serving->jobs && i < serving->completion.n_prompts; i++)
-        if (serving->jobs[i].submitted) engine_abort(serving->server->model.engine, serving->jobs[i].request.id, ENGINE_ALL_CHOICES);
+    abort_jobs(serving);
 }
 
 /* For the access log. */
@@ -182,15 +187,39 @@ static bool is_complete(const struct serving *serving) {
     return serving->n_unclosed == 0 && (serving->n_unended == 0 || !serving->completion.kv_wish.report);
 }
 
+/* How many heads of all choices have at most so many slots. */
+static uint64_t heads_up_to(const struct serving *serving, uint32_t n_heads, uint32_t slots) {
+    uint64_t n = 0;
+    for (uint32_t p = 0; p < serving->completion.n_prompts; p++) {
+        const struct request *request = &serving->jobs[p].request;
+        for (size_t i = 0; i < (size_t)request->kv_report.n_choices * n_heads; i++) n += request->head_slots[i] <= slots;
+    }
+    return n;
+}
+
+/* The least count that more than half of the heads do not exceed. */
+static uint32_t median_of(const struct serving *serving, uint32_t n_heads, const struct kv_report *report) {
+    uint64_t all = heads_up_to(serving, n_heads, report->head_max);
+    uint32_t low = report->head_min, high = report->head_max;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (heads_up_to(serving, n_heads, middle) > all / 2)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
 static const struct kv_answer *kv_of(const struct serving *serving, struct kv_answer *answer) {
     if (!serving->completion.kv_wish.report) return NULL;
     *answer = (struct kv_answer){.policy = serving->completion.kv.policy->name};
     struct kv_report *sum = &answer->report;
     for (uint32_t p = 0; p < serving->completion.n_prompts; p++) {
         const struct kv_report *one = &serving->jobs[p].request.kv_report;
-        if (one->tokens_seen && (sum->tokens_seen == 0 || one->head_min < sum->head_min)) sum->head_min = one->head_min;
+        if (one->n_choices && (sum->n_choices == 0 || one->head_min < sum->head_min)) sum->head_min = one->head_min;
         if (one->head_max > sum->head_max) sum->head_max = one->head_max;
-        if (p == serving->completion.n_prompts / 2) sum->head_median = one->head_median;
+        sum->n_choices += one->n_choices;
         sum->tokens_seen += one->tokens_seen;
         sum->slots_kept += one->slots_kept;
         sum->slots_evicted += one->slots_evicted;
@@ -201,6 +230,7 @@ static const struct kv_answer *kv_of(const struct serving *serving, struct kv_an
     }
     const struct memory_plan *limits = engine_limits(serving->server->model.engine);
     answer->bytes = sum->blocks * limits->block_bytes;
+    answer->head_median = median_of(serving, limits->n_layers * limits->n_kv_heads, sum);
     if (sum->hits_all > 0) answer->hits = serving->head_hits;
     answer->n_layers = limits->n_layers;
     answer->n_kv_heads = limits->n_kv_heads;
@@ -238,7 +268,10 @@ static void answer_whole(struct serving *serving) {
 static void close_if_done(struct serving *serving, struct choice *choice) {
     if (!choice->closed) return;
     unclose(serving, choice);
-    if (!choice->ended) engine_abort(serving->server->model.engine, serving->jobs[choice->prompt].request.id, choice->candidate);
+    if (serving->n_unclosed == 0)
+        abort_jobs(serving);
+    else if (!choice->ended)
+        engine_abort(serving->server->model.engine, &serving->jobs[choice->prompt].request, choice->candidate);
 }
 
 /* Counted as usage counts: what a stop string dropped is not. */

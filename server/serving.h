@@ -10,7 +10,6 @@ struct job { /* one prompt: one request of the engine's */
     struct sample_result *results;
     int32_t **tokens;
     struct serving *serving;
-    bool submitted;
 };
 
 struct serving {
@@ -36,6 +35,7 @@ struct serving {
     uint32_t n_stop_tokens, n_unended, n_unclosed, n_choices, next_choice;
     size_t result_bytes;
     struct head_hits *head_hits; /* of all its prompts, the engine's until all have ended; NULL: not asked */
+    uint32_t *head_slots;        /* [n_choices][heads], likewise */
     uint32_t key;
     bool key_counted;
     uint64_t started_ns, deadline_ns, first_byte_ns, written_ns, first_token_ns;

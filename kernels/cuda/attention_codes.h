@@ -69,6 +69,17 @@ ATTENTION_INLINE void copy_blocks(const struct attention_args &args, uint32_t to
     }
 }
 
+/* The same of a piece whose blocks both are codes, of DIMS dims, so that every distance is a constant. */
+template <int KV, int DIMS> ATTENTION_INLINE void copy_codes(const struct attention_args &args, uint32_t to, uint2 ids) {
+    constexpr uint32_t THREADS = ATTENTION_THREADS / 2, bytes = codes_block_bytes(code_bits<KV>, DIMS);
+    const uint32_t b = threadIdx.x / THREADS, at = threadIdx.x % THREADS * 16;
+    const uint8_t *from = args.kv + (size_t)(b ? ids.y : ids.x) * bytes + at;
+    to += b * BLOCK_TOKENS * piece<KV, DIMS>::pitch + at;
+#pragma unroll
+    for (uint32_t i = 0; i < bytes; i += THREADS * 16)
+        if (i + THREADS * 16 <= bytes || i + at < bytes) copy_16(to + i, from + i, 16);
+}
+
 /* ---- operands ---- */
 
 /* A piece whose blocks may be codes. */

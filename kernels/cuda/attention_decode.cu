@@ -22,6 +22,7 @@ struct cursor {
     uint32_t lane, slot, end, length; /* of the lane: where the part ends, its slots */
     const uint32_t *blocks;
     uint32_t codes_first, codes_last, view; /* KIVI: of the lane; of the piece at `slot` */
+    uint32_t whole_end;                     /* KIVI: pieces up to it are whole_codes, of whom only ids are asked for */
     struct piece_source source;             /* of the piece at `slot` */
 };
 
@@ -34,8 +35,15 @@ ATTENTION_INLINE struct attention_lane read_lane(const struct attention_args &ar
 
 ATTENTION_INLINE uint32_t lane_slots(const struct attention_lane &lane) { return lane.n_rows ? lane.before + lane.n_rows : 0; }
 
+/* KIVI: up to this slot all of a lane is codes for all its rows, of DIMS dims: those pieces have one view, of which every row sees all. */
+template <int KV, int DIMS> ATTENTION_INLINE uint32_t whole_codes(const struct attention_args &args, uint32_t codes_first, uint32_t end) {
+    if constexpr (code_bits<KV> == 0) return 0;
+    return codes_dims(args.d) == DIMS ? min(codes_first * BLOCK_TOKENS, end) : 0;
+}
+
 /* From `slot` of `lane` to the next piece there is before `stop`; without one, lane is stop's and slot >= end. */
-template <int KV> ATTENTION_INLINE void cursor_settle(const struct attention_args &args, struct cursor *c, const struct attention_cut &stop) {
+template <int KV, int DIMS>
+ATTENTION_INLINE void cursor_settle(const struct attention_args &args, struct cursor *c, const struct attention_cut &stop) {
     while (c->slot >= c->end) {
         if (c->lane >= stop.lane) return;
         c->lane++;
@@ -47,20 +55,27 @@ template <int KV> ATTENTION_INLINE void cursor_settle(const struct attention_arg
         c->blocks = lane_blocks_of(args, lane.table, c->lane % args.n_kv_heads);
         c->codes_first = lane.codes_first;
         c->codes_last = lane.codes_last;
+        c->whole_end = whole_codes<KV, DIMS>(args, c->codes_first, c->end);
     }
     c->view = view_of<KV>(c->codes_first, c->slot);
     c->source = source_of<KV>(args, piece_blocks(c->blocks, c->slot, c->length), c->slot, c->length, c->view);
 }
 
 /* To the next view of the piece, or the next piece. */
-template <int KV> ATTENTION_INLINE void cursor_step(const struct attention_args &args, struct cursor *c, const struct attention_cut &stop) {
+template <int KV, int DIMS> ATTENTION_INLINE void cursor_step(const struct attention_args &args, struct cursor *c, const struct attention_cut &stop) {
+    if (code_bits<KV> != 0 && c->slot + 2 * PIECE_SLOTS <= c->whole_end) {
+        c->slot += PIECE_SLOTS;
+        const uint32_t *ids = c->blocks + c->slot / BLOCK_TOKENS;
+        c->source.ids = make_uint2(__ldg(ids), __ldg(ids + 1));
+        return; /* the view is the one before's */
+    }
     if (c->view < view_of<KV>(c->codes_last, c->slot)) {
         c->view++;
         c->source = source_of<KV>(args, c->source.ids, c->slot, c->length, c->view);
         return;
     }
     c->slot += PIECE_SLOTS;
-    cursor_settle<KV>(args, c, stop);
+    cursor_settle<KV, DIMS>(args, c, stop);
 }
 
 ATTENTION_INLINE void wait_for_piece(uint32_t stages) {
@@ -82,9 +97,11 @@ template <int TILES> ATTENTION_INLINE void softmax_reset(struct softmax<TILES> *
     for (int t = 0; t < TILES; t++) s->o[t][0] = s->o[t][1] = s->o[t][2] = s->o[t][3] = 0;
 }
 
-template <int TILES> ATTENTION_INLINE void softmax_fold(struct softmax<TILES> *total, const struct softmax<TILES> *split) {
+/* both: else there are eight queries at most, and the second half of the sums does not matter. */
+template <int TILES> ATTENTION_INLINE void softmax_fold(struct softmax<TILES> *total, const struct softmax<TILES> *split, bool both) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
+        if (half == 1 && !both) break;
         struct merge_factors f = merge_max(&total->m[half], split->m[half]);
         total->l[half] = fold(f, total->l[half], split->l[half]);
 #pragma unroll
@@ -95,17 +112,19 @@ template <int TILES> ATTENTION_INLINE void softmax_fold(struct softmax<TILES> *t
     }
 }
 
-/* One piece, which begins at `slot`, in one view. seen: how many slots of the lane the thread's two queries see. coded: which of its blocks are codes, of `dims` dims. */
-template <int KV, int DIMS, int TILES>
+/* One piece, which begins at `slot`, in one view. seen: how many slots of the lane the thread's two queries see. coded: which of its blocks are codes, of `dims` dims. WHOLE: both are, of DIMS
+ * dims, there is nothing that a query does not see, and there are eight queries at most, so that the thread has one of them: `seen`, `coded` and the other half of the sums do not matter. */
+template <int KV, int DIMS, int TILES, bool WHOLE>
 ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t q[DIMS / 16][4], uint8_t *shared, uint32_t piece_at, uint32_t slot,
                                    const uint32_t seen[2], float scale_log2, uint32_t coded, uint32_t dims) {
     using layout = piece<KV, DIMS>;
     using places = decode_shared<KV, DIMS>;
+    constexpr int HALVES = WHOLE ? 1 : 2;
     uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const struct coded_piece from = {shared + piece_at, coded, dims};
     float s[2][4] = {};
     uint32_t k_at = shared_address(shared) + piece_at + k_offset<KV, DIMS>(lane) + warp * 16 * layout::pitch;
-    if (code_bits<KV> != 0 && coded >> warp / 2 & 1) {
+    if (code_bits<KV> != 0 && (WHOLE || coded >> warp / 2 & 1)) {
         if constexpr (code_bits<KV> != 0) multiply_coded_keys<KV, DIMS>(s, q, from, warp, lane);
     } else {
 #pragma unroll
@@ -121,23 +140,24 @@ ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t 
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         int tile = i / 4, half = i / 2 % 2;
+        if (half >= HALVES) continue;
         uint32_t in_piece = warp * 16 + tile * 8 + lane % 4 * 2 + i % 2;
         float x = s[tile][i % 4];
         if constexpr (KV == KV_Q8) x = __fmul_rn(x, scales[in_piece]);
-        if (slot + in_piece >= seen[half]) x = -INFINITY;
+        if (!WHOLE && slot + in_piece >= seen[half]) x = -INFINITY;
         s[tile][i % 4] = x;
         largest[half] = fmaxf(largest[half], x);
     }
     float *row_max = (float *)(void *)(shared + places::row_max);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < HALVES; half++) {
         largest[half] = max_of_quad(largest[half]);
         if (lane % 4 == 0) row_max[warp * TILE_QUERIES + half * 8 + lane / 4] = largest[half];
     }
     __syncthreads();
     float a[2], m[2];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < HALVES; half++) {
         float x = row_max[half * 8 + lane / 4];
 #pragma unroll
         for (int w = 1; w < ATTENTION_WARPS; w++) x = fmaxf(x, row_max[w * TILE_QUERIES + half * 8 + lane / 4]);
@@ -149,6 +169,7 @@ ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int tile = i / 2, half = i % 2;
+        if (half >= HALVES) continue; /* of rows of p that are nobody's anything will do */
         uint32_t in_piece = warp * 16 + tile * 8 + lane % 4 * 2;
         float x = weight_of(s[tile][2 * half], scale_log2, m[half]), y = weight_of(s[tile][2 * half + 1], scale_log2, m[half]);
         uint8_t *to = shared + places::p + (half * 8 + lane / 4) * P_PITCH + in_piece * 2;
@@ -158,11 +179,11 @@ ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t 
                 pack<KV>(with_v_scale(x, scales[PIECE_SLOTS + in_piece]), with_v_scale(y, scales[PIECE_SLOTS + in_piece + 1]));
     }
     __syncthreads();
-    float l[4] = {__fmul_rn(split->l[0], a[0]), 0, __fmul_rn(split->l[1], a[1]), 0};
+    float l[4] = {__fmul_rn(split->l[0], a[0]), 0, WHOLE ? 0 : __fmul_rn(split->l[1], a[1]), 0};
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) split->o[t][i] = __fmul_rn(split->o[t][i], a[i / 2]);
+        for (int i = 0; i < 2 * HALVES; i++) split->o[t][i] = __fmul_rn(split->o[t][i], a[i / 2]);
     }
     uint32_t p_at = shared_address(shared) + places::p + (lane % 16) * P_PITCH + lane / 16 * 16;
     uint32_t v_at = shared_address(shared) + piece_at + layout::k_bytes + v_offset<KV, DIMS>(lane) + warp * (TILES / 2) * dims_step<KV>;
@@ -176,14 +197,11 @@ ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t 
             multiply<KV>(l, p[step], ones<KV>(), ones<KV>());
             if constexpr (KV == KV_Q8) load_matrices_4(p[step], at + places::p_bytes);
         }
-        if constexpr (code_bits<KV> != 0) {
-            if (coded >> block & 1) {
-                multiply_coded_values<KV, DIMS, TILES / 2>(split->o, p, from, block, warp * (TILES / 2), lane);
-                continue;
-            }
-        }
+        const bool from_codes = code_bits<KV> != 0 && (WHOLE || coded >> block & 1);
+        if constexpr (code_bits<KV> != 0)
+            if (from_codes) multiply_coded_values<KV, DIMS, TILES / 2>(split->o, p, from, block, warp * (TILES / 2), lane);
 #pragma unroll
-        for (uint32_t step = 0; step < 2; step++) {
+        for (uint32_t step = 0; step < 2 && !from_codes; step++) {
 #pragma unroll
             for (int pair = 0; pair < TILES / 2; pair++) {
                 uint32_t b[4];
@@ -194,7 +212,7 @@ ATTENTION_INLINE void decode_piece(struct softmax<TILES> *split, const uint32_t 
         }
     }
     split->l[0] = l[0];
-    split->l[1] = l[2];
+    if (!WHOLE) split->l[1] = l[2];
 }
 
 /* Queries of a lane: query i is row i / group, head i % group of the KV head's group. */
@@ -305,7 +323,11 @@ ATTENTION_INLINE void arrive(const struct attention_args &args, uint32_t lane, c
     merge_partials<KV>(args, work, lane % args.n_kv_heads, n_queries, n_splits);
 }
 
-template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS) decode(const __grid_constant__ struct attention_args args) {
+/* CTAs an SM for which registers must do; 0: that is up to the compiler. KIVI's hide one another's conversions: at 128 dims as many as an H100 has shared memory for. */
+template <int KV, int DIMS> constexpr int decode_ctas = code_bits<KV> == 0 ? 0 : DIMS == 64 ? 4 : 3;
+
+template <int KV, int DIMS>
+__global__ void __launch_bounds__(ATTENTION_THREADS, decode_ctas<KV, DIMS>) decode(const __grid_constant__ struct attention_args args) {
     using layout = piece<KV, DIMS>;
     using places = decode_shared<KV, DIMS>;
     constexpr int TILES = DIMS / ATTENTION_WARPS / 8;
@@ -314,6 +336,7 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
     if (start.lane == stop.lane && start.split == stop.split) return;
     uint32_t lane = threadIdx.x % 32, pieces = shared_address(shared) + places::pieces;
     if (args.d < DIMS) clear_shared(shared + places::pieces, args.stages * layout::bytes);
+    if (code_bits<KV> != 0) clear_shared(shared + places::p, places::p_bytes); /* of a WHOLE piece, half of it is written */
     __syncthreads();
 
     struct attention_lane work = read_lane(args, start.lane);
@@ -325,15 +348,21 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
                            work.codes_first,
                            work.codes_last,
                            0,
+                           0,
                            {}};
     if (start.lane == stop.lane) ahead.end = min(ahead.end, stop.split * SPLIT_SLOTS);
-    cursor_settle<KV>(args, &ahead, stop);
+    ahead.whole_end = whole_codes<KV, DIMS>(args, ahead.codes_first, ahead.end);
+    cursor_settle<KV, DIMS>(args, &ahead, stop);
     uint32_t stage_to = 0, stage = 0, coded = 0; /* coded: two bits a stage, which of its blocks are codes */
     auto copy_next = [&]() {
         if (ahead.slot < ahead.end) {
-            copy_piece<KV, DIMS>(args, pieces + stage_to * layout::bytes, ahead.source, ahead.length - ahead.slot);
+            const uint32_t to = pieces + stage_to * layout::bytes;
+            if (code_bits<KV> != 0 && ahead.slot + PIECE_SLOTS <= ahead.whole_end)
+                copy_codes<KV, DIMS>(args, to, ahead.source.ids);
+            else
+                copy_piece<KV, DIMS>(args, to, ahead.source, ahead.length - ahead.slot);
             if constexpr (code_bits<KV> != 0) coded = (coded & ~(3u << 2 * stage_to)) | ahead.source.coded << 2 * stage_to;
-            cursor_step<KV>(args, &ahead, stop);
+            cursor_step<KV, DIMS>(args, &ahead, stop);
         }
         copies_commit();
         stage_to = stage_to + 1 == args.stages ? 0 : stage_to + 1;
@@ -364,27 +393,36 @@ template <int KV, int DIMS> __global__ void __launch_bounds__(ATTENTION_THREADS)
         }
         uint32_t q[DIMS / 16][4];
         load_queries<KV, DIMS>(q, queries[0], queries[1], args.d, lane);
+        const uint32_t whole_end = n_queries <= 8 ? whole_codes<KV, DIMS>(args, work.codes_first, end) : 0;
 
         struct softmax<TILES> total, split;
         softmax_reset(&total);
         softmax_reset(&split);
-        for (uint32_t slot = first; slot < end; slot += PIECE_SLOTS) {
-            const uint32_t views = view_of<KV>(work.codes_last, slot);
-            for (uint32_t view = view_of<KV>(work.codes_first, slot); view <= views; view++) {
-                wait_for_piece(args.stages);
-                __syncthreads(); /* everybody's copies are there, and the piece before was read */
-                const uint32_t here = coded >> 2 * stage & 3;
-                copy_next();
+        for (uint32_t slot = first, view = view_of<KV>(work.codes_first, slot); slot < end;) {
+            wait_for_piece(args.stages);
+            __syncthreads(); /* everybody's copies are there, and the piece before was read */
+            const uint32_t here = coded >> 2 * stage & 3;
+            copy_next();
+            const bool whole = code_bits<KV> != 0 && slot + PIECE_SLOTS <= whole_end;
+            if (whole) {
+                decode_piece<KV, DIMS, TILES, true>(&split, q, shared, places::pieces + stage * layout::bytes, slot, seen, args.scale_log2, 3, DIMS);
+            } else {
                 uint32_t seen_here[2];
 #pragma unroll
                 for (int half = 0; half < 2; half++) seen_here[half] = view_of<KV>(codes[half], slot) == view ? seen[half] : 0;
-                decode_piece<KV, DIMS, TILES>(&split, q, shared, places::pieces + stage * layout::bytes, slot, seen_here, args.scale_log2, here,
-                                              codes_dims(args.d));
-                stage = stage + 1 == args.stages ? 0 : stage + 1;
+                decode_piece<KV, DIMS, TILES, false>(&split, q, shared, places::pieces + stage * layout::bytes, slot, seen_here, args.scale_log2,
+                                                     here, codes_dims(args.d));
             }
-            if ((slot + PIECE_SLOTS) % SPLIT_SLOTS != 0 && slot + PIECE_SLOTS < end) continue;
+            stage = stage + 1 == args.stages ? 0 : stage + 1;
+            if (!whole && view < view_of<KV>(work.codes_last, slot)) {
+                view++;
+                continue;
+            }
+            slot += PIECE_SLOTS;
+            if (slot + PIECE_SLOTS > whole_end) view = view_of<KV>(work.codes_first, slot);
+            if (slot % SPLIT_SLOTS != 0 && slot < end) continue;
             if (first == 0) {
-                softmax_fold(&total, &split);
+                softmax_fold(&total, &split, code_bits<KV> == 0 || n_queries > 8);
             } else {
                 write_partial<KV, TILES>(args, partial, n_queries, &split);
                 partial += n_queries;

@@ -269,23 +269,27 @@ struct ranked_lane {
     uint32_t n_slots;
 };
 
-/* Inclusive sums of one number a thread, in all threads' order; *total: of all. */
-static __device__ uint32_t scan_threads(uint32_t x, uint32_t *shared, uint32_t *total) {
-    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+/* Inclusive sums of one number a thread, in the order of the warp's threads. */
+static __device__ uint32_t scan_warp(uint32_t x) {
+    const uint32_t lane = threadIdx.x % WARP;
     for (uint32_t distance = 1; distance < WARP; distance *= 2) {
         const uint32_t y = __shfl_up_sync(0xffffffffu, x, distance);
         if (lane >= distance) x += y;
     }
+    return x;
+}
+
+/* The same of all threads; *total: of all. */
+static __device__ uint32_t scan_threads(uint32_t x, uint32_t *shared, uint32_t *total) {
+    static_assert(CHOICE_WARPS == WARP, "a warp has a thread for each warp's sum");
+    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    x = scan_warp(x);
     __syncthreads(); /* what was read of the sums before */
     if (lane == WARP - 1) shared[warp] = x;
     __syncthreads();
-    *total = 0;
-    for (uint32_t w = 0; w < CHOICE_WARPS; w++) {
-        const uint32_t sum = shared[w];
-        if (w < warp) x += sum;
-        *total += sum;
-    }
-    return x;
+    const uint32_t sums = scan_warp(shared[lane]), before = __shfl_sync(0xffffffffu, sums, (int)((warp + WARP - 1) % WARP));
+    *total = __shfl_sync(0xffffffffu, sums, WARP - 1);
+    return warp > 0 ? x + before : x;
 }
 
 struct byte_counts {

@@ -15,10 +15,13 @@ READY_S = 120
 STOP_S = 30
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def held_port():
+    """A socket on a free port of loopback, which nobody else is given while it is open; a server that sets either option may listen there. Until one does, connections are refused."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def own_environment():
@@ -114,8 +117,9 @@ def kvasir(program, *flags):
 
 
 def llama_server(folder, *flags):
-    port = free_port()
-    return Server([pathlib.Path(folder) / "default/bin/llama-server", "--host", "127.0.0.1", "--port", port, "--no-webui", "--log-disable", "--cache-ram", 0, *flags], port)
+    with held_port() as held:
+        port = held.getsockname()[1]
+        return Server([pathlib.Path(folder) / "default/bin/llama-server", "--host", "127.0.0.1", "--port", port, "--no-webui", "--log-disable", "--cache-ram", 0, *flags], port)
 
 
 def load_command(program, port, **options):

@@ -236,9 +236,8 @@ class EndToEnd(unittest.TestCase):
                 servers.load(BUILD / "tests/bench/load", server.port, streams=2, prompt=4, tokens=2, ids="0-256", model="absent", timeout=DEADLINE)
             with self.assertRaisesRegex(RuntimeError, "0 of 1 .* status 400"):
                 servers.load(BUILD / "tests/bench/load", server.port, streams=1, prompt=4, tokens=2, ids="0-256", extra={"kv": {"policy": "nonesuch"}}, timeout=DEADLINE)
-            port = server.port
-        with self.assertRaisesRegex(RuntimeError, "refused"):
-            servers.load(BUILD / "tests/bench/load", port, streams=1, timeout=DEADLINE)
+        with servers.held_port() as held, self.assertRaisesRegex(RuntimeError, "refused"):
+            servers.load(BUILD / "tests/bench/load", held.getsockname()[1], streams=1, timeout=DEADLINE)
 
     def test_interrupted_it_reports_what_there_was(self):
         with self.mock("--mock-tokens-per-second", "50") as server:

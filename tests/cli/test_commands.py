@@ -117,7 +117,10 @@ class CheckConfig(Case):
             keys = os.path.join(self.folder.name, "keys")
             if text is not None:
                 self.file("keys", text)
-            self.refused("check-config", self.file("wrong.toml", f"[server]\napi_key_file = '{keys}'\n"), says=[keys, says])
+            path = self.file("wrong.toml", f"[server]\napi_key_file = '{keys}'\n")
+            self.refused("check-config", path, says=[f"kvasir: {path}:2: server.api_key_file: {keys}:", says])
+            self.refused("serve", "--backend", "mock", "--config", path, says=[f"kvasir: {path}:2: server.api_key_file: {keys}:", says])
+            self.refused("check-config", path, environment={"KVASIR_API_KEY_FILE": keys}, says=[f"kvasir: KVASIR_API_KEY_FILE: {keys}:", says])
         self.refused("check-config", os.path.join(self.folder.name, "absent.toml"), says=["absent.toml", "No such file"])
         self.refused("check-config", self.folder.name, says="is a directory")
         self.refused("check-config", "/dev/zero")

@@ -52,6 +52,23 @@ class Models(Case):
             self.refused("inspect", self.file(name, content), says=name)
         self.refused("inspect", self.file("new\nline.gguf", b"x"), says="new?line.gguf")
 
+    def test_where_a_model_was_named(self):
+        absent, text = "/nowhere/model.gguf", self.file("text.gguf", b"hello")
+        for model, says in ((absent, "No such file"), (text, "text.gguf")):
+            path = self.file("kvasir.toml", "[server]\nport = 0\n[engine]\nthreads = 1\n")
+            named = self.file("named.toml", f"# the model\nmodel = '{model}'\n")
+            for arguments in (("check-config", named), ("check-config", "--config", named), ("serve", "--config", named), ("inspect", "--config", named)):
+                self.refused(*arguments, says=[f"kvasir: {named}:2: model: {model}: ", says])
+            for command in (("check-config", path), ("check-config", named), ("serve", "--config", named), ("bench",)):
+                self.refused(*command, environment={"KVASIR_MODEL": model}, says=[f"kvasir: KVASIR_MODEL: {model}: ", says])
+                self.refused(*command, "--model", model, environment={"KVASIR_MODEL": absent}, says=[f"kvasir: --model: {model}: ", says])
+            self.refused("serve", "--config", named, model, environment={"KVASIR_MODEL": absent}, says=[f"kvasir: model: {model}: ", says])
+        good = self.file("good.gguf", gguf.build())
+        named = self.file("named.toml", f"model = '{good}'\n")
+        # What is wrong is not the model, though the words speak of it.
+        for command in (("check-config", named), ("serve", "--config", named)):
+            self.refused(*command, "--max-model-len", "1000000", says="kvasir: engine.max_model_len: 1000000 tokens; the model was trained for ")
+
     def test_wrong_keys(self):
         cases = [
             (gguf.changed("general.architecture", gguf.STRING, "mamba"), "mamba"),

@@ -371,7 +371,7 @@ static void test_pressure_ends_with_those_who_were_pressed(void **state) {
     client_run(&client, N - 1); /* the first has ended under pressure: with a low mark of 0 that lasts */
     struct run_request plain = {.number = 20, .n_prompt = 50, .n_new = 10, .policy = "none"};
     struct job *job = run_job(&config, &plain);
-    for (uint32_t i = 0; i < N; i++) engine_abort(client.engine, jobs[i]->request.id, ENGINE_ALL_CHOICES);
+    for (uint32_t i = 0; i < N; i++) engine_abort(client.engine, &jobs[i]->request, ENGINE_ALL_CHOICES);
     client_run(&client, 0);
     CHECK(client_submit(&client, job));
     client_run(&client, 0);

@@ -68,7 +68,7 @@ static void meet_fate(void *context, struct job *job, const struct event *event)
     if (fate->events_left > 0 && event) fate->events_left--;
     if (fate->events_left > 0) return;
     fate->aborted = true;
-    engine_abort(client->engine, job->request.id, fate->choice);
+    engine_abort(client->engine, &job->request, fate->choice);
 }
 
 static bool is_over(const struct job *job) { return job->order > 0; }

@@ -6,11 +6,11 @@ python3 grafana/make_dashboard.py | cmp - grafana/kvasir.json || { echo "grafana
 promtool=${KVASIR_PROMTOOL:-$(command -v promtool || echo "$KVASIR_SOURCE/build/tools/promtool")}
 "$promtool" check config prometheus/prometheus.yml
 
-coproc daemon { exec "$KVASIR_PROGRAM" serve --backend mock --port 0; }
-pid=$daemon_PID
+exec {daemon}< <(exec "$KVASIR_PROGRAM" serve --backend mock --port 0 </dev/null)
+pid=$!
 trap 'kill "$pid" 2>/dev/null || true' EXIT
 url=
-while IFS= read -r -t 120 -u "${daemon[0]}" line; do
+while IFS= read -r -t 120 -u "$daemon" line; do
   case $line in
     "listening on "*) url=${line#listening on } ;;
     ready*) break ;;

@@ -24,3 +24,4 @@ if KVASIR_MODEL=/nowhere.gguf deploy/quickstart --check </dev/null >"$scratch/th
   exit 1
 fi
 grep -q '/nowhere.gguf' "$scratch/third"
+grep -q '^quickstart: the server did not become ready (exit code 2)$' "$scratch/third" || { cat "$scratch/third"; exit 1; }

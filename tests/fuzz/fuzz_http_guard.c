@@ -60,8 +60,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         /* An empty line right behind the request line leaves no fields to look at. */
         if (request && first + 1 < bytes + end) check_accepted(bytes, end);
     }
-    /* Nothing is said of what is not there yet, but that it is too much, or that a whole line or field is wrong. */
-    CHECK(!problem || first || refusal.status == 414);
+    /* Nothing is said of what is not there yet, but that it is too much, that it is TLS, or that a whole line or field is wrong. */
+    CHECK(!problem || first || refusal.status == 414 || bytes[0] == 0x16);
     bool of_fields = problem && strcmp(refusal.code, "bad_framing") == 0;
     CHECK(!of_fields || end || memchr(first + 1, '\n', size - (size_t)(first + 1 - bytes)));
 

@@ -1,6 +1,6 @@
 /* Attention on a device against a plain loop in double, and against itself: a row's result is the same bits whichever kernel, tile, cut and neighbours it had.
  *   attention [--check] [--bench] [--only TEXT] [--stages N]     without either: both
- * --check-few: small heads alone, for a device that is slow (tests/host_device).
+ * --check-few: small heads alone, and a size of KIVI's, for a device that is slow (tests/host_device).
  * --only TEXT: sizes whose names begin with it.
  * --stages: pieces of the decode kernel's ring in --bench, in place of what attention_open chose.
  * Exit status 1 if a result is wrong. Needs nothing but kernels/cuda/attention*.cu, close.h and base/. */
@@ -440,11 +440,12 @@ static void check_all(void) {
     check_probe<KV_BF16>("bf16", &random);
     static const struct {
         uint32_t d, group;
-    } sizes[] = {{128, 4}, {64, 3}, {128, 1}, {64, 8}, {16, 4}, {32, 2}, {80, 4}, {20, 1}, {96, 16}, {128, 20}, {72, 2}};
+    } sizes[] = {{128, 4}, {64, 3}, {128, 1}, {64, 8}, {16, 4}, {32, 2}, {80, 4}, {20, 1}, {96, 16}, {128, 20}, {72, 2}, {120, 4}};
     static const enum kv_dtype dtypes[] = {KV_F16, KV_BF16, KV_Q8, KV_KIVI4, KV_KIVI2};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         for (size_t j = 0; j < sizeof dtypes / sizeof *dtypes; j++) {
-            if (few && (sizes[i].d > 20 || sizes[i].d % 8 != j * 2)) continue;
+            const bool kivi_few = dtypes[j] == KV_KIVI4 && sizes[i].d == 64 && sizes[i].group == 3; /* the smallest whose pieces are whole codes */
+            if (few && !kivi_few && (sizes[i].d > 20 || sizes[i].d % 8 != j * 2)) continue;
             struct geometry geometry = {};
             geometry.dtype = dtypes[j];
             geometry.d = sizes[i].d;

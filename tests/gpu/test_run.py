@@ -117,11 +117,9 @@ class Stages(Case):
         self.assertIn("broken.gguf", step["tail"])
 
     def test_a_stage_ends_in_time(self):
-        began = time.monotonic()
         command = [sys.executable, str(HERE / "run"), "--out", str(self.folder / "out"), "--backend", "cpu", "--small", "--build", str(BUILD), "--stage", "bench", "--seconds", "0.001"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
         self.assertIn(done.returncode, (0, 1), done.stderr)
-        self.assertLess(time.monotonic() - began, 60)
         self.assertEqual({step["status"] for step in self.steps("bench").values()}, {"left out"})
 
     def test_a_signal_keeps_what_there_is(self):

@@ -18,7 +18,7 @@ import unittest
 import harness
 import raw
 
-LONG = {"max_tokens": 3000, "ignore_eos": True}
+LONG = {"max_tokens": 7000, "ignore_eos": True}  # more than is made while anybody looks at it
 
 
 def descriptors(daemon):
@@ -412,7 +412,7 @@ class Drain(unittest.TestCase):
             whole = daemon.connect()
             whole.send(raw.request_bytes("POST", "/v1/completions", json.dumps({"model": daemon.model, "prompt": "a", "max_tokens": 100, "ignore_eos": True}).encode()))
             idle = daemon.connect()
-            harness.wait_until(lambda: sum(daemon.load()[:2]) == 7, "all have been taken")
+            harness.wait_until(lambda: daemon.gauge("prompt_tokens_total") == 6 * len("hello") + 1, "all have been taken")
             daemon.signal(number)
             for stream in streams:
                 chunks = harness.events(stream.read_response().body)

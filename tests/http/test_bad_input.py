@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import select
+import ssl
 import unittest
 import unittest.mock
 
@@ -628,6 +629,25 @@ class Framing(harness.DaemonCase):
         for start, byte in ((b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ", b"a"), (b"", b"G"), (b"POST /v1/completions HTTP/1.1\r\n", b"")):
             self.assertError(self.drip(start, byte), 408, None, code="request_timeout")
         self.assertIsNone(self.drip(b"", b""))  # nothing was asked
+        self.assertWorks()
+
+    def test_tls(self):
+        """A hello of TLS holds no whole line: its client is answered all the same, and not by the deadline of the headers."""
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+        with self.assertRaises(ssl.SSLWantReadError):
+            client.do_handshake()
+        real = outgoing.read()
+        for pieces in ((b"\x16",), (b"\x16\x03\x01\x02\x00\x01\x00" + b"h" * 500,), (b"\x16", b"\x03\x01" + b"h" * 500), (real,), (real[:3], real[3:])):
+            with self.subTest(pieces=pieces), self.daemon.connect() as connection:
+                for piece in pieces:
+                    connection.try_send(piece)
+                error = self.assertError(connection.read_response(), 400, None, code="bad_request_line")
+                self.assertIn("TLS", error["message"])
+                self.assertIn("plain HTTP", error["message"])
+                self.assertEqual(connection.read_to_end(), b"")
+        with self.assertRaises(ssl.SSLError), self.daemon.connect() as connection:
+            ssl.create_default_context().wrap_socket(connection.socket, server_hostname="localhost")
         self.assertWorks()
 
     def test_slow_body(self):

@@ -212,6 +212,21 @@ class Limits(CompressionCase):
         for name in ("tokens_seen", "slots_kept", "slots_evicted", "blocks", "bytes"):
             self.assertEqual(body["kv"][name], 3 * one["kv"][name], name)
 
+    def test_heads_of_all_choices(self):
+        """The median is that of all heads of all of them, whichever prompt they answer and whoever ends last."""
+        lengths = [10, 200, 20, 100, 30]
+        for order in (lengths, lengths[::-1], sorted(lengths)):
+            body = self.daemon.complete(prompt=["p" * length for length in order], max_tokens=1, kv={"report": True}).json()
+            self.assertEqual(body["kv"]["heads"], {"min": 10, "median": 30, "max": 200}, order)
+        seen = set()
+        for seed in range(20):
+            fields = {"prompt": "q" * 10, "n": 3, "seed": seed, "max_tokens": 60, "stop_token_ids": list(range(0, 256, 16)), "return_token_ids": True}
+            body = self.daemon.complete(kv={"report": True}, **fields).json()
+            ends = sorted(10 + len(choice["token_ids"]) - 1 for choice in body["choices"])
+            self.assertEqual(body["kv"]["heads"], {"min": ends[0], "median": ends[1], "max": ends[2]}, body)
+            seen.add(tuple(ends))
+        self.assertGreater(len(seen), 5)
+
 
 class Operator(CompressionCase):
     """[compression] in the configuration file."""

@@ -355,6 +355,20 @@ class Errors(harness.DaemonCase):
         self.assertEqual(len(attempts), 1, "for ever is not worth a retry")
 
 
+def stopped_of(test, daemon, kinds, headers=()):
+    """Asks one after another, (fields, how often) of each kind; every one is answered. How many answers a stop string ended."""
+    stopped = 0
+    for fields, rounds in kinds:
+        with daemon.connect() as connection:
+            for i in range(rounds):
+                body = {"model": daemon.model, "prompt": f"number {i}", "seed": i, **fields}
+                connection.send(raw.request_bytes("POST", "/v1/completions", json.dumps(body).encode(), headers))
+                answer = connection.read_response()
+                test.assertEqual(answer.status, 200, (fields, i))
+                stopped += b'"finish_reason":"stop"' in answer.body
+    return stopped
+
+
 class Keys(unittest.TestCase):
     def test_keys_and_their_limit(self):
         with tempfile.NamedTemporaryFile("w", suffix=".keys") as file:
@@ -402,17 +416,9 @@ class Keys(unittest.TestCase):
 
     def one_after_another(self, daemon):
         """Who has an answer to its end may ask again at once, although the engine learns only then that a stop string ended it."""
-        stopped = 0
         stops = {"stop": ["e", " ", "a", "t"], "max_tokens": 40}
-        for fields, rounds in (({"max_tokens": 2}, 5), (stops, 8), ({**stops, "stream": True}, 8), ({**stops, "n": 3}, 2), ({**stops, "best_of": 2}, 2)):
-            with daemon.connect() as connection:
-                for i in range(rounds):
-                    body = {"model": daemon.model, "prompt": f"number {i}", "seed": i, **fields}
-                    connection.send(raw.request_bytes("POST", "/v1/completions", json.dumps(body).encode(), {"Authorization": "Bearer sk-first"}))
-                    answer = connection.read_response()
-                    self.assertEqual(answer.status, 200, (fields, i))
-                    stopped += b'"finish_reason":"stop"' in answer.body
-        self.assertGreater(stopped, 3)
+        kinds = (({"max_tokens": 2}, 5), (stops, 8), ({**stops, "stream": True}, 8), ({**stops, "n": 3}, 2), ({**stops, "best_of": 2}, 2))
+        self.assertGreater(stopped_of(self, daemon, kinds, {"Authorization": "Bearer sk-first"}), 3)
 
     def caches(self, daemon):
         """What one key has asked is not found faster by another."""
@@ -457,6 +463,18 @@ class Retries(unittest.TestCase):
             self.assertEqual(answer.usage.completion_tokens, 1)
             self.assertEqual(statuses, [503, 200])
             connection.close()
+
+    def test_one_after_another(self):
+        """With one place and no queue, who has an answer to its end may ask again at once, although the engine learns only then that a stop string ended it."""
+        with harness.Daemon(*harness.MOCK, "--max-sequences", "1", "--max-queue", "0", "--mock-tokens-per-second", "2000") as daemon:
+            stops = {"stop": ["e", " ", "a", "t"], "max_tokens": 40}
+            kinds = (({"max_tokens": 2}, 5), (stops, 40), ({**stops, "stream": True}, 40))
+            self.assertGreater(stopped_of(self, daemon, kinds), 10)
+            daemon.wait_idle()
+        with harness.Daemon(*harness.MOCK, "--max-sequences", "1", "--max-queue", "3", "--mock-tokens-per-second", "2000") as daemon:
+            kinds = (({**stops, "n": 4}, 10), ({**stops, "n": 4, "stream": True}, 10), ({**stops, "prompt": ["a", "b"], "n": 2}, 10))
+            self.assertGreater(stopped_of(self, daemon, kinds), 10)
+            daemon.wait_idle()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,25 @@ static void test_without_a_table_every_policy_may_be_asked_for(void **state) {
     assert_true(granted(&config, (struct kv_wish){.policy = "fastgen"}).target.keep_ratio == 1);
 }
 
+/* A budget alone is refused where nothing is evicted, in words that name what could be asked for; with "none" by name it is the baseline of a comparison. */
+static void test_budgets_of_none(void **state) {
+    (void)state;
+    struct config config = defaults();
+    refused(&config, (struct kv_wish){.policy = "none", .keep_ratio = 0.5, .budget_tokens = 64}, "kv.keep_ratio", "exclude");
+    granted(&config, (struct kv_wish){.policy = "none", .budget_tokens = 64});
+    granted(&config, (struct kv_wish){.policy = "none", .keep_ratio = 0.5, .protect_tokens = 8});
+    granted(&config, (struct kv_wish){.policy = "none"});
+    granted(&config, (struct kv_wish){.protect_tokens = 8});
+    strcpy(config.allowed_policies, "tova, snapkv");
+    refused(&config, (struct kv_wish){.budget_tokens = 64}, "kv.budget_tokens",
+            "compresses nothing by itself: name a policy (kv.policy): snapkv, tova");
+    refused(&config, (struct kv_wish){.keep_ratio = 0.5}, "kv.keep_ratio", "compresses nothing by itself");
+    strcpy(config.allowed_policies, "none");
+    refused(&config, (struct kv_wish){.budget_tokens = 64}, "kv.budget_tokens", "compresses nothing, and allows no request to ask for it");
+    strcpy(config.compression_policy, "keydiff");
+    granted(&config, (struct kv_wish){.budget_tokens = 64, .protect_tokens = 8});
+}
+
 static void test_operators_limits(void **state) {
     (void)state;
     struct config config = defaults();
@@ -199,6 +218,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_without_a_table_every_policy_may_be_asked_for),
         cmocka_unit_test(test_the_help_names_every_policy),
+        cmocka_unit_test(test_budgets_of_none),
         cmocka_unit_test(test_operators_limits),
         cmocka_unit_test(test_settings_that_make_no_sense),
         cmocka_unit_test(test_triggers),

@@ -115,13 +115,15 @@ static void test_aborts_in_every_state(void **state) {
     assert_true(client_submit(&client, reading));
     gate_wait(); /* its first step is under way */
     assert_true(client_submit(&client, forks) && client_submit(&client, waiting) && client_submit(&client, leader));
-    engine_abort(client.engine, 999, ENGINE_ALL_CHOICES);                 /* unknown */
-    engine_abort(client.engine, forks->request.id, 7);                    /* no such choice */
-    engine_abort(client.engine, reading->request.id, ENGINE_ALL_CHOICES); /* running, in a step */
-    engine_abort(client.engine, forks->request.id, 1);                    /* not yet forked */
-    engine_abort(client.engine, waiting->request.id, ENGINE_ALL_CHOICES); /* waiting */
-    engine_abort(client.engine, waiting->request.id, 1);                  /* ended */
-    engine_abort(client.engine, leader->request.id, 0);                   /* reads the prompt for the others */
+    struct job *unknown = random_job(&random, 1, 8, 1);
+    engine_abort(client.engine, &unknown->request, ENGINE_ALL_CHOICES);
+    job_free(unknown);
+    engine_abort(client.engine, &forks->request, 7);                    /* no such choice */
+    engine_abort(client.engine, &reading->request, ENGINE_ALL_CHOICES); /* running, in a step */
+    engine_abort(client.engine, &forks->request, 1);                    /* not yet forked */
+    engine_abort(client.engine, &waiting->request, ENGINE_ALL_CHOICES); /* waiting */
+    engine_abort(client.engine, &waiting->request, 1);                  /* ended */
+    engine_abort(client.engine, &leader->request, 0);                   /* reads the prompt for the others */
     gate_open();
     client_run(&client, 0);
     assert_true(reading->choices[0].finish == FINISH_ABORTED || reading->request.max_new == 1);
@@ -151,7 +153,7 @@ static void test_aborts_at_random(void **state) {
         assert_true(client_submit(&client, jobs[i]));
         if (random_below(&random, 2)) client_drain(&client);
         struct job *victim = jobs[random_below(&random, i + 1)];
-        engine_abort(client.engine, victim->request.id, random_below(&random, 2) ? ENGINE_ALL_CHOICES : random_below(&random, 4));
+        engine_abort(client.engine, &victim->request, random_below(&random, 2) ? ENGINE_ALL_CHOICES : random_below(&random, 4));
     }
     client_run(&client, 0);
     for (uint32_t i = 0; i < JOBS; i++) {
@@ -251,6 +253,96 @@ static void test_queue_full(void **state) {
     client_done(&client);
 }
 
+/* What is told to end has left the queue at once, though the engine hears of it a step later: one who asks again when his answer is over is never one too many. */
+static void test_who_leaves_makes_room(void **state) {
+    (void)state;
+    enum { SEQUENCES = 2, QUEUE = 1, ROUNDS = 200 };
+    struct client client;
+    struct random random = {13};
+    start(&client, (struct shape){.sequences = SEQUENCES, .queue = QUEUE, .rows = 64, .len = 128, .pool = 2});
+    const uint32_t most = engine_limits(client.engine)->max_choices;
+    struct job *jobs[ROUNDS];
+    gate_hold();
+    jobs[0] = random_job(&random, 20, 40, 3);
+    assert_true(client_submit(&client, jobs[0]));
+    gate_wait(); /* its first step is under way: nobody reads letters */
+    jobs[1] = random_job(&random, 20, 4, 1);
+    assert_false(client_submit(&client, jobs[1]));
+    engine_abort(client.engine, &jobs[0]->request, 1); /* its others stay, and its places with them */
+    engine_abort(client.engine, &jobs[0]->request, 7);
+    assert_false(client_submit(&client, jobs[1]));
+    engine_abort(client.engine, &jobs[0]->request, ENGINE_ALL_CHOICES);
+    engine_abort(client.engine, &jobs[0]->request, ENGINE_ALL_CHOICES); /* once is enough */
+    assert_true(client_submit(&client, jobs[1]));
+    engine_abort(client.engine, &jobs[1]->request, 3);
+    uint32_t n = 2;
+    for (; client.n_open < 3 + SEQUENCES + QUEUE; n++) assert_true(client_submit(&client, jobs[n] = random_job(&random, 20, 4, 1)));
+    assert_false(client_submit(&client, jobs[n] = random_job(&random, 20, 4, 1))); /* who stays counts as ever */
+    job_free(jobs[n]);
+    for (bool took = true; took; n += took) { /* and who leaves does not without end */
+        engine_abort(client.engine, &jobs[n - 1]->request, 0);
+        jobs[n] = random_job(&random, 20, 4, 1);
+        took = client_submit(&client, jobs[n]);
+        if (!took) job_free(jobs[n]);
+        assert_true(client.n_open <= most && n + 1 < ROUNDS);
+    }
+    assert_int_equal(client.n_open, most);
+    gate_open();
+    client_run(&client, 0);
+    for (uint32_t i = 0; i < n; i++) check_job(jobs[i]), job_free(jobs[i]);
+    assert_int_equal(client.engine->live_choices, 0);
+    assert_int_equal(client.engine->leaving_choices, 0);
+    (void)client_settled(&client);
+    client_done(&client);
+}
+
+/* Choices 0 and 1 end by an abort, after 5 and 15 tokens, choice 2 at its length. */
+static void end_by_number(void *context, struct job *job, const struct event *event) {
+    struct client *client = context;
+    uint32_t n = job->choices[event->choice].n_tokens;
+    if (event->finish == FINISH_NONE && ((event->choice == 0 && n == 5) || (event->choice == 1 && n == 15)))
+        engine_abort(client->engine, &job->request, event->choice);
+}
+
+/* What a report says of each head: of every choice, as it stood at its end. */
+static void test_report_of_every_choice(void **state) {
+    (void)state;
+    struct client client;
+    const int32_t prompt[4] = {1, 2, 3, 4};
+    start(&client, (struct shape){.sequences = 4, .queue = 2, .rows = 64, .len = 128, .pool = 4});
+    uint32_t lanes = program_lanes(model_program(model));
+    client.on_event = end_by_number;
+    client.context = &client;
+    struct job *job = job_new(prompt, 4, 100, 3);
+    job->request.head_slots = check_calloc(3 * lanes, sizeof(uint32_t));
+    gate_hold();
+    assert_true(client_submit(&client, job));
+    for (uint32_t step = 0; step < 30; step++) { /* nobody gets far ahead of who reads */
+        gate_wait();
+        client_drain(&client);
+        gate_step();
+    }
+    gate_open();
+    client_run(&client, 0);
+    const struct kv_report *report = &job->request.kv_report;
+    const uint32_t *slots = job->request.head_slots;
+    assert_int_equal(report->n_choices, 3);
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < 3 * lanes; i++) sum += slots[i];
+    assert_int_equal(sum, report->slots_kept);
+    assert_int_equal(slots[0], report->head_min);
+    assert_int_equal(slots[2 * lanes], 4 + 100 - 1);
+    assert_int_equal(report->head_max, 4 + 100 - 1);
+    assert_true(slots[0] < slots[lanes] && slots[lanes] < slots[2 * lanes]);
+    for (uint32_t i = 0; i < 3 * lanes; i++)
+        assert_int_equal(slots[i], slots[i / lanes * lanes]); /* nothing is evicted: the heads of a choice are alike */
+    free(job->request.head_slots);
+    check_job(job);
+    job_free(job);
+    (void)client_settled(&client);
+    client_done(&client);
+}
+
 /* While engine_stop waits, the engine thread itself takes the events that it posts: there is one taker at a time. */
 struct stopping {
     struct client *client;
@@ -315,7 +407,7 @@ static void test_outbox_full(void **state) {
     assert_true(mailbox_room(&client.engine->outbox) >= JOBS);
     assert_true(engine_alive(client.engine, clock_now_ns() + 3600000000000ull, 1));
     for (uint32_t i = 0; i < JOBS; i += 2) /* more letters than there are places: nothing is lost, nothing doubled */
-        for (uint32_t k = 0; k < 40; k++) engine_abort(client.engine, jobs[i]->request.id, k % 2 ? 0 : ENGINE_ALL_CHOICES);
+        for (uint32_t k = 0; k < 40; k++) engine_abort(client.engine, &jobs[i]->request, k % 2 ? 0 : ENGINE_ALL_CHOICES);
     client_run(&client, 0);
     for (uint32_t i = 0; i < JOBS; i++) {
         assert_int_equal(jobs[i]->choices[0].finish, i % 2 ? FINISH_LENGTH : FINISH_ABORTED);
@@ -453,7 +545,7 @@ static void test_abort_with_two_under_way(void **state) {
         gate_wait();
         assert_int_equal(gate.n_flights, 1);
     }
-    engine_abort(client.engine, job->request.id, 0);
+    engine_abort(client.engine, &job->request, 0);
     gate_open();
     client_run(&client, 0);
     assert_int_equal(job->choices[0].finish, FINISH_ABORTED);
@@ -586,6 +678,8 @@ int main(void) {
         cmocka_unit_test(test_aborts_at_random),
         cmocka_unit_test(test_prompt_logprobs),
         cmocka_unit_test(test_queue_full),
+        cmocka_unit_test(test_who_leaves_makes_room),
+        cmocka_unit_test(test_report_of_every_choice),
         cmocka_unit_test(test_stop_while_running),
         cmocka_unit_test(test_outbox_full),
         cmocka_unit_test(test_priorities),

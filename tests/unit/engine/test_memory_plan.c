@@ -65,7 +65,8 @@ static void test_with_no_options_it_fits(void **state) {
     check_plan(&plan);
     assert_int_equal(plan.max_model_len, 8192);
     assert_int_equal(plan.max_sequences, 64);
-    assert_int_equal(plan.max_choices, 64 + config.max_queue);
+    assert_int_equal(plan.queue_choices, 64 + config.max_queue);
+    assert_int_equal(plan.max_choices, plan.queue_choices + 64 + config.max_choices);
     assert_int_equal(plan.n_blocks, 64 * sequence_blocks(&plan)); /* no more than can be used */
     assert_string_equal(plan.lowered, "");
     config.threads = 64;
@@ -372,7 +373,7 @@ static void test_fewer_sequences_leave_more_of_a_device(void **state) {
     check_device_plan(&plan);
     check_weights_plans(&plan);
     assert_in_range(plan.max_sequences, 16, 64);
-    assert_int_equal(plan.max_choices, plan.max_sequences + config.max_queue);
+    assert_int_equal(plan.queue_choices, plan.max_sequences + config.max_queue);
     assert_int_equal(plan.n_rings, plan.max_sequences);
     assert_non_null(strstr(plan.lowered, "max_sequences 256 -> "));
     assert_non_null(strstr(plan.lowered, "free memory of the device"));

@@ -215,10 +215,10 @@ bool engine_submit(struct engine *engine, struct request *request) {
     return room;
 }
 
-void engine_abort(struct engine *engine, uint64_t id, uint32_t choice) {
+void engine_abort(struct engine *engine, struct request *request, uint32_t choice) {
     pthread_mutex_lock(&engine->mutex);
     for (struct request_state *state = engine->requests; state; state = state->next)
-        for (uint32_t i = 0; state->request->id == id && i < state->request->n_candidates; i++)
+        for (uint32_t i = 0; state->request == request && i < state->request->n_candidates; i++)
             if (choice == ENGINE_ALL_CHOICES || choice == i) state->choices[i].aborted = true;
     engine->aborts++;
     pthread_cond_signal(&engine->changed);

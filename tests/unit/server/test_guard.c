@@ -132,6 +132,18 @@ static void test_request_lines(void **state) {
     }
 }
 
+/* Who speaks TLS waits for an answer, not for the end of a line. */
+static void test_tls(void **state) {
+    (void)state;
+    struct guard_refusal refusal;
+    assert_true(guard_bytes("\x16", 1, &refusal));
+    assert_true(guard_bytes("\x16\x03\x01\x02", 4, &refusal));
+    assert_int_equal(refusal.status, 400);
+    assert_non_null(strstr(refusal.problem, "TLS"));
+    assert_false(guard_bytes("G", 1, &refusal));
+    assert_false(guard_bytes("", 0, &refusal));
+}
+
 /* A head of `length` bytes in all, the empty line not among them, with `fields` fields or as many as it takes. */
 static char *make_head(size_t length, size_t fields) {
     struct buffer head = {0};
@@ -246,8 +258,14 @@ static void test_ends_of_heads(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_chunks_in_pieces), cmocka_unit_test(test_ends_of_heads),  cmocka_unit_test(test_hosts),  cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_request_lines),    cmocka_unit_test(test_sizes_of_heads), cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_chunks_in_pieces),
+        cmocka_unit_test(test_ends_of_heads),
+        cmocka_unit_test(test_hosts),
+        cmocka_unit_test(test_heads),
+        cmocka_unit_test(test_request_lines),
+        cmocka_unit_test(test_tls),
+        cmocka_unit_test(test_sizes_of_heads),
+        cmocka_unit_test(test_chunks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
