@@ -34,7 +34,7 @@ class Configure(unittest.TestCase):
     def configure(self, nvcc, *words):
         """(exit status, what it says, as one line)"""
         environment = {**os.environ, "CUDACXX": str(nvcc)}
-        done = subprocess.run(["cmake", "-S", self.folder, "-B", self.folder / "build", *words], env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(["cmake", "-G", "Ninja", "-S", self.folder, "-B", self.folder / "build", *words], env=environment, capture_output=True, text=True, timeout=300)
         return done.returncode, " ".join((done.stdout + done.stderr).split())
 
     def assert_without(self, nvcc, why, *words):
