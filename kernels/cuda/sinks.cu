@@ -45,7 +45,7 @@ static __device__ void write_key(const struct device_pool &pool, uint32_t block,
     for (uint32_t i = 0; i < ROW_ELEMENTS; i++) {
         const uint32_t at = lane + i * WARP;
         if (at >= pool.d) continue;
-        if (pool.dtype == KV_F16) ((__half *)row)[at] = __float2half_rn(x[i]);
+        if (pool.dtype == KV_F16) ((__half *)row)[at] = __float2half_rn(fminf(fmaxf(x[i], -65504.0f), 65504.0f));
         if (pool.dtype == KV_BF16) ((__nv_bfloat16 *)row)[at] = __float2bfloat16_rn(x[i]);
         if (pool.dtype == KV_Q8) {
             float code = scale > 0 && isfinite(scale) && isfinite(x[i]) ? rintf(__fdiv_rn(x[i], scale)) : 0;

@@ -98,7 +98,7 @@ static void write_q8(uint8_t *row, uint8_t *scale_out, const float *x, uint32_t 
     }
 }
 
-/* Codes are made of finite numbers only. */
+/* f16: the pool holds finite numbers only, and so are what codes are made of. */
 static float within_f16(float x) { return isnan(x) ? 0 : fmaxf(fminf(x, 65504), -65504); }
 
 static void write_row(struct kv_pool *pool, uint32_t block, uint32_t slot, int which, const float *x) {
@@ -107,7 +107,7 @@ static void write_row(struct kv_pool *pool, uint32_t block, uint32_t slot, int w
     if (pool->dtype == KV_Q8) write_q8(row, scale_at(pool, block, slot, which), x, pool->head_dim);
     if (pool->dtype == KV_F32 || pool->dtype == KV_Q8) return;
     for (uint32_t d = 0; d < pool->head_dim; d++) {
-        uint16_t half = pool->dtype == KV_BF16 ? bf16_from_float(x[d]) : f16_from_float(kivi_bits(pool->dtype) ? within_f16(x[d]) : x[d]);
+        uint16_t half = pool->dtype == KV_BF16 ? bf16_from_float(x[d]) : f16_from_float(within_f16(x[d]));
         memcpy(row + d * sizeof half, &half, sizeof half);
     }
 }

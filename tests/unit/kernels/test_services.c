@@ -51,9 +51,8 @@ struct cache {
 
 static int32_t token_at(uint32_t position) { return (int32_t)(random_at(3, 0, 0, position) % 64); }
 
-static void open_cache(struct cache *cache, const struct backend_ops *ops, enum kv_dtype dtype) {
-    struct tiny_shape shape = tiny_shape_default();
-    *cache = (struct cache){.program = tiny_program_new(&shape), .ops = ops, .dtype = dtype};
+static void open_cache_of(struct cache *cache, const struct backend_ops *ops, enum kv_dtype dtype, const struct tiny_shape *shape) {
+    *cache = (struct cache){.program = tiny_program_new(shape), .ops = ops, .dtype = dtype};
     assert_int_equal(program_lanes(cache->program), LANES);
     const struct backend_limits limits = {
         .kv_dtype = dtype,
@@ -74,6 +73,11 @@ static void open_cache(struct cache *cache, const struct backend_ops *ops, enum 
     if (ops->prepare(cache->program, &limits, &cache->backend, &error) != STATUS_OK) fail_msg("%s: %s", ops->name, error.text);
     for (uint32_t i = 0; i < POOL; i++) cache->ids[i] = i * 37 % POOL; /* 37 and the pool's size have no common divisor */
     for (uint32_t lane = 0; lane < LANES; lane++) cache->lane_first[lane] = lane * LANE_BLOCKS;
+}
+
+static void open_cache(struct cache *cache, const struct backend_ops *ops, enum kv_dtype dtype) {
+    const struct tiny_shape shape = tiny_shape_default();
+    open_cache_of(cache, ops, dtype, &shape);
 }
 
 static void close_cache(struct cache *cache) {
@@ -500,6 +504,34 @@ static void test_shifted_sinks(const struct backend_ops *ops, enum kv_dtype dtyp
     close_cache(&cache);
 }
 
+/* A pair of dims of which each is within f16's range may turn into one that is not: the pool holds finite numbers all the same. */
+static void test_shifted_sinks_stay_finite(const struct backend_ops *ops, enum kv_dtype dtype) {
+    static struct slot slots[SINK_SLOTS];
+    struct tiny_shape shape = tiny_shape_default();
+    struct cache cache;
+    float largest = 0;
+    shape.biases = true;
+    shape.key_outlier = 80000; /* turned by an eighth of a circle it is 56,569 in both dims */
+    open_cache_of(&cache, ops, dtype, &shape);
+    run_rows(&cache, 64, NULL);
+    for (int32_t shift = 0; shift < 8; shift++) {
+        const struct shift_request request = {
+            .ring = 1, .first = shift == 0, .n_slots = SINK_SLOTS, .shift = shift, .block_ids = cache.ids, .lane_first = cache.lane_first};
+        ops->shift_sinks(cache.backend, &request);
+        for (uint32_t lane = 0; lane < LANES; lane++) {
+            read_lane(&cache, cache.ids + cache.lane_first[lane], SINK_SLOTS, slots);
+            for (uint32_t i = 0; i < SINK_SLOTS; i++)
+                for (int d = 0; d < D; d++) {
+                    largest = fmaxf(largest, fabsf(slots[i].k[d]));
+                    if (!isfinite(slots[i].k[d]))
+                        fail_msg("%s %s shift %d: dim %d is %g", ops->name, kv_dtype_name(dtype), shift, d, (double)slots[i].k[d]);
+                }
+        }
+    }
+    assert_true(largest >= 60000);
+    close_cache(&cache);
+}
+
 static void on_every_backend(void **state) {
     void (*test)(const struct backend_ops *, enum kv_dtype) = *(void (**)(const struct backend_ops *, enum kv_dtype)) * state;
     const struct tiny_shape shape = tiny_shape_default();
@@ -517,10 +549,12 @@ static void on_every_backend(void **state) {
 
 int main(void) {
     static void (*const functions[])(const struct backend_ops *, enum kv_dtype) = {test_copies_and_compaction, test_rows_after_compaction,
-                                                                                   test_compaction_is_a_mask, test_scores, test_shifted_sinks};
-    static const char *const names[] = {"copies and compaction", "rows after compaction", "compaction is a mask", "scores", "shifted sinks"};
-    struct CMUnitTest tests[5];
-    for (int i = 0; i < 5; i++)
+                                                                                   test_compaction_is_a_mask,  test_scores,
+                                                                                   test_shifted_sinks,         test_shifted_sinks_stay_finite};
+    static const char *const names[] = {"copies and compaction", "rows after compaction",    "compaction is a mask", "scores",
+                                        "shifted sinks",         "shifted sinks stay finite"};
+    struct CMUnitTest tests[6];
+    for (int i = 0; i < 6; i++)
         tests[i] = (struct CMUnitTest){.name = names[i], .test_func = on_every_backend, .initial_state = (void *)(uintptr_t)&functions[i]};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
